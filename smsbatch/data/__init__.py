@@ -1,0 +1,3 @@
+"""The data room: bytes and rows, from a source to published shards. No torch, no ray; samples are bytes until
+`pixels`.
+"""

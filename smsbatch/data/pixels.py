@@ -1,0 +1,152 @@
+"""The one door to PIL: bytes to arrays and back. A picture here is uint8 [H, W, 3], sRGB values, upright, opaque.
+
+Whatever a file may hold becomes such an array or a SampleError: decode_error (not a picture, or damaged anywhere),
+too_small, too_large (known from the header, before any memory is spent), encode_error.
+"""
+
+from __future__ import annotations
+
+import io
+import struct
+import warnings
+import zlib
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, UnidentifiedImageError
+
+from smsbatch.errors import SampleError
+
+__all__ = ["FITS", "FORMATS", "MAX_PIXELS", "MIN_SIDE", "Pixels", "decode", "encode", "fit", "thumbnail"]
+
+Pixels = npt.NDArray[np.uint8]
+
+MIN_SIDE = 16
+MAX_PIXELS = 89_478_485  # PIL's own limit of a bomb: 256 MiB of pixels
+FITS = ("short_side", "center_crop", "none")
+FORMATS = {"webp": "WEBP", "png": "PNG", "jpg": "JPEG"}
+
+# Pictures only: PIL also opens documents, some by starting other programs (EPS runs ghostscript).
+_READABLE = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000")
+
+Image.init()  # registers all of them; PIL does so by itself only after the common ones have failed
+
+# What PIL's decoders raise on damaged files, by experience and by its source; all of it means the same to us.
+_DAMAGE = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    EOFError,
+    LookupError,
+    TypeError,
+    ArithmeticError,
+    struct.error,
+    zlib.error,
+)
+
+_ORIENTATION_TAG = 0x0112
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+def decode(data: bytes, *, min_side: int = MIN_SIDE, max_pixels: int = MAX_PIXELS) -> Pixels:
+    """The picture in a file, turned as its EXIF says; alpha over white, 16 bits to 8, an animation's first frame."""
+    if not data:
+        raise SampleError("decode_error", "an empty file (0 bytes)")
+    with warnings.catch_warnings():
+        # PIL warns of odd metadata, which costs us nothing, and of sizes that are judged here. The filters belong to all
+        # threads: of two that decode at once one may leave them like this, and some warning goes unseen.
+        warnings.simplefilter("ignore")
+        try:
+            return _decode(data, min_side, max_pixels)
+        except Image.DecompressionBombError as error:
+            raise SampleError("too_large", f"{error}; the limit here is {max_pixels} pixels") from error
+        except UnidentifiedImageError as error:
+            raise SampleError("decode_error", "not a picture in a known format") from error
+        except _DAMAGE as error:
+            raise SampleError("decode_error", f"damaged: {error}") from error
+
+
+def _decode(data: bytes, min_side: int, max_pixels: int) -> Pixels:
+    with Image.open(io.BytesIO(data), formats=_READABLE) as image:
+        width, height = image.size
+        if width * height > max_pixels:
+            raise SampleError("too_large", f"{width} x {height} is over the limit of {max_pixels} pixels")
+        if min(width, height) < min_side:
+            raise SampleError("too_small", f"{width} x {height} is under the limit of {min_side} pixels a side")
+        image.load()  # all of it: a header proves nothing
+        return np.array(_rgb(_upright(image)))
+
+
+def fit(pixels: Pixels, resolution: int, mode: str = "short_side") -> Pixels:
+    """Resize, antialiased: `short_side` to that length, aspect kept; `center_crop` then cuts a square; or `none`."""
+    if mode not in FITS:
+        raise ValueError(f"unknown fit {mode!r}, expected one of {', '.join(FITS)}")
+    if mode == "none":
+        return pixels
+    height, width = pixels.shape[:2]
+    scale = resolution / min(height, width)
+    size = (resolution, round(height * scale)) if width <= height else (round(width * scale), resolution)
+    if size[0] * size[1] > MAX_PIXELS:
+        raise SampleError("too_large", f"{width} x {height} becomes {size[0]} x {size[1]}: too long for its short side")
+    if size != (width, height):
+        # Lanczos is sharpest when it averages, but rings at edges that it has to invent.
+        kernel = Image.Resampling.LANCZOS if scale < 1 else Image.Resampling.BICUBIC
+        pixels = np.array(Image.fromarray(pixels).resize(size, kernel))
+    if mode == "center_crop":
+        left, top = (size[0] - resolution) // 2, (size[1] - resolution) // 2
+        pixels = np.ascontiguousarray(pixels[top : top + resolution, left : left + resolution])
+    return pixels
+
+
+def encode(pixels: Pixels, format: str, quality: int = 95) -> bytes:
+    """The same array gives the same bytes. `quality` 1 to 100 is for webp and jpg; png is lossless."""
+    if format not in FORMATS:
+        raise ValueError(f"unknown image format {format!r}, expected one of {', '.join(FORMATS)}")
+    # 4:4:4 at high quality: strokes of colour are what a style is made of.
+    jpg = {"quality": quality, "subsampling": 0 if quality >= 90 else 2}
+    options = {"png": {}, "webp": {"quality": quality}, "jpg": jpg}[format]
+    sink = io.BytesIO()
+    try:
+        Image.fromarray(pixels).save(sink, FORMATS[format], **options)
+    except _DAMAGE as error:
+        height, width = pixels.shape[:2]
+        raise SampleError("encode_error", f"{width} x {height} as {format}: {error}") from error
+    return sink.getvalue()
+
+
+def thumbnail(picture: Pixels | bytes, side: int, quality: int = 80) -> bytes:
+    """A small WebP, at most `side` pixels a side and never enlarged, for pages that embed it."""
+    pixels = decode(picture, min_side=1) if isinstance(picture, bytes) else picture
+    image = Image.fromarray(pixels)
+    image.thumbnail((side, side), Image.Resampling.LANCZOS)
+    return encode(np.array(image), "webp", quality)
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    try:
+        orientation = image.getexif().get(_ORIENTATION_TAG)
+    except _DAMAGE:  # damaged EXIF beside good pixels: the picture as it lies is better than none
+        return image
+    method = _UPRIGHT.get(orientation) if isinstance(orientation, int) else None
+    return image if method is None else image.transpose(method)
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    if image.mode == "F":
+        raise ValueError("floating-point pixels have no known range")
+    if image.mode.startswith("I"):  # 16 bits, whatever the container; 65535 / 257 = 255
+        levels = np.asarray(image).astype(np.int64).clip(0, 65535)
+        image = Image.fromarray(((levels + 128) // 257).astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image)
+    return image.convert("RGB")

@@ -1,0 +1,173 @@
+"""The words of the data room: what is known of one input image before, during and after the work, and its row.
+
+`Span` and `Entry` locate a sample without reading it, `Unit` is a run of entries, `Sample` is the bytes read,
+`Outcome` what became of them. Every planned entry ends as exactly one Outcome and so as one row of `row_schema`,
+failed ones too.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import pyarrow as pa
+
+__all__ = ["ROW_SCHEMA", "Entry", "Outcome", "Sample", "Span", "Unit", "row_schema"]
+
+
+class Span(NamedTuple):
+    """Bytes [offset, offset + length) of the object at `url`: an absolute path, a URL or a `tiny:` name."""
+
+    url: str
+    offset: int
+    length: int
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One planned sample. `fields` maps extensions ('jpg', 'txt', 'seg.png') to their bytes; `image` is the picture's,
+    '' if none is.
+    """
+
+    key: str
+    image: str
+    fields: Mapping[str, Span]
+
+    @property
+    def url(self) -> str:
+        """Where the sample comes from: its picture's object, else that of its first field."""
+        return self.fields[self.image].url if self.image else next(iter(self.fields.values())).url
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """The bytes of one entry. `fields` are the others, as they came; other pictures (a png beside the jpg in use) are
+    not among them.
+    """
+
+    key: str
+    url: str
+    image: bytes
+    image_field: str
+    caption: str
+    fields: Mapping[str, bytes]
+
+    @property
+    def sha256(self) -> str:
+        return hashlib.sha256(self.image).hexdigest()
+
+
+@dataclass(frozen=True, slots=True)
+class Unit:
+    """Rows [start, stop) of the index, done and committed at once; `shard` is where they are published."""
+
+    id: int
+    shard: int
+    start: int
+    stop: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.id:06d}"
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What became of one sample: success when there is an `image`, else failed, with `error_code` and `error_message`.
+
+    `image` is the encoded result and `image_field` its extension; `fields` are the source's others, passed through.
+    Unit, shard, attempt and worker are not here: the ledger stamps them on the row when the unit is committed.
+    """
+
+    key: str
+    url: str
+    image: bytes | None = None
+    image_field: str = ""
+    error_code: str | None = None
+    error_message: str | None = None
+    caption: str | None = None
+    prompt: str | None = None
+    width: int | None = None
+    height: int | None = None
+    original_width: int | None = None
+    original_height: int | None = None
+    source_sha256: str | None = None
+    seed: int | None = None
+    steps: int | None = None
+    seconds: float | None = None
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    fields: Mapping[str, bytes] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if (self.image is None) == (self.error_code is None):
+            raise ValueError(f"{self.key}: an outcome has either an image or an error code")
+        if self.image is not None and not self.image_field:
+            raise ValueError(f"{self.key}: an image needs its extension, image_field")
+
+    @property
+    def succeeded(self) -> bool:
+        return self.image is not None
+
+    def row(self, unit: Unit, attempt: str, worker: str, metrics: Sequence[str]) -> dict[str, Any]:
+        """The row of `row_schema(metrics)`; a metric that was not measured is null."""
+        columns = {name: getattr(self, name) for name in _OF_OUTCOME}
+        return columns | {
+            "status": "success" if self.succeeded else "failed",
+            "sha256": None if self.image is None else hashlib.sha256(self.image).hexdigest(),
+            "unit": unit.id,
+            "shard": unit.shard,
+            "attempt": attempt,
+            "worker": worker,
+            **{name: self.metrics.get(name) for name in metrics},
+        }
+
+    def provenance(self) -> bytes:
+        """The `<key>.json` of a sample whose source has none: only values that a re-run reproduces, so no times and no
+        workers.
+        """
+        values = {name: getattr(self, name) for name in _PROVENANCE}
+        return json.dumps(values, ensure_ascii=False, sort_keys=True).encode()
+
+
+# The names are img2dataset's where it has them, because data teams already filter on those.
+ROW_SCHEMA = pa.schema(
+    [
+        pa.field("key", pa.string(), nullable=False),
+        pa.field("status", pa.string(), nullable=False),  # success | failed
+        pa.field("error_code", pa.string()),
+        pa.field("error_message", pa.string()),
+        pa.field("caption", pa.string()),
+        pa.field("prompt", pa.string()),
+        pa.field("width", pa.int32()),
+        pa.field("height", pa.int32()),
+        pa.field("original_width", pa.int32()),
+        pa.field("original_height", pa.int32()),
+        pa.field("url", pa.string()),
+        pa.field("source_sha256", pa.string()),
+        pa.field("sha256", pa.string()),
+        pa.field("seed", pa.uint64()),  # a hash of (run seed, key) may use all 64 bits
+        pa.field("steps", pa.int32()),
+        pa.field("seconds", pa.float64()),
+        pa.field("unit", pa.int64(), nullable=False),
+        pa.field("shard", pa.int64(), nullable=False),
+        pa.field("attempt", pa.string(), nullable=False),
+        pa.field("worker", pa.string(), nullable=False),
+    ]
+)
+_OF_LEDGER = {"status", "sha256", "unit", "shard", "attempt", "worker"}
+_OF_OUTCOME = [name for name in ROW_SCHEMA.names if name not in _OF_LEDGER]
+_PROVENANCE = [name for name in _OF_OUTCOME if name not in {"error_code", "error_message", "seconds"}]
+
+
+def row_schema(metrics: Sequence[str] = ()) -> pa.Schema:
+    """`ROW_SCHEMA` and one float32 column per metric, in the given order."""
+    for name in metrics:
+        if name in ROW_SCHEMA.names:
+            raise ValueError(f"a metric cannot be named like the column {name}")
+    return pa.schema([*ROW_SCHEMA, *(pa.field(name, pa.float32()) for name in metrics)])

@@ -1,0 +1,150 @@
+"""The files of a shard: a tar of the results and a Parquet of all rows. The same outcomes give the same tar bytes.
+
+Tars are USTAR with mtime 0 and no owners (PAX, Python's default, doubles small files by headers), samples in plan
+order, members sorted by name: `<key>.<format>`, `<key>.txt` (the source's own, else the caption), `<key>.json` (the
+source's own, untouched, else our provenance), and the source's other fields as they came. Failed samples are only rows.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import tarfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import groupby
+from pathlib import Path
+from typing import IO, Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from smsbatch.data.sample import Outcome, Unit, row_schema
+from smsbatch.data.tars import END_OF_ARCHIVE, Members, split_name
+from smsbatch.errors import StorageError
+
+__all__ = ["check_tar", "concat_rows", "concat_tars", "digest", "read_rows", "read_tar", "write_rows", "write_tar"]
+
+CHUNK = 1 << 20
+
+
+def write_tar(path: Path, outcomes: Iterable[Outcome]) -> None:
+    """Write the successful outcomes, durably."""
+    with path.open("xb") as file:
+        with tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT, encoding="utf-8") as tar:
+            for outcome in outcomes:
+                for extension, data in sorted(_members(outcome).items()):
+                    member = tarfile.TarInfo(f"{outcome.key}.{extension}")  # mtime 0, no owner, mode 0644
+                    member.size = len(data)
+                    tar.addfile(member, io.BytesIO(data))
+        _sync(file)
+
+
+def _members(outcome: Outcome) -> Mapping[str, bytes]:
+    if outcome.image is None:
+        return {}
+    made = {"json": outcome.provenance()} | ({"txt": outcome.caption.encode()} if outcome.caption else {})
+    return made | dict(outcome.fields) | {outcome.image_field: outcome.image}
+
+
+def concat_tars(paths: Sequence[Path], target: Path) -> None:
+    """One archive of several, members untouched, one end: the tar that `write_tar` makes of all their outcomes."""
+    with target.open("xb") as out:
+        for path in paths:
+            with path.open("rb") as file:
+                members = Members(file)
+                for _ in members:
+                    pass
+                _refuse_damage(path, members)
+                file.seek(0)
+                _copy(file, out, members.end)
+        out.write(bytes(END_OF_ARCHIVE))
+        out.write(bytes(-out.tell() % tarfile.RECORDSIZE))
+        _sync(out)
+
+
+def read_tar(file: IO[bytes]) -> Iterator[tuple[str, dict[str, bytes]]]:
+    """(key, its fields) of each sample of a shard, in order."""
+    members = Members(file)
+    listed = list(members)
+    _refuse_damage(getattr(file, "name", file), members)
+    for key, sample in groupby(listed, lambda member: _split(member.name)[0]):
+        fields = {}
+        for name, offset, length in sample:
+            file.seek(offset)
+            fields[_split(name)[1]] = file.read(length)
+        yield key, fields
+
+
+def check_tar(path: Path) -> list[str]:
+    """Read a shard whole and return its keys in order; StorageError if bytes or the end of the archive are missing."""
+    with path.open("rb") as file:
+        members = Members(file)
+        listed = list(members)
+        _refuse_damage(path, members)
+        for name, offset, length in listed:
+            file.seek(offset)
+            if len(file.read(length)) != length:
+                raise StorageError(f"{path}: {name} is cut off; delete the file and run again")
+    return [key for key, _ in groupby(_split(member.name)[0] for member in listed)]
+
+
+def write_rows(
+    path: Path,
+    outcomes: Iterable[Outcome],
+    unit: Unit,
+    attempt: str,
+    worker: str,
+    metrics: Sequence[str],
+    tar_sha256: str,
+) -> None:
+    """Write one row per outcome, durably; the file's metadata names the tar it belongs to."""
+    rows = [outcome.row(unit, attempt, worker, metrics) for outcome in outcomes]
+    _write_table(path, pa.Table.from_pylist(rows, schema=row_schema(metrics)), tar_sha256)
+
+
+def concat_rows(paths: Sequence[Path], target: Path, tar_sha256: str) -> None:
+    """One Parquet of several, rows in their order."""
+    _write_table(target, pa.concat_tables([pq.read_table(path) for path in paths]), tar_sha256)
+
+
+def read_rows(source: Path | IO[bytes]) -> list[dict[str, Any]]:
+    """All rows of a shard or an attempt."""
+    rows: list[dict[str, Any]] = pq.read_table(source).to_pylist()
+    return rows
+
+
+def digest(path: Path) -> str:
+    """The sha256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _write_table(path: Path, table: pa.Table, tar_sha256: str) -> None:
+    with path.open("xb") as file:
+        pq.write_table(table.replace_schema_metadata({"smsbatch.tar_sha256": tar_sha256}), file, compression="zstd")
+        _sync(file)
+
+
+def _split(name: str) -> tuple[str, str]:
+    split = split_name(name)
+    if split is None:
+        raise StorageError(f"{name} is no sample's name; this tar was not written by smsbatch")
+    return split
+
+
+def _refuse_damage(path: object, members: Members) -> None:
+    if members.damage:
+        raise StorageError(f"{path}: {members.damage}; delete the file and run again")
+
+
+def _copy(source: IO[bytes], target: IO[bytes], length: int) -> None:
+    while length:
+        chunk = source.read(min(length, CHUNK))
+        target.write(chunk)
+        length -= len(chunk)
+
+
+def _sync(file: IO[bytes]) -> None:
+    file.flush()
+    os.fsync(file.fileno())

@@ -1,0 +1,83 @@
+"""Tar archives by their headers: where each sample's fields lie, and whether the archive ends as an archive must.
+
+A tar cut at a member boundary opens and reads without any error, so "it opens" proves nothing: `Members.damage` says
+what follows the last member when that is not the end-of-archive mark of two zero blocks.
+"""
+
+from __future__ import annotations
+
+import re
+import tarfile
+from collections.abc import Iterator
+from typing import IO, NamedTuple
+
+__all__ = ["Member", "Members", "split_name"]
+
+BLOCK = tarfile.BLOCKSIZE
+END_OF_ARCHIVE = 2 * BLOCK
+
+# webdataset's own rules: the key ends at the first dot of the basename, names like __meta__ are not samples.
+_NAME = re.compile(r"((?:.*/|)[^.]+)[.]([^/]*)", re.DOTALL)
+_META = re.compile(r"__[^/]*__($|/)")
+
+
+class Member(NamedTuple):
+    """A regular file of an archive; its bytes are [offset, offset + length) of the archive."""
+
+    name: str
+    offset: int
+    length: int
+
+
+def split_name(name: str) -> tuple[str, str] | None:
+    """(key, extension) as the webdataset library splits them; None for names it skips: without extension, hidden,
+    __meta__.
+
+    A leading './', which `tar -C folder .` writes, is dropped.
+    """
+    name = re.sub(r"^(\./+)+", "", name)
+    match = _NAME.fullmatch(name)
+    return None if match is None or _META.match(name) else (match[1], match[2].lower())
+
+
+class Members:
+    """Iterate once over the regular files of an uncompressed tar, reading headers only.
+
+    Folders, links and devices are passed over. Once exhausted, `special` counts the latter two, `end` is where the
+    last member ends and `damage` what is wrong there, '' if nothing is. What is no tar at all raises tarfile.ReadError.
+    """
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self.file = file
+        self.end = 0
+        self.damage = ""
+        self.special = 0
+
+    def __iter__(self) -> Iterator[Member]:
+        self.file.seek(0)
+        if not self.file.read(1):
+            self.damage = "an empty file"
+            return
+        self.file.seek(0)
+        with tarfile.open(fileobj=self.file, mode="r:", encoding="utf-8") as tar:
+            while True:
+                try:
+                    member = tar.next()
+                except tarfile.ReadError as error:
+                    self.damage = f"{error} at byte {tar.offset}"
+                    return
+                if member is None:
+                    break
+                # tarfile keeps all it has seen, for lookups by name that nobody makes here.
+                tar.members = []  # type: ignore[attr-defined]
+                if member.isreg():
+                    yield Member(member.name, member.offset_data, member.size)
+                elif not member.isdir():
+                    self.special += 1
+            self.end = tar.offset
+        self.file.seek(self.end)
+        tail = self.file.read(END_OF_ARCHIVE)
+        if tail.strip(b"\0"):
+            self.damage = f"damaged header at byte {self.end}, nothing after it can be read"
+        elif len(tail) < END_OF_ARCHIVE:
+            self.damage = "no end-of-archive blocks, perhaps cut"

@@ -1,0 +1,75 @@
+"""Every exception smsbatch raises on purpose. Catch `SmsbatchError` to catch them all.
+
+SmsbatchError                 exit code
+├── RequestError              2   the request was wrong; nothing was started
+│   ├── ManifestError             a key of the manifest, with its file and line
+│   ├── SourceError               the source is missing, empty or has clashing keys
+│   ├── WeightsError              a model or LoRA file is missing or not understood
+│   └── DriftError                the run's manifest, input or weights changed since it was planned
+├── StorageError              3   the store refused a read or a write
+├── RunError                  1   the run stopped or ended short: failures over budget, units lost
+└── SampleError               -   one sample's failure; it becomes that sample's row
+"""
+
+from __future__ import annotations
+
+__all__ = [
+    "DriftError",
+    "ManifestError",
+    "RequestError",
+    "RunError",
+    "SampleError",
+    "SmsbatchError",
+    "SourceError",
+    "StorageError",
+    "WeightsError",
+]
+
+
+class SmsbatchError(Exception):
+    """Base of all. The message is one line for the user and says what to do next."""
+
+    exit_code = 1
+
+
+class RequestError(SmsbatchError):
+    exit_code = 2
+
+
+class ManifestError(RequestError):
+    """A manifest that cannot be obeyed; the message begins with `file:line: key:` where they are known."""
+
+
+class SourceError(RequestError):
+    pass
+
+
+class WeightsError(RequestError):
+    pass
+
+
+class DriftError(RequestError):
+    pass
+
+
+class StorageError(SmsbatchError):
+    exit_code = 3
+
+
+class RunError(SmsbatchError):
+    exit_code = 1
+
+
+class SampleError(SmsbatchError):
+    """One sample's failure. `code` is stable and goes to the row's `error_code`, the message to `error_message`.
+
+    Codes: read_error, bad_caption, decode_error, too_small, too_large, diverged, oom, timeout, encode_error,
+    worker_lost.
+    """
+
+    def __init__(self, code: str, message: str) -> None:
+        super().__init__(message)
+        self.code = code
+
+    def __reduce__(self) -> tuple[type[SampleError], tuple[str, str]]:  # both arguments survive a process boundary
+        return type(self), (self.code, str(self))

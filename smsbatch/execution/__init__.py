@@ -1,0 +1,1 @@
+"""Execution: the only place that knows all rooms. (Not called `run`, because `smsbatch.run` is the function.)"""

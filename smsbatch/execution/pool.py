@@ -1,0 +1,295 @@
+"""What feeds workers: `LocalPool` in this process, `RayPool` on a cluster. The only room that knows Ray.
+
+A pool is a context manager; `work` yields a commit for every unit, in the order they finish, and None now and then so
+that the caller can look at `progress`. No worker has more than two units in flight: one it computes, one it reads.
+An exception out of a worker that is not its death (a full disk, say) ends the run.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+from abc import ABC, abstractmethod
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import AbstractContextManager, suppress
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import Any, Self
+
+from smsbatch.data.ledger import Commit
+from smsbatch.data.sample import Unit
+from smsbatch.errors import RunError
+from smsbatch.execution.worker import Progress, Worker
+from smsbatch.manifest import Manifest
+
+__all__ = ["POOLS", "LocalPool", "Pool", "RayPool"]
+
+_TICK_S = 0.25
+_IN_FLIGHT = 2  # per worker: with one, it would wait for every read; with three, a lost worker would lose more
+
+
+class Pool(AbstractContextManager["Pool"], ABC):
+    def __init__(self, manifest: Manifest) -> None:
+        self.manifest = manifest
+
+    @abstractmethod
+    def work(self, units: Iterable[Unit]) -> Iterator[Commit | None]:
+        """Do all units; leaving the iterator early, or the pool's context, drops what is in hand."""
+
+    @abstractmethod
+    def progress(self) -> list[Progress]:
+        """What every worker does now."""
+
+
+class LocalPool(Pool):
+    """One worker in this process."""
+
+    def __enter__(self) -> Self:
+        self._worker = Worker(self.manifest, "local")
+        self._worker.setup()
+        self._threads = ThreadPoolExecutor(_IN_FLIGHT, thread_name_prefix="smsbatch")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._worker.cancel()
+        self._threads.shutdown(cancel_futures=True)
+
+    def work(self, units: Iterable[Unit]) -> Iterator[Commit | None]:
+        remaining = iter(units)
+        running: set[Future[Commit]] = set()
+        while True:
+            for unit in islice(remaining, _IN_FLIGHT - len(running)):
+                running.add(self._threads.submit(self._worker.process, unit))
+            if not running:
+                return
+            finished, running = wait(running, timeout=_TICK_S, return_when=FIRST_COMPLETED)
+            for future in finished:
+                yield future.result()
+            yield None
+
+    def progress(self) -> list[Progress]:
+        return [self._worker.progress()]
+
+
+@dataclass(eq=False)
+class _Job:
+    """A unit on its way through the cluster, and what is known of the deaths it was there for.
+
+    A unit whose workers keep dying is searched: `suspects` are ranges of its rows that are tried alone and halved when
+    they kill again, until single rows stand alone and are `lost`; then the unit is done without them.
+    """
+
+    unit: Unit
+    deaths: int = 0
+    searched: bool = False
+    suspects: deque[range] = field(default_factory=deque)
+    lost: list[int] = field(default_factory=list)
+
+    def died(self, retries: int) -> bool:
+        """Note one more death of its worker; False when there is nothing left to try."""
+        self.deaths += 1
+        if self.suspects:
+            rows = self.suspects.popleft()
+            middle = len(rows) // 2
+            if middle:
+                self.suspects.extendleft((rows[middle:], rows[:middle]))
+            else:
+                self.lost.append(rows[0])
+        elif self.searched:
+            return False
+        elif self.deaths > retries:
+            self.searched = True
+            self.suspects.append(range(self.unit.start, self.unit.stop))
+        return True
+
+
+@dataclass(eq=False)
+class _Actor:
+    """A Ray actor and the jobs it has in hand."""
+
+    handle: Any
+    name: str
+    ready: bool = False
+    jobs: list[_Job] = field(default_factory=list)
+
+
+class RayPool(Pool):
+    """Actors on a Ray cluster, each pinned to its GPUs, with the models loaded once.
+
+    Joins the cluster at `compute.address` (or RAY_ADDRESS); where none is named it starts one here and stops it at the
+    end. A dead actor is replaced, and its units are tried again (`_Job`).
+    """
+
+    _BARREN_DEATHS = 3  # actors in a row that died while loading the models: it is not the samples' fault
+
+    def __enter__(self) -> Self:
+        # Ray reads these at import; both only spare the user messages that are not for him.
+        os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        import ray
+
+        compute = self.manifest.compute
+        address = os.environ.get("RAY_ADDRESS") if compute.address == "auto" else compute.address
+        options: dict[str, Any] = {"address": address}
+        if address is None:
+            wanted = 1 if compute.workers == "auto" else compute.workers
+            threads = 1 if compute.threads == "auto" else compute.threads
+            cores = max(os.cpu_count() or 1, wanted * threads)
+            options = {"address": "local", "include_dashboard": False, "num_cpus": cores}
+        self._started = not ray.is_initialized()
+        if self._started:
+            try:
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")
+                    ray.init(**options, log_to_driver=False, logging_level=logging.ERROR)
+            except (ConnectionError, RuntimeError, ValueError) as error:
+                raise RunError(
+                    f"compute.address: no Ray cluster at {address or 'this machine'} ({str(error).splitlines()[0]}); "
+                    "check `ray status`, or set compute.pool to local"
+                ) from error
+
+        resources = ray.cluster_resources()
+        gpus = int(resources.get("GPU", 0))
+        self._gpus = float(bool(gpus)) if compute.gpus_per_worker == "auto" else compute.gpus_per_worker
+        nodes = sum(bool(node["Alive"]) for node in ray.nodes())
+        automatic = max(1, int(gpus / self._gpus)) if gpus and self._gpus else nodes
+        self._size = automatic if compute.workers == "auto" else compute.workers
+        each = max(1, int(resources.get("CPU", 1)) // self._size)
+        self._threads = each if compute.threads == "auto" else compute.threads
+        self._actors: list[_Actor] = []
+        self._seen: dict[str, Progress] = {}
+        self._spawned = self._barren = 0
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        import ray
+
+        for actor in self._actors:
+            ray.kill(actor.handle)
+        if self._started:
+            ray.shutdown()
+
+    def progress(self) -> list[Progress]:
+        return [self._seen.get(actor.name, Progress(actor.name, None)) for actor in self._actors]
+
+    def work(self, units: Iterable[Unit]) -> Iterator[Commit | None]:
+        import ray
+
+        queue = deque(_Job(unit) for unit in units)
+        hopeless: list[str] = []
+        calls: dict[Any, tuple[_Actor, _Job | None]] = {}  # a call without a job is an actor's setup
+        polls: dict[Any, _Actor] = {}
+        while True:
+            while len(self._actors) < min(self._size, len(queue) + len(self._actors)):
+                actor = self._spawn()
+                calls[actor.handle.setup.remote()] = actor, None
+            for actor in self._actors:
+                self._deal(actor, queue, calls)
+            if not calls and not queue:
+                break
+
+            finished, _ = ray.wait(list(calls), num_returns=1, timeout=_TICK_S)
+            for call in finished:
+                if call not in calls:
+                    continue  # of an actor that turned out dead a moment ago
+                actor, job = calls.pop(call)
+                try:
+                    result = ray.get(call)
+                except ray.exceptions.RayTaskError as error:
+                    raise error.cause from None
+                except ray.exceptions.RayError:
+                    for lost, _ in [(key, value) for key, value in calls.items() if value[0] is actor]:
+                        del calls[lost]
+                    hopeless += self._bury(actor, queue)
+                    continue
+                if job is None:
+                    actor.ready, self._barren = True, 0
+                    polls[actor.handle.progress.remote()] = actor
+                    continue
+                actor.jobs.remove(job)
+                if job.suspects:  # a probe that went well
+                    job.suspects.popleft()
+                    queue.appendleft(job)
+                else:
+                    yield result
+            polls = self._poll(polls)
+            yield None
+        if hopeless:
+            raise RunError(
+                f"units {', '.join(sorted(hopeless))} kill their workers even without the samples that do so alone; "
+                "look at the memory and the drivers of the workers, then run again"
+            )
+
+    def _spawn(self) -> _Actor:
+        import ray
+
+        name = f"w{self._spawned}"
+        self._spawned += 1
+        compute = self.manifest.compute.model_copy(update={"threads": self._threads})
+        handle = (
+            ray.remote(Worker)
+            .options(
+                num_gpus=self._gpus,
+                num_cpus=1 if self._gpus else self._threads,
+                max_concurrency=_IN_FLIGHT + 1,  # and `progress`
+            )
+            .remote(self.manifest.model_copy(update={"compute": compute}), name)
+        )
+        actor = _Actor(handle, name)
+        self._actors.append(actor)
+        return actor
+
+    def _deal(self, actor: _Actor, queue: deque[_Job], calls: dict[Any, tuple[_Actor, _Job | None]]) -> None:
+        """Give an actor what it can take; a unit that saw a death has one for itself, so that the next has one cause."""
+        while actor.ready and queue and len(actor.jobs) < _IN_FLIGHT:
+            idle = sum(not other.jobs for other in self._actors)
+            if actor.jobs and (queue[0].deaths or actor.jobs[0].deaths or len(queue) <= idle):
+                return  # the last units are for those who have none, also for those who still load
+            job = queue.popleft()
+            actor.jobs.append(job)
+            if job.suspects:
+                calls[actor.handle.probe.remote(job.unit, job.suspects[0])] = actor, job
+            else:
+                calls[actor.handle.process.remote(job.unit, tuple(job.lost))] = actor, job
+
+    def _bury(self, actor: _Actor, queue: deque[_Job]) -> list[str]:
+        """Take a dead actor out and put its jobs back; the names of units with nothing left to try."""
+        import ray
+
+        ray.kill(actor.handle)
+        self._actors.remove(actor)
+        if not actor.ready:
+            self._barren += 1
+            if self._barren == self._BARREN_DEATHS:
+                raise RunError(
+                    f"{self._barren} workers in a row died while loading the models; is their memory too small? "
+                    "`--set compute.pool=local` shows what happens in this process"
+                )
+        hopeless = []
+        for job in reversed(actor.jobs):
+            if job.died(self.manifest.compute.retries):
+                queue.appendleft(job)
+            else:
+                hopeless.append(job.unit.name)
+        return hopeless
+
+    def _poll(self, polls: dict[Any, _Actor]) -> dict[Any, _Actor]:
+        """Take what actors answered about their progress, and ask them again."""
+        import ray
+
+        if not polls:
+            return polls
+        answered, waiting = ray.wait(list(polls), num_returns=len(polls), timeout=0)
+        again = {call: polls[call] for call in waiting}
+        for call in answered:
+            actor = polls[call]
+            with suppress(ray.exceptions.RayError):  # it died: `work` finds out by the unit it had
+                self._seen[actor.name] = ray.get(call)
+                again[actor.handle.progress.remote()] = actor
+        return again
+
+
+POOLS: dict[str, type[Pool]] = {"local": LocalPool, "ray": RayPool}

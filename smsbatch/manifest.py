@@ -1,0 +1,441 @@
+"""The manifest: what to run. Every field, its default, and all of its validation, before anything starts.
+
+`load` reads YAML, fills `${NAME}` from the environment, applies `key.path=value` overrides and validates; what it
+returns is frozen and resolved: two equal manifests ask for the same run.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from smsbatch.errors import ManifestError
+
+__all__ = [
+    "Compute",
+    "Errors",
+    "FakeScore",
+    "Image",
+    "Manifest",
+    "Model",
+    "Objective",
+    "Output",
+    "Source",
+    "Style",
+    "load",
+]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, populate_by_name=True)
+
+
+class Source(_Section):
+    """Where the samples come from."""
+
+    format: Literal["webdataset", "folder"]
+    """`webdataset`: tar files; `folder`: a tree of image files with captions beside them."""
+    urls: tuple[str, ...]
+    """Tar files or folders: one or a list; tars take globs and brace ranges (`{00000..00499}.tar`)."""
+    images: tuple[str, ...] = ("jpg", "jpeg", "png", "webp")
+    """Extensions that are the picture, in order of preference."""
+    caption: tuple[str, ...] = ("txt", "json:caption")
+    """Where the caption is: an extension, or `extension:key` of a JSON object. The first that exists, else none."""
+
+    @field_validator("urls", "images", "caption", mode="before")
+    @classmethod
+    def _one_or_many(cls, value: object) -> object:
+        return (value,) if isinstance(value, str) else value
+
+    @field_validator("urls")
+    @classmethod
+    def _not_empty(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if not value or not all(value):
+            raise ValueError("names no file or folder")
+        return value
+
+
+class Model(_Section):
+    """The prior: a latent diffusion model in diffusers' pipeline format."""
+
+    path: str
+    """Folder, hub id, or `tiny` for the embedded model."""
+    revision: str | None = None
+    """Branch, tag or commit on the hub."""
+
+
+class Style(_Section):
+    """The style score: the prior with this LoRA merged into its UNet."""
+
+    lora: str
+    """A kohya LoRA or LoCon file, or `tiny:styles/<name>.safetensors`."""
+    scale: float = Field(0.8, gt=0, le=4)
+    """Multiplies the LoRA's weight difference. 0.8: the released code's."""
+    prompt: str = Field(min_length=1)
+    """The words the LoRA was trained with, trigger words included."""
+
+
+class FakeScore(_Section):
+    """The fake score: the prior with one LoRA per sample, trained on its current result (paper, Eq. 19)."""
+
+    rank: int = Field(8, ge=1)
+    """Rank r of the LoRA."""
+    alpha: float = Field(32.0, gt=0)
+    """The LoRA is scaled by alpha / rank."""
+    learning_rate: float = Field(1e-3, gt=0)
+    """Of AdamW, constant."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Of AdamW."""
+    weight_decay: float = Field(0.0, ge=0)
+    """Of AdamW."""
+    weight: Literal["alpha_bar", "one"] = "alpha_bar"
+    """What the noise error is multiplied by before squaring: `alpha_bar` (released code) or nothing (Eq. 19)."""
+    trains_on: Literal["result", "before"] = "result"
+    """The latent after this iteration's update (released code) or before it (Algorithm 1)."""
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "released": {},  # the defaults below
+    "paper": {
+        "guidance": 1.0,
+        "fake_guidance": 1.0,
+        "prompt": "{caption}",
+        "edit_prompt": "Turn it into {style}",
+        "relevance": "abs_mean",
+        "spectral_norm": "l2",
+        "grid": 1,
+        "fake": {"weight": "one", "trains_on": "before"},
+    },
+}
+"""What a preset sets; a field given in the manifest wins over it."""
+
+
+class Objective(_Section):
+    """What optimizes a latent, with every constant. Defaults are those of the authors' released code."""
+
+    name: Literal["sms"] = "sms"
+    """`sms`: Style Matching Score (paper, Eq. 6)."""
+    preset: Literal["released", "paper"] = "released"
+    """`released`: the authors' published constants, without their bugs; `paper`: the paper's formulas.
+
+    Where the paper is silent (w_t, learning rates, lambda), `paper` takes the released constants."""
+    steps: int = Field(500, ge=1)
+    """Iterations per image."""
+    guidance: float = Field(4.5, ge=1)
+    """Classifier-free guidance g of the style score; 1 is none."""
+    fake_guidance: float = Field(4.5, ge=1)
+    """Classifier-free guidance of the fake score."""
+    prompt: str = "{style}, {caption}"
+    """Target prompt; `{style}` is `style.prompt`, `{caption}` the sample's. Without a caption it is the style alone."""
+    edit_prompt: str = "Turn into {style}"
+    """Instruction of the relevance map (Eq. 4)."""
+    relevance: Literal["mean_abs", "abs_mean", "off"] = "mean_abs"
+    """Relevance map: mean over channels and absolute value, in this order, or no map."""
+    spectral_weight: float = Field(5e-4, ge=0)
+    """lambda of Eq. 6, on the per-entry mean of the penalty."""
+    spectral_norm: Literal["l1", "l2"] = "l1"
+    """Norm of Eq. 3: absolute values (released code) or squares (paper)."""
+    t_min: int = Field(20, ge=1, le=999)
+    """Smallest timestep of 1000."""
+    t_max: int = Field(500, ge=2, le=1000)
+    """Upper bound of the timesteps at the first iteration; it falls linearly (Eq. 7)."""
+    grid: Literal[1, 2] = 2
+    """1: every timestep; 2: the released code's 500-step grid, odd timesteps only."""
+    learning_rate: float = Field(0.1, gt=0)
+    """Peak learning rate of AdamW on the latent."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Of AdamW on the latent."""
+    weight_decay: float = Field(0.01, ge=0)
+    """Of AdamW on the latent. The released code's, by torch's default: it pulls the image toward grey."""
+    warmup: float = Field(0.2, ge=0, lt=1)
+    """Linear warm-up, as a fraction of the steps."""
+    horizon: float = Field(1.5, ge=1)
+    """Where the cosine after the warm-up would reach zero, in runs."""
+    fake: FakeScore = FakeScore()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _preset(cls, data: Any) -> Any:
+        if not isinstance(data, Mapping) or data.get("preset") not in PRESETS:
+            return data
+        merged = PRESETS[data["preset"]] | dict(data)
+        given = data.get("fake", {})
+        if isinstance(given, Mapping):
+            merged["fake"] = PRESETS[data["preset"]].get("fake", {}) | dict(given)
+        return merged
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Objective:
+        if self.t_min >= self.t_max:
+            raise ValueError(f"t_min ({self.t_min}) must be below t_max ({self.t_max})")
+        return self
+
+    @field_validator("prompt", "edit_prompt")
+    @classmethod
+    def _known_words(cls, value: str) -> str:
+        unknown = sorted(set(re.findall(r"\{(\w*)\}", value)) - {"style", "caption"})
+        if unknown:
+            raise ValueError(f"unknown {{{unknown[0]}}}; {{style}} and {{caption}} are known")
+        return value
+
+    def prompts(self, style: str, caption: str) -> tuple[str, str]:
+        """Target prompt and edit instruction of one sample."""
+        target = self.prompt.replace("{style}", style).replace("{caption}", caption) if caption else style
+        return target, self.edit_prompt.replace("{style}", style).replace("{caption}", caption)
+
+
+class Image(_Section):
+    """From the source's pictures to the size that is stylized, which is the size of the result."""
+
+    resolution: int = Field(512, ge=32)
+    """Pixels of the side that `fit` speaks of."""
+    fit: Literal["short_side", "center_crop", "none"] = "short_side"
+    """`short_side`: scaled, any aspect ratio; `center_crop`: a square; `none`: left as it is."""
+    max_pixels: int = Field(100_000_000, ge=1)
+    """A source picture with more pixels is a failed row (`too_large`), and is never decoded."""
+    min_side: int = Field(32, ge=1)
+    """A source picture with a shorter side, in pixels, is a failed row (`too_small`)."""
+
+
+class Output(_Section):
+    """Where results go, and in which pieces."""
+
+    path: str = Field(min_length=1)
+    """A folder: of this run alone."""
+    samples_per_shard: int = Field(1000, ge=1)
+    """Samples of one output tar; a whole number of units."""
+    samples_per_unit: int = Field(64, ge=1)
+    """Samples a worker takes, finishes and commits at once: the grain of retry and resume."""
+    format: Literal["webp", "png", "jpg"] = "webp"
+    """Of the result's pictures."""
+    quality: int = Field(95, ge=1, le=100)
+    """Of webp and jpg."""
+
+    @model_validator(mode="after")
+    def _whole_units(self) -> Output:
+        if self.samples_per_shard % self.samples_per_unit:
+            raise ValueError(
+                f"samples_per_shard ({self.samples_per_shard}) is not a multiple of "
+                f"samples_per_unit ({self.samples_per_unit})"
+            )
+        return self
+
+
+class Compute(_Section):
+    """Where and how it runs. Nothing here changes what a sample looks like, up to the rounding of the kernels."""
+
+    pool: Literal["ray", "local"] = "ray"
+    """`ray`: actors on a cluster; `local`: this process."""
+    address: str = "auto"
+    """Ray: `auto` joins the cluster of RAY_ADDRESS or starts one here for the run; else the cluster's address."""
+    workers: int | Literal["auto"] = "auto"
+    """Ray actors; `auto`: one per GPU of the cluster, or one where it has none."""
+    gpus_per_worker: float | Literal["auto"] = "auto"
+    """GPUs an actor holds; `auto`: 1, or 0 where the cluster has none. Fractions share a GPU."""
+    threads: int | Literal["auto"] = "auto"
+    """CPU threads of torch in a worker; `auto`: the machine's cores, divided among the workers."""
+    batch_size: int = Field(8, ge=1)
+    """Samples optimized together."""
+    precision: Literal["auto", "fp32", "fp16", "bf16"] = "auto"
+    """Of the frozen models; `auto`: bf16 on CUDA, else fp32. Latents, LoRAs and optimizers are always fp32."""
+    retries: int = Field(2, ge=0)
+    """How often a unit is tried again after its worker died, before the guilty sample is searched for."""
+
+    @field_validator("workers", "threads")
+    @classmethod
+    def _positive(cls, value: int | str) -> int | str:
+        if isinstance(value, int) and value < 1:
+            raise ValueError("must be at least 1")
+        return value
+
+    @field_validator("gpus_per_worker")
+    @classmethod
+    def _not_negative(cls, value: float | str) -> float | str:
+        if not isinstance(value, str) and value < 0:
+            raise ValueError("must not be negative")
+        return value
+
+
+class Errors(_Section):
+    """How many failures a run may have and still be called done."""
+
+    max_failed_fraction: float = Field(0.01, ge=0, le=1)
+    """Failed samples over all samples; above it the exit code is 1."""
+
+
+class Manifest(_Section):
+    """One job."""
+
+    task: Literal["optimize"] = "optimize"
+    """`optimize`: every image on its own."""
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    """Of the run, in its report and dataset card."""
+    seed: int = Field(0, ge=0, lt=2**63)
+    """Of the run; a sample's own seed is made of this and its key."""
+    source: Source
+    model: Model
+    style: Style
+    objective: Objective = Objective()
+    image: Image = Image()
+    output: Output
+    metrics: tuple[Literal["lpips"], ...] = ("lpips",)
+    """Computed for every sample at the result's size, one column each."""
+    compute: Compute = Compute()
+    errors: Errors = Errors()
+
+    def dump(self) -> dict[str, Any]:
+        """The resolved manifest as plain data, every default written out."""
+        return self.model_dump(mode="json")
+
+    @property
+    def identity(self) -> str:
+        """SHA-256 of all that results depend on: everything but `compute`, `errors` and where the output lies."""
+        plain = self.dump()
+        del plain["compute"], plain["errors"], plain["output"]["path"]
+        return str(hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest())
+
+
+def load(path: str | os.PathLike[str], overrides: Iterable[str] = ()) -> Manifest:
+    """Read a manifest.
+
+    Args:
+        path: a YAML file.
+        overrides: `key.path=value`, the value in YAML; they win over the file.
+
+    Raises:
+        ManifestError: with file, line and key, and what is wrong.
+    """
+    file = Path(path)
+    try:
+        text = file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
+        raise ManifestError(f"{file}: cannot read the manifest: {reason}") from error
+    try:
+        root = yaml.compose(text, Loader=yaml.SafeLoader)
+        data = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"{file}:{mark.line + 1}" if mark else str(file)
+        raise ManifestError(f"{where}: not valid YAML: {getattr(error, 'problem', None) or error}") from error
+    if not isinstance(data, dict):
+        raise ManifestError(f"{file}: a manifest is a mapping of keys; `smsbatch init` writes one to start from")
+    lines = _lines(root, file)
+    data = _from_environment(data, (), file, lines)
+    set_keys = [_override(data, override) for override in overrides]
+    try:
+        return Manifest.model_validate(data)
+    except ValidationError as error:
+        raise ManifestError("\n".join(_explain(error, file, lines, set_keys))) from error
+
+
+Key = tuple[str | int, ...]
+
+
+def _lines(node: yaml.Node | None, file: Path, key: Key = ()) -> dict[Key, int]:
+    """The line, from 1, of every key of a YAML document; YAML would let the second of two equal keys win in silence."""
+    items: list[tuple[str | int, int, yaml.Node]] = []
+    if isinstance(node, yaml.MappingNode):
+        items = [(name.value, name.start_mark.line + 1, value) for name, value in node.value]
+    elif isinstance(node, yaml.SequenceNode):
+        items = [(index, value.start_mark.line + 1, value) for index, value in enumerate(node.value)]
+    found: dict[Key, int] = {}
+    for name, line, value in items:
+        if (*key, name) in found:
+            raise ManifestError(f"{file}:{line}: {'.'.join(map(str, (*key, name)))}: stands here a second time")
+        found[(*key, name)] = line
+        found |= _lines(value, file, (*key, name))
+    return found
+
+
+def _from_environment(value: Any, key: Key, file: Path, lines: Mapping[Key, int]) -> Any:
+    """`${NAME}` and `${NAME:-default}` in every string value."""
+    if isinstance(value, dict):
+        return {name: _from_environment(item, (*key, name), file, lines) for name, item in value.items()}
+    if isinstance(value, list):
+        return [_from_environment(item, (*key, index), file, lines) for index, item in enumerate(value)]
+    if not isinstance(value, str):
+        return value
+
+    def replace(match: re.Match[str]) -> str:
+        name, default = match["name"], match["default"]
+        if name not in os.environ and default is None:
+            raise ManifestError(
+                f"{_where(file, key, lines)}: the environment has no {name}; set it, or ${{{name}:-default}}"
+            )
+        return os.environ.get(name, default or "")
+
+    return re.sub(r"\$\{(?P<name>\w+)(?::-(?P<default>[^}]*))?\}", replace, value)
+
+
+def _override(data: dict[str, Any], override: str) -> Key:
+    """Apply one `key.path=value` to `data`; returns the key."""
+    dotted, equals, text = override.partition("=")
+    names = dotted.strip().split(".")
+    if not equals or not all(names):
+        raise ManifestError(f"--set {override}: expected key.path=value, for instance output.path=out/x")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ManifestError(f"--set {override}: the value is not valid YAML") from error
+    section = data
+    for name in names[:-1]:
+        inner = section.setdefault(name, {})
+        if not isinstance(inner, dict):
+            raise ManifestError(f"--set {override}: {name} is a value, not a section")
+        section = inner
+    section[names[-1]] = value
+    return tuple(names)
+
+
+def _where(file: Path, key: Key, lines: Mapping[Key, int]) -> str:
+    """`file:line: key.path`; the line of the nearest section when the key itself is not in the file."""
+    dotted = ".".join(str(part) for part in key)
+    line = next((lines[key[:n]] for n in range(len(key), 0, -1) if key[:n] in lines), None)
+    place = f"{file}:{line}" if line else str(file)
+    return f"{place}: {dotted}" if dotted else place
+
+
+def _explain(error: ValidationError, file: Path, lines: Mapping[Key, int], set_keys: Sequence[Key]) -> list[str]:
+    """One line for each key at fault."""
+    explained: dict[str, list[str]] = {}
+    for problem in error.errors():
+        key: Key = problem["loc"]
+        if problem["type"] not in ("missing", "extra_forbidden"):  # pydantic appends the names of a union's members
+            key = next((key[:n] for n in range(len(key), 0, -1) if key[:n] in lines or key[:n] in set_keys), key)
+        where = f"--set {'.'.join(map(str, key))}" if key in set_keys else _where(file, key, lines)
+        explained.setdefault(where, []).append(_message(key, problem))
+    return [f"{where}: {', or '.join(dict.fromkeys(messages))}" for where, messages in explained.items()]
+
+
+def _message(key: Key, problem: Mapping[str, Any]) -> str:
+    if problem["type"] == "missing":
+        return "is missing; `smsbatch schema` lists every key"
+    if problem["type"] == "extra_forbidden":
+        known = _known_keys(key[:-1])
+        close = difflib.get_close_matches(str(key[-1]), known, n=1)
+        return "no such key; " + (f"did you mean {close[0]}?" if close else f"known here: {', '.join(known)}")
+    message = problem["msg"].removeprefix("Value error, ")
+    ours = message != problem["msg"]
+    given = problem["input"]
+    shown = f", not {given!r}" if not ours and isinstance(given, str | int | float) else ""
+    return message[0].lower() + message[1:] + shown
+
+
+def _known_keys(section: Key) -> list[str]:
+    model: type[BaseModel] = Manifest
+    for name in section:
+        annotation = model.model_fields[str(name)].annotation
+        assert isinstance(annotation, type)
+        assert issubclass(annotation, BaseModel)
+        model = annotation
+    return list(model.model_fields)

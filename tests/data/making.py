@@ -1,0 +1,71 @@
+"""What the data tests make: tars with any headers, pictures, outcomes."""
+
+from __future__ import annotations
+
+import io
+import tarfile
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+
+from smsbatch.data import pixels
+from smsbatch.data.sample import Outcome, Unit
+from smsbatch.data.store import Store
+
+IMAGES = ("jpg", "jpeg", "png", "webp")
+
+
+def make_tar(
+    path: Path, members: Iterable[tuple[str | tarfile.TarInfo, bytes]], format: int = tarfile.USTAR_FORMAT
+) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w", format=format) as tar:
+        for name, data in members:
+            member = name if isinstance(name, tarfile.TarInfo) else tarfile.TarInfo(name)
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+    return path
+
+
+def special(name: str, kind: bytes, target: str = "") -> tarfile.TarInfo:
+    member = tarfile.TarInfo(name)
+    member.type, member.linkname = kind, target
+    return member
+
+
+def make_files(root: Path, files: dict[str, bytes]) -> Path:
+    for name, data in files.items():
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
+    return root
+
+
+def pattern(height: int = 40, width: int = 60) -> pixels.Pixels:
+    """Four corners of four colours: red, green / blue, white."""
+    picture = np.zeros((height, width, 3), np.uint8)
+    picture[: height // 2, : width // 2] = 255, 0, 0
+    picture[: height // 2, width // 2 :] = 0, 255, 0
+    picture[height // 2 :, : width // 2] = 0, 0, 255
+    picture[height // 2 :, width // 2 :] = 255, 255, 255
+    return picture
+
+
+def outcome(number: int, salt: str = "", failed: bool = False) -> Outcome:
+    key = f"key-{number:04d}"
+    if failed:
+        return Outcome(key, "src.tar", error_code="decode_error", error_message="damaged", seed=number)
+    return Outcome(
+        key, "src.tar", f"image {key} {salt}".encode(), "webp", caption=f"caption {number}", metrics={"lpips": 0.5}
+    )
+
+
+def outcomes_of(unit: Unit, salt: str = "") -> list[Outcome]:
+    """Outcomes of a unit's rows; every fifth fails."""
+    return [outcome(number, salt, failed=number % 5 == 3) for number in range(unit.start, unit.stop)]
+
+
+def leftovers(store: Store) -> list[str]:
+    """Temporary files that a finished operation should not have left."""
+    return [path for path in store.list() if "/tmp/" in path]

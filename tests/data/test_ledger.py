@@ -1,0 +1,376 @@
+"""The ledger's guarantees, whatever dies, races or fills up.
+
+1. every planned sample is a row of its published shard, exactly once, in plan order
+2. a shard's tar and Parquet are of the same attempts: the digest in each row is that of the bytes in the tar
+3. a commit, once there, stands; who loses the race gets the winner's
+4. nothing half-written can look done, and nothing temporary stays behind a failure
+5. the published tar is a function of the outcomes alone: not of attempts, workers or the size of units
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import multiprocessing
+import os
+import random
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+from making import leftovers, outcome, outcomes_of
+
+from smsbatch.data.ledger import Commit, FileProof, Ledger, Published, new_attempt
+from smsbatch.data.sample import Unit
+from smsbatch.data.shards import read_rows, read_tar
+from smsbatch.data.store import Store
+from smsbatch.errors import StorageError
+
+
+def cut(samples: int, per_unit: int, per_shard: int) -> list[Unit]:
+    starts = range(0, samples, per_unit)
+    return [Unit(n, start // per_shard, start, min(start + per_unit, samples)) for n, start in enumerate(starts)]
+
+
+def by_shard(units: list[Unit]) -> dict[int, list[Unit]]:
+    return {shard: [unit for unit in units if unit.shard == shard] for shard in {unit.shard for unit in units}}
+
+
+def finish(ledger: Ledger, units: list[Unit], salt: str = "") -> None:
+    done = ledger.commits()
+    for unit in units:
+        if unit.id not in done:
+            ledger.commit(unit, outcomes_of(unit, salt), worker="w", seconds=1.0)
+    for shard, its in by_shard(units).items():
+        assert ledger.publish(shard, its) is not None
+
+
+def check_published(store: Store, units: list[Unit]) -> None:
+    """Guarantees 1 and 2, from the published files and commits alone."""
+    ledger = Ledger(store)
+    commits = ledger.commits()
+    for shard, its in by_shard(units).items():
+        record = ledger.published(shard)
+        assert record is not None
+        with store.open_read(record.parquet) as file:
+            rows = read_rows(file)
+        assert [row["key"] for row in rows] == [f"key-{n:04d}" for unit in its for n in range(unit.start, unit.stop)]
+        with store.open_read(record.tar) as file:
+            found = {key: hashlib.sha256(fields["webp"]).hexdigest() for key, fields in read_tar(file)}
+        assert found == {row["key"]: row["sha256"] for row in rows if row["status"] == "success"}
+        assert {(row["unit"], row["attempt"]) for row in rows} == {(unit.id, commits[unit.id].attempt) for unit in its}
+        assert (record.samples, record.succeeded, record.failed) == (len(rows), len(found), len(rows) - len(found))
+        assert sum(commits[unit.id].failed for unit in its) == record.failed
+        for path, proof in ((record.tar, record.files["tar"]), (record.parquet, record.files["parquet"])):
+            data = store.read(path)
+            assert FileProof(hashlib.sha256(data).hexdigest(), len(data)) == proof
+
+
+# --- the plain way ---
+
+
+def test_commit_and_publish(tmp_path: Path) -> None:
+    store = Store(tmp_path / "run")
+    ledger = Ledger(store, tmp_path / "scratch", ["lpips"])
+    units = cut(23, 4, 12)
+    first = ledger.commit(units[0], outcomes_of(units[0]), worker="gpu-1", seconds=2.5)
+    assert (first.unit, first.samples, first.succeeded, first.failed) == (0, 4, 3, 1)
+    assert (first.errors, first.worker, first.seconds) == ({"decode_error": 1}, "gpu-1", 2.5)
+    assert first.finished.endswith("+00:00")
+    assert ledger.committed(0) == first
+    assert ledger.committed(1) is None
+    assert ledger.publish(0, units[:3]) is None
+    assert ledger.published(0) is None
+    finish(ledger, units)
+    check_published(store, units)
+    assert list(ledger.commits()) == [0, 1, 2, 3, 4, 5]
+    assert ledger.commits()[0] == first
+    assert store.list("shards") == ["shards/000000.tar", "shards/000001.tar"]
+    assert store.list("metrics") == ["metrics/000000.parquet", "metrics/000001.parquet"]
+    assert leftovers(store) == []
+    assert list((tmp_path / "scratch").iterdir()) == []
+
+
+def test_records_survive_json() -> None:
+    files = {"tar": FileProof("ab", 1), "parquet": FileProof("cd", 2)}
+    commit = Commit(1, "a", "wörker", 3, 1, 2, {"oom": 2}, 1.5, "2026-01-01T00:00:00+00:00", files)
+    assert Commit.from_json(commit.to_json()) == commit
+    published = Published(1, ["a", "b"], 3, 1, 2, files)
+    assert Published.from_json(published.to_json()) == published
+
+
+def test_publishing_again_does_nothing_and_repairs_what_was_cut(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    ledger = Ledger(store)
+    units = cut(6, 3, 6)
+    finish(ledger, units)
+    tar = tmp_path / "shards" / "000000.tar"
+    before = tar.read_bytes(), tar.stat().st_mtime_ns
+    finish(ledger, units)
+    assert (tar.read_bytes(), tar.stat().st_mtime_ns) == before
+    os.truncate(tar, 512)
+    assert ledger.published(0) is None
+    finish(ledger, units)
+    assert tar.read_bytes() == before[0]
+    (tmp_path / "metrics" / "000000.parquet").unlink()
+    finish(ledger, units)
+    check_published(store, units)
+
+
+def test_the_tar_depends_on_the_outcomes_alone(tmp_path: Path) -> None:
+    tars = set()
+    for per_unit in (1, 2, 3, 12):
+        store = Store(tmp_path / f"{per_unit}")
+        finish(Ledger(store), cut(12, per_unit, 12))
+        tars.add(store.read("shards/000000.tar"))
+    assert len(tars) == 1
+
+
+def test_a_unit_of_failures_only(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    units = [Unit(0, 0, 3, 4)]
+    finish(Ledger(store, metrics=["lpips"]), units)
+    check_published(store, units)
+    assert len(store.read("shards/000000.tar")) == 10_240
+
+
+def test_one_outcome_per_sample(tmp_path: Path) -> None:
+    ledger = Ledger(Store(tmp_path))
+    unit = Unit(0, 0, 0, 3)
+    with pytest.raises(ValueError, match="has 3 samples, not 2"):
+        ledger.commit(unit, outcomes_of(unit)[:2], worker="w", seconds=1.0)
+    with pytest.raises(ValueError, match="3 samples are planned, there are rows of 1, 3 in all"):
+        ledger.commit(unit, [outcome(0)] * 3, worker="w", seconds=1.0)
+    assert Store(tmp_path).list() == []
+
+
+# --- races ---
+
+
+def test_the_loser_gets_the_winners_commit(tmp_path: Path) -> None:
+    class Late(Store):
+        """Somebody else commits the unit just before we do."""
+
+        def create(self, path: str, source: bytes | Path) -> bool:
+            if path.startswith("_smsbatch/commits"):
+                Ledger(Store(tmp_path)).commit(unit, outcomes_of(unit, "other"), worker="other", seconds=9.0)
+            return super().create(path, source)
+
+    unit = Unit(0, 0, 0, 4)
+    commit = Ledger(Late(tmp_path)).commit(unit, outcomes_of(unit, "ours"), worker="ours", seconds=1.0)
+    assert commit.worker == "other"
+    assert commit == Ledger(Store(tmp_path)).commit(unit, outcomes_of(unit, "third"), worker="third", seconds=1.0)
+    finish(Ledger(Store(tmp_path)), [unit])
+    check_published(Store(tmp_path), [unit])
+
+
+def test_a_used_attempt_name_is_refused(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    ledger, unit = Ledger(store), Unit(0, 0, 0, 2)
+    ledger.commit(unit, outcomes_of(unit), worker="w", seconds=1.0, attempt="1")
+    store.delete("_smsbatch/commits/000000.json")
+    with pytest.raises(StorageError, match="an attempt's name must be new"):
+        ledger.commit(unit, outcomes_of(unit, "other"), worker="w", seconds=1.0, attempt="1")
+    assert len({new_attempt() for _ in range(1000)}) == 1000
+
+
+RACED = cut(12, 2, 6)
+
+
+def race(root: Path, name: str, barrier: object) -> None:
+    ledger = Ledger(Store(root))
+    barrier.wait()  # type: ignore[attr-defined]
+    for unit in RACED:
+        ledger.commit(unit, outcomes_of(unit, name), worker=name, seconds=1.0)
+        ledger.publish(unit.shard, by_shard(RACED)[unit.shard])
+
+
+def test_processes_that_race_for_the_same_units(tmp_path: Path) -> None:
+    processes = multiprocessing.get_context("spawn")
+    barrier = processes.Barrier(3)
+    racers = [processes.Process(target=race, args=(tmp_path, f"w{n}", barrier)) for n in range(3)]
+    for racer in racers:
+        racer.start()
+    for racer in racers:
+        racer.join(60)
+        assert racer.exitcode == 0
+    check_published(Store(tmp_path), RACED)
+    assert leftovers(Store(tmp_path)) == []
+
+
+# --- deaths and full disks, at every point where something becomes durable ---
+
+STEPS = 40  # more than the file system calls of one commit and its publication
+
+
+def at_step(step: int, act: Callable[[], None]) -> Iterator[None]:
+    """Count fsync, link and rename, the calls that matter, and act instead of the given one."""
+    calls = {"fsync": (os, os.fsync), "link": (os, os.link), "replace": (Path, Path.replace)}
+    counted = iter(range(1_000_000))
+
+    def instead(original: Callable[..., object]) -> Callable[..., object]:
+        def call(*args: object) -> object:
+            if next(counted) == step:
+                act()
+            return original(*args)
+
+        return call
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name, (owner, original) in calls.items():
+            patch.setattr(owner, name, instead(original))
+        yield
+    assert next(counted) <= STEPS, "raise STEPS"
+
+
+UNIT = Unit(0, 0, 0, 4)
+
+
+def killed_at(root: Path, step: int) -> None:
+    for _ in at_step(step, lambda: os.kill(os.getpid(), signal.SIGKILL)):
+        finish(Ledger(Store(root), root / "scratch"), [UNIT], "killed")
+
+
+def test_a_process_killed_at_any_step_costs_nothing_but_its_attempt(tmp_path: Path) -> None:
+    """Real processes, really killed: one for each step of a commit and its publication."""
+    if sys.platform == "win32":
+        pytest.skip("needs SIGKILL")
+    processes = multiprocessing.get_context("forkserver")
+    processes.set_forkserver_preload([__name__])
+    children = [processes.Process(target=killed_at, args=(tmp_path / f"{n}", n)) for n in range(STEPS)]
+    for child in children:
+        child.start()
+    committed = published = survived = 0
+    for number, child in enumerate(children):
+        child.join(60)
+        assert child.exitcode in (0, -signal.SIGKILL)
+        survived += child.exitcode == 0
+        store = Store(tmp_path / f"{number}")
+        ledger = Ledger(store)
+        commits = ledger.commits()  # readable at any moment
+        committed += bool(commits)
+        published += ledger.published(0) is not None
+        finish(ledger, [UNIT], "again")
+        check_published(store, [UNIT])
+        assert ledger.commits() == (commits or ledger.commits())
+        salt = "killed" if commits else "again"
+        with store.open_read("shards/000000.tar") as file:
+            assert all(salt.encode() in fields["webp"] for _, fields in read_tar(file))
+    assert 0 < survived < published < committed < STEPS  # deaths came before, between and after all three
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO])
+def test_a_full_disk_at_any_step_is_one_clear_error_and_no_rubbish(tmp_path: Path, code: int) -> None:
+    def fail() -> None:
+        raise OSError(code, os.strerror(code))
+
+    failures = 0
+    for step in range(STEPS):
+        root = tmp_path / f"{step}"
+        store = Store(root / "run")
+        ledger = Ledger(store, root / "scratch")
+        for _ in at_step(step, fail):
+            try:
+                finish(ledger, [UNIT])
+            except StorageError as error:
+                failures += 1
+                assert os.strerror(code) in str(error)
+                assert ("free some space" if code == errno.ENOSPC else "run again") in str(error)
+        assert leftovers(store) == []
+        assert not (root / "scratch").exists() or list((root / "scratch").iterdir()) == []
+        finish(ledger, [UNIT])
+        check_published(store, [UNIT])
+    assert 10 < failures < STEPS
+
+
+# --- what somebody did to the files ---
+
+
+@pytest.mark.parametrize("kind", ["tar", "parquet"])
+@pytest.mark.parametrize("damage", ["gone", "cut", "changed"])
+def test_an_attempt_that_is_not_what_was_committed_is_not_published(tmp_path: Path, kind: str, damage: str) -> None:
+    store = Store(tmp_path)
+    ledger = Ledger(store)
+    commit = ledger.commit(UNIT, outcomes_of(UNIT), worker="w", seconds=1.0)
+    path = tmp_path / "_smsbatch" / "attempts" / "000000" / f"{commit.attempt}.{kind}"
+    data = path.read_bytes()
+    path.unlink()
+    if damage != "gone":
+        path.write_bytes(data[:-512] if damage == "cut" else data[:600] + bytes([data[600] ^ 1]) + data[601:])
+    with pytest.raises(StorageError, match=r"is not what was committed; delete .*/commits/000000\.json and run again"):
+        ledger.publish(0, [UNIT])
+    assert store.list("shards") == store.list("metrics") == []
+    store.delete("_smsbatch/commits/000000.json")  # the advice
+    finish(ledger, [UNIT])
+    check_published(store, [UNIT])
+
+
+@pytest.mark.parametrize("data", [b"", b"{", b"[]", b"{}", b'{"files": {}, "unit": 0, "new": 1}', b'{"files": 3}'])
+def test_a_commit_of_another_making_is_named(tmp_path: Path, data: bytes) -> None:
+    store = Store(tmp_path)
+    store.put("_smsbatch/commits/000000.json", data)
+    with pytest.raises(StorageError, match=r"commits/000000\.json is no record of this version"):
+        Ledger(store).commits()
+
+
+# --- a model: crashes, zombies and races in any order ---
+
+
+class Crash(BaseException):
+    """The process died here; nothing of ours may catch it."""
+
+
+class Unreliable(Store):
+    """Before and after each write the process may die, or be overtaken by another that works on the same units."""
+
+    def __init__(self, url: str, chance: random.Random, others: list[Callable[[], None]]) -> None:
+        super().__init__(url)
+        self.chance, self.others = chance, others
+
+    def _interrupted(self) -> None:
+        if self.chance.random() < 0.12:
+            raise Crash
+        if self.others and self.chance.random() < 0.15:
+            other = self.others.pop()
+            with suppress(Crash):
+                other()
+
+    def put(self, path: str, source: bytes | Path) -> None:
+        self._interrupted()
+        super().put(path, source)
+        self._interrupted()
+
+    def create(self, path: str, source: bytes | Path) -> bool:
+        self._interrupted()
+        created = super().create(path, source)
+        self._interrupted()
+        return created
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_any_schedule_ends_with_every_row_once(seed: int, tmp_path: Path) -> None:
+    chance = random.Random(seed)
+    url = f"memory://ledger-{seed}-{os.getpid()}-{tmp_path.name}"
+    units = cut(18, 3, 9)
+    seen: dict[int, Commit] = {}
+
+    def worker(name: str, others: list[Callable[[], None]]) -> None:
+        ledger = Ledger(Unreliable(url, chance, others))
+        for unit in chance.sample(units, len(units)):
+            commit = ledger.commit(unit, outcomes_of(unit, name), worker=name, seconds=1.0)
+            assert seen.setdefault(unit.id, commit) == commit  # guarantee 3
+            ledger.publish(unit.shard, by_shard(units)[unit.shard])
+
+    for round in range(200):
+        others = [lambda name=f"zombie-{round}-{n}": worker(name, []) for n in range(3)]
+        try:
+            worker(f"worker-{round}", others)
+        except Crash:
+            continue
+        break
+    store = Store(url)
+    assert Ledger(store).commits() == {unit.id: seen[unit.id] for unit in units}
+    check_published(store, units)

@@ -1,0 +1,272 @@
+"""Every picture of the wild becomes an upright opaque RGB array or one of four errors."""
+
+from __future__ import annotations
+
+import io
+import struct
+import zlib
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from making import pattern
+from PIL import Image
+
+from smsbatch.data.pixels import FORMATS, MAX_PIXELS, Pixels, decode, encode, fit, thumbnail
+from smsbatch.errors import SampleError
+
+
+def saved(image: Image.Image, format: str, **options: Any) -> bytes:
+    sink = io.BytesIO()
+    image.save(sink, format, **options)
+    return sink.getvalue()
+
+
+def corners(pixels: Pixels) -> list[list[int]]:
+    """The colours in the middle of each quarter: left to right, top to bottom, rounded to 0 / 255."""
+    height, width = pixels.shape[:2]
+    points = [
+        (height // 4, width // 4),
+        (height // 4, -width // 4),
+        (-height // 4, width // 4),
+        (-height // 4, -width // 4),
+    ]
+    return [(pixels[point] > 127).astype(int).tolist() for point in points]
+
+
+RED, GREEN, BLUE, WHITE, BLACK = [1, 0, 0], [0, 1, 0], [0, 0, 1], [1, 1, 1], [0, 0, 0]
+UPRIGHT = [RED, GREEN, BLUE, WHITE]
+RGB = Image.fromarray(pattern())
+
+
+def failure(data: bytes, **options: Any) -> tuple[str, str]:
+    with pytest.raises(SampleError) as caught:
+        decode(data, **options)
+    return caught.value.code, str(caught.value)
+
+
+# --- what is understood ---
+
+
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000"])
+def test_formats(format: str) -> None:
+    pixels = decode(saved(RGB, format))
+    assert (pixels.shape, pixels.dtype, corners(pixels)) == ((40, 60, 3), np.uint8, UPRIGHT)
+    assert pixels.flags.c_contiguous
+    assert pixels.flags.writeable
+
+
+@pytest.mark.parametrize(
+    ("mode", "format", "expected"),
+    [
+        ("P", "PNG", UPRIGHT),
+        ("P", "GIF", UPRIGHT),
+        ("CMYK", "JPEG", UPRIGHT),
+        ("CMYK", "TIFF", UPRIGHT),
+        ("YCbCr", "JPEG", UPRIGHT),
+        ("LAB", "TIFF", UPRIGHT),
+        ("L", "PNG", [BLACK, WHITE, BLACK, WHITE]),
+        ("1", "PNG", None),
+        ("LA", "PNG", [BLACK, WHITE, BLACK, WHITE]),
+        ("I;16", "PNG", [BLACK, WHITE, BLACK, WHITE]),
+        ("I;16", "TIFF", [BLACK, WHITE, BLACK, WHITE]),
+        ("I", "TIFF", [BLACK, WHITE, BLACK, WHITE]),
+    ],
+)
+def test_modes(mode: str, format: str, expected: list[list[int]] | None) -> None:
+    if mode.startswith("I"):
+        grey = np.asarray(RGB.convert("L")).astype(np.uint16 if mode == "I;16" else np.int32) * 257
+        image = Image.fromarray(grey)
+    else:
+        image = RGB.convert(mode)
+    pixels = decode(saved(image, format))
+    assert pixels.shape == (40, 60, 3)
+    assert expected is None or corners(pixels) == expected
+
+
+def test_sixteen_bits_become_the_nearest_eight() -> None:
+    levels = np.arange(0, 65536, 16, dtype=np.uint16).reshape(64, 64)
+    expected = np.round(levels / 65535 * 255).astype(np.uint8)
+    assert (decode(saved(Image.fromarray(levels), "PNG"))[..., 0] == expected).all()
+
+
+@pytest.mark.parametrize("kind", ["RGBA", "LA", "palette"])
+def test_alpha_lies_over_white(kind: str) -> None:
+    black = Image.new("RGBA", (32, 32), (0, 0, 0, 128))
+    black.paste((0, 0, 0, 0), (0, 0, 16, 32))
+    if kind == "palette":
+        image = Image.new("P", (32, 32), 0)
+        image.putpalette([10, 20, 30, 0, 0, 0])
+        image.paste(1, (16, 0, 32, 32))
+        pixels = decode(saved(image, "PNG", transparency=0))
+        assert pixels[0, 20].tolist() == [0, 0, 0]
+    else:
+        pixels = decode(saved(black.convert(kind), "PNG"))
+        assert pixels[0, 20].tolist() == [127] * 3
+    assert pixels[0, 5].tolist() == [255] * 3
+
+
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP", "TIFF"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_turns_the_picture_upright(format: str, orientation: int) -> None:
+    # What a camera stores so that a viewer sees the pattern: the inverse of what each tag asks for.
+    inverse = {2: 0, 3: 3, 4: 1, 5: 5, 6: 2, 7: 6, 8: 4}
+    stored = RGB if orientation == 1 else RGB.transpose(Image.Transpose(inverse[orientation]))
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    pixels = decode(saved(stored, format, exif=exif))
+    assert (pixels.shape, corners(pixels)) == ((40, 60, 3), UPRIGHT)
+
+
+@pytest.mark.parametrize("exif", [b"Exif\0\0garbage", b"Exif\0\0MM\0*\0\0\xff\xff", b"Exif\0\0II*\0\x08\0\0\0\xff\xff"])
+def test_damaged_exif_costs_nothing(exif: bytes) -> None:
+    assert corners(decode(saved(RGB, "JPEG", exif=exif))) == UPRIGHT
+
+
+@pytest.mark.parametrize("value", [0, 9, 65535])
+def test_an_unknown_orientation_is_upright(value: int) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = value
+    assert corners(decode(saved(RGB, "JPEG", exif=exif))) == UPRIGHT
+
+
+@pytest.mark.parametrize("format", ["GIF", "WEBP", "PNG", "TIFF"])
+def test_an_animation_gives_its_first_frame(format: str) -> None:
+    black = Image.new("RGB", RGB.size)
+    assert corners(decode(saved(RGB, format, save_all=True, append_images=[black, black]))) == UPRIGHT
+
+
+# --- what is refused ---
+
+
+def test_no_picture_at_all() -> None:
+    assert failure(b"") == ("decode_error", "an empty file (0 bytes)")
+    assert failure(b"<html>404 not found</html>") == ("decode_error", "not a picture in a known format")
+    postscript = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 99 99\n%%EndComments\n"
+    assert failure(postscript) == ("decode_error", "not a picture in a known format")
+    assert failure(saved(Image.fromarray(np.zeros((32, 32), np.float32)), "TIFF"))[0] == "decode_error"
+
+
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF"])
+@pytest.mark.parametrize("fraction", [0.02, 0.3, 0.6, 0.95])
+def test_a_truncated_picture_fails(format: str, fraction: float) -> None:
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8))
+    data = saved(noise, format)
+    assert failure(data[: int(len(data) * fraction)])[0] == "decode_error"
+
+
+FILES = [saved(RGB, format) for format in ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000")]
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.sampled_from(FILES), st.lists(st.tuples(st.integers(0, 400), st.integers(0, 255)), min_size=1, max_size=8))
+@example(FILES[1], [(24, 200)])
+def test_any_damage_is_a_picture_or_a_sample_error(data: bytes, changes: list[tuple[int, int]]) -> None:
+    damaged = bytearray(data)
+    for place, value in changes:
+        damaged[place % len(damaged)] = value
+    code, pixels = "", pattern()
+    try:
+        pixels = decode(bytes(damaged), max_pixels=1_000_000)
+    except SampleError as error:
+        code = error.code
+    assert code in {"", "decode_error", "too_small", "too_large"}
+    assert (pixels.dtype, pixels.shape[2:]) == (np.uint8, (3,))
+
+
+def bomb(width: int, height: int) -> bytes:
+    """A PNG of some hundred bytes whose header claims any size."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(bytes(1000))) + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize("side", [9_500, 12_000, 60_000])  # PIL is silent, warns, raises
+def test_a_bomb_is_too_large_before_it_is_decoded(side: int) -> None:
+    code, message = failure(bomb(side, side))
+    assert code == "too_large"
+    assert f"{MAX_PIXELS} pixels" in message
+
+
+def test_bounds_are_inclusive() -> None:
+    data = saved(RGB, "PNG")
+    assert decode(data, min_side=40, max_pixels=2400).shape == (40, 60, 3)
+    assert failure(data, min_side=41) == ("too_small", "60 x 40 is under the limit of 41 pixels a side")
+    assert failure(data, max_pixels=2399) == ("too_large", "60 x 40 is over the limit of 2399 pixels")
+
+
+# --- fit ---
+
+
+@pytest.mark.parametrize("size", [(40, 60), (60, 40), (50, 50), (300, 200), (17, 1000)])
+@pytest.mark.parametrize("resolution", [24, 128])
+def test_fit_shapes(size: tuple[int, int], resolution: int) -> None:
+    picture = pattern(*size)
+    fitted = fit(picture, resolution)
+    assert min(fitted.shape[:2]) == resolution
+    aspect = max(size) / min(size)
+    assert abs(max(fitted.shape[:2]) - resolution * aspect) <= 0.5
+    assert (fitted.shape[0] > fitted.shape[1]) == (size[0] > size[1])
+    square = fit(picture, resolution, "center_crop")
+    assert square.shape == (resolution, resolution, 3)
+    assert square.flags.c_contiguous
+    assert fit(picture, resolution, "none") is picture
+
+
+def test_fit_keeps_the_picture_and_its_centre() -> None:
+    assert corners(fit(pattern(400, 600), 64)) == UPRIGHT
+    assert corners(fit(pattern(40, 60), 256, "center_crop")) == UPRIGHT
+    assert (fit(pattern(64, 64), 64) == pattern(64, 64)).all()
+
+
+def test_fit_averages_when_it_shrinks() -> None:
+    board = (np.indices((512, 512)).sum(0) % 2 * 255).astype(np.uint8)
+    fitted = fit(np.stack([board] * 3, -1), 64).astype(int)
+    assert abs(fitted - 127).max() <= 8  # sampling without a filter would give 0 or 255
+
+
+def test_a_hair_is_too_large_to_fit() -> None:
+    with pytest.raises(SampleError, match="too long for its short side") as caught:
+        fit(np.zeros((1, 50_000, 3), np.uint8), 512)
+    assert caught.value.code == "too_large"
+
+
+def test_an_unknown_fit_or_format_is_our_own_mistake() -> None:
+    with pytest.raises(ValueError, match="unknown fit"):
+        fit(pattern(), 64, "stretch")
+    with pytest.raises(ValueError, match="unknown image format"):
+        encode(pattern(), "gif")
+
+
+# --- encode ---
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_encode_is_deterministic_and_comes_back(format: str) -> None:
+    smooth = np.linspace(0, 255, 64 * 48 * 3).astype(np.uint8).reshape(64, 48, 3)
+    data = encode(smooth, format, 95)
+    assert data == encode(smooth.copy(), format, 95)
+    difference = np.abs(decode(data).astype(int) - smooth)
+    assert difference.max() == 0 if format == "png" else difference.mean() < 3
+
+
+def test_quality_costs_bytes() -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
+    for format in ("webp", "jpg"):
+        assert len(encode(noise, format, 30)) < len(encode(noise, format, 95))
+
+
+def test_what_a_format_cannot_hold_is_an_encode_error() -> None:
+    with pytest.raises(SampleError, match="20000 x 16 as webp") as caught:
+        encode(np.zeros((16, 20_000, 3), np.uint8), "webp")
+    assert caught.value.code == "encode_error"
+
+
+def test_thumbnails_are_small_and_never_enlarged() -> None:
+    assert decode(thumbnail(pattern(400, 600), 120)).shape == (80, 120, 3)
+    assert decode(thumbnail(saved(RGB, "JPEG"), 120)).shape == (40, 60, 3)

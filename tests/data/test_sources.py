@@ -1,0 +1,400 @@
+"""What each source makes of good, odd and hostile input."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import json
+import os
+import tarfile
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from making import IMAGES, make_files, make_tar, special
+from webdataset.tariterators import base_plus_ext, group_by_keys, tar_file_iterator
+
+from smsbatch import tiny
+from smsbatch.data import sources
+from smsbatch.data.sample import Entry
+from smsbatch.data.sources import SOURCES, index, load_sample
+from smsbatch.data.tars import split_name
+from smsbatch.errors import SampleError, SourceError
+
+
+def listed(format: str, *urls: object) -> tuple[list[Entry], list[str]]:
+    notices: list[str] = []
+    return list(index(format, [str(url) for url in urls], IMAGES, notices)), notices
+
+
+def keys(format: str, *urls: object) -> list[str]:
+    return [entry.key for entry in listed(format, *urls)[0]]
+
+
+def refused(format: str, *urls: object) -> str:
+    with pytest.raises(SourceError) as caught:
+        listed(format, *urls)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+# --- webdataset: names ---
+
+
+@pytest.mark.parametrize(
+    ("pattern", "names"),
+    [
+        ("{000..002}", ["000", "001", "002"]),
+        ("{2..0}", ["2", "1", "0"]),
+        ("{8..11}", ["8", "9", "10", "11"]),
+        ("{08..11}", ["08", "09", "10", "11"]),
+        ("{b,a}-{0..1}", ["b-0", "b-1", "a-0", "a-1"]),
+        ("{a}", ["{a}"]),
+        ("?", ["1", "2"]),
+        ("*b", ["ab", "bb"]),
+        ("[1]", ["[1]"]),  # a file of that very name comes before the glob
+    ],
+)
+def test_brace_ranges_lists_and_globs(tmp_path: Path, pattern: str, names: list[str]) -> None:
+    for number, name in enumerate([*names, "other-longer"]):
+        make_tar(tmp_path / f"{name}.tar", [(f"{number}.jpg", b"x")])
+    entries, notices = listed("webdataset", f"{tmp_path}/{pattern}.tar")
+    assert [entry.url for entry in entries] == [f"{tmp_path}/{name}.tar" for name in names]
+    assert notices == []
+
+
+def test_one_missing_file_of_a_range_is_named(tmp_path: Path) -> None:
+    make_tar(tmp_path / "0.tar", [("a.jpg", b"x")])
+    assert refused("webdataset", f"{tmp_path}/{{0..1}}.tar") == f"{tmp_path}/1.tar: no such file; check source.urls"
+    assert "no such file" in refused("webdataset", tmp_path / "none*.tar")
+
+
+def test_a_relative_path_is_stored_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_tar(tmp_path / "a.tar", [("a.jpg", b"x")])
+    make_files(tmp_path / "folder", {"b.jpg": b"y"})
+    monkeypatch.chdir(tmp_path)
+    urls = [listed("webdataset", "a.tar")[0][0].url, listed("folder", "folder")[0][0].url]
+    assert urls == [f"{tmp_path}/a.tar", f"{tmp_path}/folder/b.jpg"]
+
+
+def test_a_tiny_name_stays_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_files(tmp_path, {"photos/b.jpg": b"y", "photos/b.txt": b"hay"})
+    monkeypatch.setattr(tiny, "resolve", lambda url: url.replace("tiny:", f"{tmp_path}/"))
+    (entry,), _ = listed("folder", "tiny:photos")
+    assert entry.url == "tiny:photos/b.jpg"
+    assert load_sample(entry, IMAGES, ["txt"]).caption == "hay"
+
+
+@given(st.text("abC./-é", min_size=1, max_size=12).filter(lambda name: not name.startswith("./")))
+def test_names_split_as_the_library_splits_them(name: str) -> None:
+    key, extension = base_plus_ext(name)
+    assert split_name(name) == (None if key is None else (key, extension.lower()))
+
+
+# --- webdataset: contents ---
+
+
+@pytest.mark.parametrize("format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_the_index_has_the_bytes_the_library_reads(tmp_path: Path, format: int) -> None:
+    members = [
+        ("readme", b"no extension"),
+        ("__meta__/x.json", b"library data"),
+        (".hidden.jpg", b"hidden"),
+        ("dir.v1/0001.jpg", b"one"),
+        ("dir.v1/0001.seg.PNG", b"mask"),
+        ("dir.v1/0001.txt", "häy".encode()),
+        ("0002.JPEG", b"two"),
+        ("naïve.jpg", b"three"),
+        ("0004.jpg", b""),
+    ]
+    path = make_tar(tmp_path / "a.tar", members, format)
+    entries, notices = listed("webdataset", path)
+    ours = {}
+    for entry in entries:
+        sample = load_sample(entry, IMAGES, ["txt"])
+        ours[sample.key] = {sample.image_field: sample.image, **sample.fields}
+    with path.open("rb") as file:
+        samples = group_by_keys({**item, "__url__": ""} for item in tar_file_iterator(file))
+        theirs = {sample.pop("__key__"): sample for sample in samples}
+    for sample in theirs.values():
+        sample.pop("__url__")
+    assert ours == theirs
+    assert list(ours) == ["dir.v1/0001", "0002", "naïve", "0004"]
+    assert notices == []
+
+
+def test_a_leading_dot_slash_is_dropped(tmp_path: Path) -> None:
+    assert keys("webdataset", make_tar(tmp_path / "a.tar", [("./a.jpg", b"x"), (".//b/c.jpg", b"y")])) == ["a", "b/c"]
+
+
+def test_indexing_reads_headers_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = make_tar(tmp_path / "a.tar", [(f"{number}.jpg", bytes(1_000_000)) for number in range(5)])
+    read = []
+
+    class Counting(io.FileIO):
+        def read(self, size: int = -1) -> bytes:
+            data = super().read(size)
+            read.append(len(data))
+            return data
+
+    monkeypatch.setattr(sources, "open_url", Counting)
+    assert len(listed("webdataset", path)[0]) == 5
+    assert sum(read) < 20_000
+
+
+def test_fields_need_not_be_adjacent(tmp_path: Path) -> None:
+    path = make_tar(tmp_path / "a.tar", [("a.jpg", b"1"), ("b.jpg", b"2"), ("a.txt", b"A"), ("b.txt", b"B")])
+    entries, _ = listed("webdataset", path)
+    assert [(entry.key, list(entry.fields)) for entry in entries] == [("a", ["jpg", "txt"]), ("b", ["jpg", "txt"])]
+
+
+def test_the_preferred_picture_is_taken_and_the_other_dropped(tmp_path: Path) -> None:
+    path = make_tar(tmp_path / "a.tar", [("a.png", b"png"), ("a.jpg", b"jpg"), ("a.seg.png", b"mask")])
+    (entry,), _ = listed("webdataset", path)
+    sample = load_sample(entry, IMAGES, [])
+    assert (sample.image_field, sample.image, sample.fields) == ("jpg", b"jpg", {"seg.png": b"mask"})
+
+
+def test_a_sample_without_picture_is_an_entry_that_fails(tmp_path: Path) -> None:
+    path = make_tar(tmp_path / "a.tar", [("a.jpg", b"x"), ("b.txt", b"text"), ("b.gif", b"gif")])
+    entries, _ = listed("webdataset", path)
+    assert [entry.key for entry in entries] == ["a", "b"]
+    with pytest.raises(SampleError, match=r"^no image \(jpg, jpeg, png, webp\) among its fields: txt, gif$") as caught:
+        load_sample(entries[1], IMAGES, [])
+    assert caught.value.code == "read_error"
+    assert entries[1].url == str(path)
+
+
+# --- webdataset: damage ---
+
+
+def three_samples(tmp_path: Path) -> Path:
+    """Members of 512 header + 1024 data bytes: a.jpg at 0, b.jpg at 1536, c.jpg at 3072, end at 4608."""
+    return make_tar(tmp_path / "a.tar", [(f"{key}.jpg", key.encode() * 1000) for key in "abc"])
+
+
+def cut(path: Path, length: int) -> Path:
+    os.truncate(path, length)
+    return path
+
+
+def test_cut_in_data_keeps_the_whole_samples_and_fails_the_cut_one(tmp_path: Path) -> None:
+    entries, notices = listed("webdataset", cut(three_samples(tmp_path), 3072 + 512 + 400))
+    assert [load_sample(entry, IMAGES, []).image for entry in entries[:2]] == [b"a" * 1000, b"b" * 1000]
+    with pytest.raises(SampleError, match=r"a\.tar: cut off, 600 of 1000 bytes at 3584 are missing"):
+        load_sample(entries[2], IMAGES, [])
+    assert notices == [f"{tmp_path}/a.tar: unexpected end of data at byte 4608; samples found: 3"]
+
+
+def test_cut_between_data_and_padding_loses_nothing(tmp_path: Path) -> None:
+    entries, notices = listed("webdataset", cut(three_samples(tmp_path), 3072 + 512 + 1000))
+    assert load_sample(entries[2], IMAGES, []).image == b"c" * 1000
+    assert len(notices) == 1
+
+
+@pytest.mark.parametrize("extra", [0, 100, 512, 800])
+def test_cut_at_a_member_boundary_is_noticed(tmp_path: Path, extra: int) -> None:
+    path = cut(three_samples(tmp_path), 3072)
+    path.write_bytes(path.read_bytes() + bytes(extra))
+    entries, notices = listed("webdataset", path)
+    assert [entry.key for entry in entries] == ["a", "b"]
+    assert notices == [f"{path}: no end-of-archive blocks, perhaps cut; samples found: 2"]
+
+
+def test_a_damaged_header_is_noticed(tmp_path: Path) -> None:
+    path = three_samples(tmp_path)
+    data = bytearray(path.read_bytes())
+    data[1536:1600] = b"\xff" * 64
+    path.write_bytes(data)
+    entries, notices = listed("webdataset", path)
+    assert [entry.key for entry in entries] == ["a"]
+    assert notices == [f"{path}: damaged header at byte 1536, nothing after it can be read; samples found: 1"]
+
+
+def test_cut_between_image_and_caption_is_noticed(tmp_path: Path) -> None:
+    path = make_tar(tmp_path / "a.tar", [("a.jpg", b"x"), ("a.txt", b"text")])
+    (entry,), notices = listed("webdataset", cut(path, 1024))
+    assert load_sample(entry, IMAGES, ["txt"]).caption == ""
+    assert "perhaps cut" in notices[0]
+
+
+def test_empty_shards_are_noticed_and_an_empty_source_refused(tmp_path: Path) -> None:
+    (tmp_path / "zero.tar").touch()
+    make_tar(tmp_path / "nothing.tar", [])
+    good = make_tar(tmp_path / "good.tar", [("a.jpg", b"x")])
+    entries, notices = listed("webdataset", tmp_path / "zero.tar", tmp_path / "nothing.tar", good)
+    assert len(entries) == 1
+    assert notices == [
+        f"{tmp_path}/zero.tar: an empty file; samples found: 0",
+        f"{tmp_path}/nothing.tar: no samples in it",
+    ]
+    message = refused("webdataset", tmp_path / "nothing.tar")
+    assert "no samples found" in message
+    assert "expected pictures (jpg, jpeg, png, webp)" in message
+
+
+def test_what_is_no_tar_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.tar.gz").write_bytes(gzip.compress(three_samples(tmp_path).read_bytes()))
+    (tmp_path / "text.tar").write_text("hello " * 1000)
+    (tmp_path / "folder.tar").mkdir()
+    for name in ("a.tar.gz", "text.tar"):
+        assert f"{name}: not an uncompressed tar" in refused("webdataset", tmp_path / name)
+    assert "folder.tar: Is a directory" in refused("webdataset", tmp_path / "folder.tar")
+
+
+def test_links_and_devices_are_passed_over_and_said(tmp_path: Path) -> None:
+    members = [
+        (special("link.jpg", tarfile.SYMTYPE, "/etc/passwd"), b""),
+        (special("hard.jpg", tarfile.LNKTYPE, "a.jpg"), b""),
+        (special("device.jpg", tarfile.CHRTYPE), b""),
+        (special("pipe.jpg", tarfile.FIFOTYPE), b""),
+        (special("folder.jpg", tarfile.DIRTYPE), b""),
+        ("a.jpg", b"x"),
+    ]
+    path = make_tar(tmp_path / "a.tar", members)
+    entries, notices = listed("webdataset", path)
+    assert [entry.key for entry in entries] == ["a"]
+    assert notices == [f"{path}: links or devices passed over: 4"]
+
+
+# --- keys ---
+
+
+@pytest.mark.parametrize(
+    ("name", "complaint"),
+    [
+        ("../../etc/a.jpg", "points outside of its archive"),
+        ("a/../b.jpg", "points outside of its archive"),
+        ("/etc/a.jpg", "points outside of its archive"),
+        ("a\nb.jpg", "has control characters"),
+        ("a.j\x1bpg", "has control characters"),
+        (b"caf\xe9.jpg".decode(errors="surrogateescape"), "is not UTF-8"),
+        ("k" * 96 + ".jpg", "has 101 bytes"),  # the result may be .webp
+        ("é" * 60 + ".jpg", "has 125 bytes"),
+        ("d" * 80 + "/" + "k" * 80 + ".jpg", "has 166 bytes"),
+        ("k" * 300 + ".jpg", "has 305 bytes"),
+    ],
+)
+@pytest.mark.parametrize("format", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_unsafe_keys_are_refused(tmp_path: Path, name: str, complaint: str, format: int) -> None:
+    message = refused("webdataset", make_tar(tmp_path / "a.tar", [("ok.jpg", b"x"), (name, b"y")], format))
+    assert complaint in message
+    assert "a.tar" in message
+
+
+def test_a_key_of_100_bytes_is_taken(tmp_path: Path) -> None:
+    assert keys("webdataset", make_tar(tmp_path / "a.tar", [("k" * 95 + ".jpg", b"x")])) == ["k" * 95]
+
+
+def test_duplicate_keys_name_both_places(tmp_path: Path) -> None:
+    one, two = (make_tar(tmp_path / f"{number}.tar", [("a.jpg", b"x")]) for number in (1, 2))
+    assert refused("webdataset", one, two).startswith(f"{two}: key 'a' is also in {one}")
+    assert refused("webdataset", one, one) == f"{one}: listed twice in source.urls; name it once"
+    twice = make_tar(tmp_path / "3.tar", [("a.jpg", b"x"), ("b.jpg", b"x"), ("a.JPG", b"y")])
+    assert refused("webdataset", twice).startswith(f"{twice}: two members are a.jpg")
+
+
+# --- folder ---
+
+
+def test_folder_keys_and_sidecars(tmp_path: Path) -> None:
+    files = {
+        "b/two.JPG": b"2",
+        "b/two.TXT": b"text",
+        "b/two.json": b"{}",
+        "b/two.gif": b"not in images",
+        "a.v1/one.x.png": b"1",
+        "a.v1/one.txt": b"of another stem",
+        ".git/three.jpg": b"hidden",
+        ".four.jpg": b"hidden",
+        "notes.txt": b"nobody's",
+        "jpg": b"no suffix",
+    }
+    entries, notices = listed("folder", make_files(tmp_path / "photos", files))
+    assert [(entry.key, entry.image, sorted(entry.fields)) for entry in entries] == [
+        ("a_v1__one_x", "png", ["png"]),
+        ("b__two", "jpg", ["jpg", "json", "txt"]),
+    ]
+    assert entries[1].url == f"{tmp_path}/photos/b/two.JPG"
+    sample = load_sample(entries[1], IMAGES, ["txt"])
+    assert (sample.image, sample.caption, sample.fields) == (b"2", "text", {"json": b"{}", "txt": b"text"})
+    assert notices == []
+
+
+def test_folder_clashes_are_refused(tmp_path: Path) -> None:
+    message = refused("folder", make_files(tmp_path / "one", {"a.jpg": b"1", "a.png": b"2"}))
+    assert message.startswith(f"{tmp_path}/one/a.png: key 'a' is also in {tmp_path}/one/a.jpg")
+    assert "'a__b' is also" in refused("folder", make_files(tmp_path / "two", {"a/b.jpg": b"1", "a__b.jpg": b"2"}))
+    make_files(tmp_path / "three", {"a.jpg": b"1"})
+    assert "'a' is also" in refused("folder", tmp_path / "three", tmp_path / "three")
+
+
+def test_what_is_no_folder_of_pictures_is_refused(tmp_path: Path) -> None:
+    make_files(tmp_path, {"empty/notes.txt": b"x", "a.tar": b"x"})
+    assert refused("folder", tmp_path / "none") == f"{tmp_path}/none: no such folder; check source.urls"
+    assert "set source.format to webdataset" in refused("folder", tmp_path / "a.tar")
+    assert "no samples found" in refused("folder", tmp_path / "empty")
+
+
+def test_links_to_files_are_followed_and_pipes_never_opened(tmp_path: Path) -> None:
+    make_files(tmp_path, {"elsewhere.jpg": b"picture", "photos/a.jpg": b"x"})
+    (tmp_path / "photos" / "link.jpg").symlink_to(tmp_path / "elsewhere.jpg")
+    (tmp_path / "photos" / "broken.jpg").symlink_to(tmp_path / "gone.jpg")
+    (tmp_path / "photos" / "loop.jpg").symlink_to(tmp_path / "photos")
+    os.mkfifo(tmp_path / "photos" / "pipe.jpg")
+    entries, _ = listed("folder", tmp_path / "photos")
+    assert [(entry.key, load_sample(entry, IMAGES, []).image) for entry in entries] == [
+        ("a", b"x"),
+        ("link", b"picture"),
+    ]
+
+
+@pytest.mark.parametrize("format", SOURCES)
+def test_a_file_that_goes_away_after_planning_is_a_failed_sample(tmp_path: Path, format: str) -> None:
+    if format == "webdataset":
+        path, url = (make_tar(tmp_path / "a.tar", [("a.jpg", b"x")]),) * 2
+    else:
+        path, url = make_files(tmp_path, {"a.jpg": b"x"}) / "a.jpg", tmp_path
+    (entry,), _ = listed(format, url)
+    path.unlink()
+    with pytest.raises(SampleError, match="No such file") as caught:
+        load_sample(entry, IMAGES, [])
+    assert caught.value.code == "read_error"
+
+
+# --- captions ---
+
+
+def caption(rules: list[str], **fields: bytes) -> str:
+    return sources.caption_of(fields, rules)
+
+
+def test_the_first_rule_that_finds_one_gives_the_caption() -> None:
+    fields = {"txt": b"\xef\xbb\xbf a caption\n", "json": json.dumps({"caption": "söme", "other": None}).encode()}
+    assert caption(["txt", "json:caption"], **fields) == "a caption"
+    assert caption(["json:caption", "txt"], **fields) == "söme"
+    assert caption(["json:missing", "json:other", "cls", "txt"], **fields) == "a caption"
+    assert caption(["cls"], **fields) == ""
+    assert caption([], **fields) == ""
+
+
+@pytest.mark.parametrize(
+    ("rule", "data", "complaint"),
+    [
+        ("txt", b"caf\xe9", "not UTF-8"),
+        ("txt", b"\xff\xfeh\0i\0", "not UTF-8"),
+        ("json:caption", b"\xff{}", "not UTF-8"),
+        ("json:caption", b"{'caption': 1}", "not JSON"),
+        ("json:caption", b"", "not JSON"),
+        ("json:caption", b"[" * 200_000, "not JSON"),
+        ("json:caption", b'["caption"]', "not a JSON object"),
+        ("json:caption", b'{"caption": ["a", "b"]}', "not a text"),
+        ("json:caption", b'{"caption": "half a pair: \\ud83d"}', "not a text"),
+    ],
+)
+def test_a_bad_caption_fails_the_sample(rule: str, data: bytes, complaint: str) -> None:
+    with pytest.raises(SampleError, match=complaint) as caught:
+        caption([rule], **{rule.partition(":")[0]: data})
+    assert caught.value.code == "bad_caption"

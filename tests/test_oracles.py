@@ -1,0 +1,285 @@
+"""The oracles against published figures and against libraries that share no code with them."""
+
+from __future__ import annotations
+
+import numpy as np
+import oracles
+import pytest
+import torch
+from diffusers import DDIMScheduler
+from numpy.typing import NDArray
+from scipy.fft import dctn, idctn
+
+Array = NDArray[np.float64]
+
+
+def noise(*shape: int, seed: int = 0) -> Array:
+    return np.random.default_rng(seed).standard_normal(shape)
+
+
+@pytest.fixture(scope="module")
+def scheduler() -> DDIMScheduler:
+    return DDIMScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", num_train_timesteps=1000, steps_offset=1
+    )
+
+
+# ---------------------------------------------------------------------------------------------------- noise schedule
+
+
+def test_schedule_is_that_of_diffusers(scheduler: DDIMScheduler) -> None:
+    np.testing.assert_allclose(oracles.betas(), scheduler.betas.numpy(), rtol=1e-5)
+    np.testing.assert_allclose(oracles.alphas_cumprod(), scheduler.alphas_cumprod.numpy(), rtol=1e-4)
+
+
+def test_noising_and_the_clean_estimate_are_inverse_and_agree_with_diffusers(scheduler: DDIMScheduler) -> None:
+    z, eps = noise(4, 5, 7), noise(4, 5, 7, seed=1)
+    z_t = oracles.add_noise(z, eps, 321)
+    theirs = scheduler.add_noise(torch.from_numpy(z)[None], torch.from_numpy(eps)[None], torch.tensor([321]))[0]
+    np.testing.assert_allclose(z_t, theirs.numpy(), rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(oracles.predicted_clean(z_t, eps, 321), z, atol=1e-12)
+
+
+@pytest.mark.parametrize(("t", "w"), [(21, 8.6e-4), (101, 1.36e-3), (201, 2.03e-3), (301, 2.83e-3), (499, 4.79e-3)])
+def test_released_weight_has_the_published_values(t: int, w: float) -> None:
+    assert oracles.weight_released(t) == pytest.approx(w, rel=5e-3)
+
+
+def test_released_weight_needs_a_timestep_two_before() -> None:
+    with pytest.raises(ValueError, match="t = 1"):
+        oracles.weight_released(1)
+
+
+def test_dmd_weight_turns_a_noise_difference_into_a_normalised_clean_difference() -> None:
+    z, eps, e_real, e_fake = (noise(4, 3, 5, seed=s) for s in range(4))
+    z_t = oracles.add_noise(z, eps, 250)
+    x_real, x_fake = oracles.predicted_clean(z_t, e_real, 250), oracles.predicted_clean(z_t, e_fake, 250)
+    expected = (x_fake - x_real) / np.abs(z - x_real).mean()
+    np.testing.assert_allclose(oracles.weight_dmd(250, z, z_t, e_real) * (e_real - e_fake), expected, rtol=1e-9)
+
+
+# ------------------------------------------------------------------------------------------------- timestep sampling
+
+
+def test_released_grid_is_what_diffusers_sets(scheduler: DDIMScheduler) -> None:
+    scheduler.set_timesteps(500)
+    ascending = list(reversed(scheduler.timesteps.tolist()))
+    assert oracles.released_range(0, 500) == ascending[10:250]
+
+
+def test_released_range_has_the_published_ends_mean_and_collapse() -> None:
+    ranges = [oracles.released_range(i, 500) for i in range(500)]
+    assert ranges[0][0] == 21
+    assert ranges[0][-1] == 499
+    assert [r == [21] for r in ranges] == [False] * 477 + [True] * 23
+    assert np.mean([np.mean(r) for r in ranges]) == pytest.approx(135, abs=0.5)
+    assert np.mean([np.mean(np.array(r) < 100) for r in ranges]) == pytest.approx(0.49, abs=0.005)
+
+
+@pytest.mark.parametrize("n", [1, 7, 50, 100, 500])
+def test_ranges_start_whole_narrow_and_are_never_empty(n: int) -> None:
+    for whole, of in (
+        (list(range(21, 500, 2)), oracles.released_range),
+        (list(range(20, 501)), oracles.paper_range),
+    ):
+        lengths = [len(of(i, n)) for i in range(n)]
+        assert of(0, n) == whole
+        assert lengths == sorted(lengths, reverse=True)
+        assert lengths[-1] >= 1
+        assert all(of(i, n)[0] == whole[0] for i in range(n))
+
+
+def test_ranges_are_exact_where_floats_are_not() -> None:
+    assert int(500 * (0.5 * (1 - 32 / 100))) == 169  # what a float makes of 170
+    assert oracles.released_range(32, 100)[-1] == 1 + 2 * 169
+    assert oracles.paper_range(1, 10, 20, 500)[-1] == 450
+    assert oracles.paper_range(490, 500, 20, 500) == [20]
+    assert oracles.paper_range(480, 500, 20, 500) == [20]
+    assert oracles.paper_range(479, 500, 20, 500) == [20, 21]
+
+
+# ---------------------------------------------------------------------------------------------------- style gradient
+
+
+def test_guidance_one_is_the_condition_and_zero_the_null() -> None:
+    null, cond = noise(2, 3, 3), noise(2, 3, 3, seed=1)
+    np.testing.assert_allclose(oracles.guided(null, cond, 1.0), cond)
+    np.testing.assert_allclose(oracles.guided(null, cond, 0.0), null)
+    np.testing.assert_allclose(oracles.guided(np.zeros(1), np.ones(1), 4.5), [4.5])
+
+
+def test_a_style_equal_to_the_fake_pulls_nowhere() -> None:
+    e = noise(4, 3, 3)
+    assert not oracles.style_gradient(0.3, e, e).any()
+    np.testing.assert_allclose(oracles.style_gradient(2.0, np.ones(3), np.zeros(3)), 2.0)
+
+
+def test_relevance_maps_differ_just_where_channels_cancel() -> None:
+    null = np.zeros((2, 1, 3))
+    edit = np.array([[[1.0, 2.0, 0.0]], [[-1.0, 2.0, 0.0]]])
+    np.testing.assert_allclose(oracles.relevance_paper(edit, null), [[0.5, 1.0, 0.0]])
+    np.testing.assert_allclose(oracles.relevance_released(edit, null), [[0.0, 1.0, 0.0]])
+
+
+@pytest.mark.parametrize("relevance", [oracles.relevance_paper, oracles.relevance_released])
+def test_relevance_spans_zero_to_one_ignores_scale_and_a_constant_map_is_ones(relevance) -> None:  # type: ignore[no-untyped-def]
+    edit, null = noise(4, 6, 9), noise(4, 6, 9, seed=1)
+    r = relevance(edit, null)
+    assert (r.shape, r.min(), r.max()) == ((6, 9), 0.0, 1.0)
+    np.testing.assert_allclose(relevance(null + 7 * (edit - null), null), r)
+    np.testing.assert_array_equal(relevance(null, null), np.ones((6, 9)))
+
+
+# ---------------------------------------------------------------------------------------------------------- spectrum
+
+
+@pytest.mark.parametrize("shape", [(1, 8, 8), (4, 5, 9), (2, 12, 3), (1, 1, 6)])
+def test_dct_is_scipys_orthonormal_one(shape: tuple[int, ...]) -> None:
+    x = noise(*shape)
+    np.testing.assert_allclose(oracles.dct2(x), dctn(x, axes=(1, 2), norm="ortho"), atol=1e-12)
+    np.testing.assert_allclose(oracles.idct2(x), idctn(x, axes=(1, 2), norm="ortho"), atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("t", "kept"), [(21, 0.005), (101, 0.086), (201, 0.32), (301, 0.68), (401, 0.92), (499, 0.9998)]
+)
+def test_mask_keeps_the_published_share_of_a_64_by_64_latent(t: int, kept: float) -> None:
+    assert oracles.low_pass_mask(64, 64, t).mean() == pytest.approx(kept, abs=0.006 if kept < 0.99 else 1e-4)
+
+
+def test_mask_of_a_non_square_latent_counts_both_sides() -> None:
+    mask = oracles.low_pass_mask(3, 5, 250)  # int(250/500 * 6) = 3
+    np.testing.assert_array_equal(mask, [[1, 1, 1, 1, 0], [1, 1, 1, 0, 0], [1, 1, 0, 0, 0]])
+    assert oracles.low_pass_mask(3, 5, 500).all()
+    assert oracles.low_pass_mask(3, 5, 0).sum() == 1
+
+
+@pytest.mark.parametrize("shape", [(2, 4, 4), (1, 3, 6)])
+@pytest.mark.parametrize("t", [21, 150, 499])
+@pytest.mark.parametrize("preset", ["released", "paper"])
+def test_spectral_gradients_are_the_slopes_of_their_losses(shape: tuple[int, ...], t: int, preset: str) -> None:
+    z, z_src = noise(*shape), noise(*shape, seed=1)
+    loss = getattr(oracles, f"spectral_loss_{preset}")
+    slope = oracles.finite_difference(lambda x: loss(x, z_src, t), z)
+    closed = getattr(oracles, f"spectral_gradient_{preset}")(z, z_src, t)
+    np.testing.assert_allclose(closed, slope, atol=1e-7)
+    assert np.abs(closed).max() > 0
+
+
+def test_spectral_losses_of_an_unmasked_spectrum_are_plain_norms() -> None:
+    z, z_src = noise(2, 4, 6), noise(2, 4, 6, seed=1)
+    assert oracles.spectral_loss_paper(z, z_src, 500) == pytest.approx(((z - z_src) ** 2).sum())  # Parseval
+    difference = dctn(z - z_src, axes=(1, 2), norm="ortho")
+    assert oracles.spectral_loss_released(z, z_src, 500) == pytest.approx(np.abs(difference).mean())
+    assert oracles.spectral_loss_released(z, z_src, 21) < oracles.spectral_loss_released(z, z_src, 500)
+
+
+# --------------------------------------------------------------------------------------------------- fake score, AdamW
+
+
+@pytest.mark.parametrize(("t", "weight"), [(21, 0.96), (499, 0.077)])
+def test_released_fake_loss_is_the_papers_times_the_published_weight(t: int, weight: float) -> None:
+    e, eps = noise(4, 3, 3), noise(4, 3, 3, seed=1)
+    ratio = oracles.fake_loss_released(e, eps, t) / oracles.fake_loss_paper(e, eps)
+    assert ratio == pytest.approx(weight, rel=5e-3)
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 0.01])
+def test_adamw_is_torchs(weight_decay: float) -> None:
+    x, state = noise(3, 4), oracles.adam_start(np.zeros((3, 4)))
+    parameter = torch.nn.Parameter(torch.from_numpy(x.copy()))
+    optimizer = torch.optim.AdamW([parameter], lr=0.1, weight_decay=weight_decay)
+    for step in range(6):
+        lr, gradient = 0.02 * (step + 1), noise(3, 4, seed=step) * 1e-7  # near epsilon, where its place matters
+        optimizer.param_groups[0]["lr"] = lr
+        parameter.grad = torch.from_numpy(gradient)
+        optimizer.step()
+        x, state = oracles.adamw_step(x, gradient, state, lr, weight_decay=weight_decay)
+        np.testing.assert_allclose(x, parameter.detach().numpy(), rtol=1e-10)
+
+
+def test_learning_rate_has_the_published_ends_and_weight_decay_shrinks_by_the_published_factor() -> None:
+    lrs = [oracles.learning_rate(i) for i in range(500)]
+    assert lrs[0] == 0.0
+    assert lrs[100] == max(lrs) == pytest.approx(0.1)
+    assert lrs[499] == pytest.approx(0.0325, abs=5e-5)
+    assert np.prod([1 - 0.01 * lr for lr in lrs]) == pytest.approx(0.707, abs=2e-3)
+
+
+def test_learning_rate_is_diffusers_warm_up_and_cosine() -> None:
+    from diffusers.optimization import get_cosine_schedule_with_warmup
+
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.1)
+    schedule = get_cosine_schedule_with_warmup(optimizer, 100, 750)
+    for i in range(500):
+        assert oracles.learning_rate(i) == pytest.approx(schedule.get_last_lr()[0], abs=1e-12)
+        optimizer.step()
+        schedule.step()
+
+
+def test_learning_rate_of_a_shorter_run_is_the_same_curve() -> None:
+    assert [oracles.learning_rate(i, 100) for i in range(100)] == [oracles.learning_rate(5 * i) for i in range(100)]
+
+
+# -------------------------------------------------------------------------------------------------------------- LoRA
+
+
+def test_linear_lora_is_a_matrix_product() -> None:
+    down, up = noise(4, 6), noise(5, 4, seed=1)
+    np.testing.assert_allclose(oracles.lora_delta(down, up, alpha=2.0, scale=0.8), 0.8 * 0.5 * up @ down)
+    np.testing.assert_allclose(oracles.lora_delta(down, up), up @ down)
+    np.testing.assert_allclose(oracles.lora_delta(down, up, alpha=0.0), up @ down)
+
+
+@pytest.mark.parametrize("k", [1, 3])
+def test_convolution_lora_acts_as_its_two_convolutions_in_a_row(k: int) -> None:
+    down, up, x = noise(4, 6, k, k), noise(5, 4, 1, 1, seed=1), torch.from_numpy(noise(1, 6, 7, 8, seed=2))
+    whole = torch.nn.functional.conv2d(x, torch.from_numpy(oracles.lora_delta(down, up, alpha=8.0)), padding=k // 2)
+    middle = torch.nn.functional.conv2d(x, torch.from_numpy(down), padding=k // 2)
+    np.testing.assert_allclose(whole, 2.0 * torch.nn.functional.conv2d(middle, torch.from_numpy(up)), atol=1e-10)
+
+
+# ----------------------------------------------------------------------------------------------------- one iteration
+
+
+def scores(seed: int) -> oracles.Score:
+    """A made-up network that reacts to everything it is given."""
+    shift = {"cond": 0.3, "null": -0.1, "edit": 0.7}
+    pattern = noise(2, 4, 6, seed=seed)
+    return lambda z_t, t, text: np.sin(z_t + shift[text] * pattern) + t / 1000 * pattern
+
+
+@pytest.mark.parametrize("preset", ["released", "paper"])
+def test_iteration_is_the_slope_of_the_stop_gradient_loss(preset: oracles.Preset) -> None:
+    z, z_src, eps = (noise(2, 4, 6, seed=s) for s in range(3))
+    arguments = (preset, z, z_src, 201, eps, scores(3), scores(4), scores(5))
+    guidance = 4.5 if preset == "released" else 1.0
+    found = oracles.sms_iteration(*arguments, lam=0.05, guidance=guidance)
+    target = z - found.relevance * found.style  # held fixed: the stop-gradient
+    reduce = np.mean if preset == "released" else np.sum
+    spectral = getattr(oracles, f"spectral_loss_{preset}")
+
+    def loss(x: Array) -> float:
+        return float(0.5 * reduce((x - target) ** 2) + 0.05 * spectral(x, z_src, 201))
+
+    np.testing.assert_allclose(found.gradient, oracles.finite_difference(loss, z), atol=1e-6)
+
+
+def test_iteration_asks_each_model_at_the_right_place() -> None:
+    z, z_src, eps = (noise(2, 4, 6, seed=s) for s in range(3))
+    asked: dict[str, list[tuple[str, Array]]] = {"style": [], "fake": [], "real": []}
+
+    def spy(name: str) -> oracles.Score:
+        def score(z_t: Array, t: int, text: str) -> Array:
+            assert t == 101
+            asked[name].append((text, z_t))
+            return scores(3)(z_t, t, text)
+
+        return score
+
+    found = oracles.sms_iteration("released", z, z_src, 101, eps, spy("style"), spy("fake"), spy("real"), 0.0, 4.5)
+    assert not found.gradient.any()  # style and fake agree, and lambda is 0
+    for name, base, texts in (("style", z, "cond null"), ("fake", z, "cond null"), ("real", z_src, "edit null")):
+        assert sorted(text for text, _ in asked[name]) == texts.split()
+        for _, z_t in asked[name]:
+            np.testing.assert_allclose(z_t, oracles.add_noise(base, eps, 101))

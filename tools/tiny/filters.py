@@ -1,0 +1,135 @@
+"""Procedural style filters: what the style LoRAs are taught, and the oracle they are measured against.
+
+Each takes a uint8 [h, w, 3] picture of about 128 px and a generator, and returns one of the same shape. Lengths are
+pixels at that size. A style is a grade (palette and tone, easy to learn), a drawing (flat regions, lines, strokes along
+the picture's own structure) and a ground (paper or canvas).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+from numpy import ndarray
+from scipy.ndimage import gaussian_filter, map_coordinates, sobel, uniform_filter
+
+LUMA = np.array([0.299, 0.587, 0.114])
+
+
+def oil(picture: ndarray, rng: np.random.Generator) -> ndarray:
+    """Oil painting: colour dragged along the forms in long strokes with ridges of paint, deep warm colours."""
+    x = picture / 255.0
+    angle = tangent(x, rng, wander=0.02)
+    paint = along(gaussian_filter(x, (0.6, 0.6, 0)), angle, 5)
+    paint = paint + 0.9 * (paint - gaussian_filter(paint, (1.8, 1.8, 0)))  # strokes meet with hard edges
+    bristles = unit(along(gaussian_filter(noise(x, rng), 0.7)[..., None], angle, 6))
+    light = unit(sobel(gaussian_filter(bristles[..., 0], 0.5), 0) + sobel(gaussian_filter(bristles[..., 0], 0.5), 1))[..., None]
+    graded = saturate(contrast(paint.clip(0, 1), 1.15), 1.35) * [1.05, 0.98, 0.84] + [0.03, 0.014, -0.005]
+    return finish(graded * (1 + 0.055 * bristles) + 0.035 * light)
+
+
+def watercolor(picture: ndarray, rng: np.random.Generator) -> ndarray:
+    """Watercolour: flat bright washes that pool at their borders, granulating on white paper."""
+    x = wobble(picture / 255.0, rng, 1.2, 4)
+    wash = 0.75 * kuwahara(x, 2) + 0.25 * x
+    border = np.hypot(*(sobel(gaussian_filter(wash @ LUMA, 0.6), axis) for axis in (0, 1)))[..., None]
+    pigment = 1 - saturate(0.14 + 0.9 * wash.clip(0, 1) ** 0.62, 1.35)  # how much white the pigment takes away
+    pools = gaussian_filter(noise(x, rng), 7)
+    grain = gaussian_filter(noise(x, rng), 0.7)
+    pigment = pigment * (1 + 0.16 * unit(pools)[..., None] + 0.07 * unit(grain)[..., None]) + 0.24 * border.clip(0, 0.8)
+    return finish([0.995, 0.985, 0.955] - pigment)
+
+
+def sketch(picture: ndarray, rng: np.random.Generator) -> ndarray:
+    """Pencil sketch: dark contours and diagonal hatching, graphite on paper."""
+    luma = wobble(picture / 255.0, rng, 0.6, 4) @ LUMA
+    local = luma - gaussian_filter(luma, 1.6)
+    lines = (-local - 0.012).clip(0) * 5.5 + np.hypot(sobel(gaussian_filter(luma, 0.8), 0), sobel(gaussian_filter(luma, 0.8), 1)) * 0.2
+    low, high = np.percentile(luma, [1, 99])
+    dark = (1 - (luma - low) / max(high - low, 0.25)).clip(0, 1)
+    hatch = unit(along(gaussian_filter(noise(luma, rng), 0.6)[..., None], np.full_like(luma, -0.8), 7))[..., 0]
+    cross = unit(along(gaussian_filter(noise(luma, rng), 0.6)[..., None], np.full_like(luma, 0.7), 7))[..., 0]
+    graphite = dark**1.15 * (0.66 + 0.17 * hatch) + (dark - 0.55).clip(0) * 0.25 * cross
+    tone = (graphite.clip(0, 1) * 0.9 + lines.clip(0, 0.75)).clip(0, 0.92)[..., None]
+    return finish([0.965, 0.96, 0.945] - tone * [0.93, 0.92, 0.88])
+
+
+FILTERS: dict[str, Callable[[ndarray, np.random.Generator], ndarray]] = {
+    "oil": oil,
+    "sketch": sketch,
+    "watercolor": watercolor,
+}
+PROMPTS = {"oil": "oil painting style", "sketch": "pencil sketch style", "watercolor": "watercolor style"}
+
+
+def noise(like: ndarray, rng: np.random.Generator) -> ndarray:
+    return rng.standard_normal(like.shape[:2])
+
+
+def unit(x: ndarray) -> ndarray:
+    """Zero mean, unit deviation, without outliers."""
+    return ((x - x.mean()) / (x.std() + 1e-6)).clip(-2.5, 2.5)
+
+
+def finish(x: ndarray) -> ndarray:
+    return (x.clip(0, 1) * 255 + 0.5).astype(np.uint8)
+
+
+def saturate(x: ndarray, factor: float) -> ndarray:
+    grey = (x @ LUMA)[..., None]
+    return grey + factor * (x - grey)
+
+
+def contrast(x: ndarray, factor: float) -> ndarray:
+    """An S-curve through 0, 1/2 and 1."""
+    return 0.5 + np.tanh(factor * (x - 0.5) * 2) / np.tanh(factor) / 2
+
+
+def tangent(x: ndarray, rng: np.random.Generator, wander: float) -> ndarray:
+    """Direction of least change at every pixel (structure tensor); where nothing changes, a slowly turning field."""
+    luma = x @ LUMA
+    gy, gx = sobel(luma, 0), sobel(luma, 1)
+    xx, yy, xy = (gaussian_filter(g, 2.0) for g in (gx * gx, gy * gy, gx * gy))
+    turn = unit(gaussian_filter(noise(x, rng), 14)) * 0.8
+    return 0.5 * np.arctan2(2 * xy + wander * np.sin(turn), xx - yy + wander * np.cos(turn)) + np.pi / 2
+
+
+def along(x: ndarray, angle: ndarray, length: int) -> ndarray:
+    """Average [h, w, c] over `length` pixels to both sides along the direction field (line integral convolution)."""
+    h, w = angle.shape
+    rows, columns = np.mgrid[0:h, 0:w].astype(float)
+    total, weight = x.astype(float).copy(), 1.0
+    for sign in (-1, 1):
+        r, c, dr, dc = rows, columns, sign * np.sin(angle), sign * np.cos(angle)
+        for i in range(1, length + 1):
+            r, c = r + dr, c + dc
+            ri, ci = np.clip(np.rint(r).astype(int), 0, h - 1), np.clip(np.rint(c).astype(int), 0, w - 1)
+            ndr, ndc = np.sin(angle[ri, ci]), np.cos(angle[ri, ci])
+            flip = np.where(ndr * dr + ndc * dc < 0, -1.0, 1.0)  # a direction has no sign: keep going forward
+            dr, dc = flip * ndr, flip * ndc
+            g = 1 - i / (length + 1)
+            total += g * x[ri, ci]
+            weight += g
+    return total / weight
+
+
+def wobble(x: ndarray, rng: np.random.Generator, amplitude: float, scale: float) -> ndarray:
+    """Shift every pixel by a smooth random field: no hand draws a straight line."""
+    h, w = x.shape[:2]
+    shift = [amplitude * unit(gaussian_filter(rng.standard_normal((h, w)), scale)) for _ in range(2)]
+    where = np.mgrid[0:h, 0:w] + np.stack(shift) * 0.6
+    return np.stack([map_coordinates(x[..., k], where, order=1, mode="reflect") for k in range(x.shape[2])], axis=-1)
+
+
+def kuwahara(x: ndarray, radius: int) -> ndarray:
+    """The mean of whichever neighbouring square varies least: flat regions with sharp borders."""
+    h, w = x.shape[:2]
+    x = np.pad(x, ((radius, radius), (radius, radius), (0, 0)), mode="edge")
+    size = radius + 1
+    mean = uniform_filter(x, (size, size, 1))
+    spread = uniform_filter((x * x) @ LUMA, size) - uniform_filter(x @ LUMA, size) ** 2
+    corners = [np.s_[r : r + h, c : c + w] for r in (radius // 2, radius + radius // 2) for c in (radius // 2, radius + radius // 2)]
+    means = np.stack([mean[corner] for corner in corners])
+    weights = 1 / (1e-5 + np.stack([spread[corner] for corner in corners]).clip(0)) ** 4
+    weights /= weights.sum(0)
+    return (weights[..., None] * means).sum(0)
