@@ -1,16 +1,17 @@
-"""What many tests share: models of random weights, and one torch thread, so that timing and rounding are the same everywhere."""
+"""What many tests share: a model of random weights and a style for it, and one torch thread everywhere."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported; its threads cost these small models more than they give
+os.environ.setdefault(
+    "OMP_NUM_THREADS", "1"
+)  # before torch is imported; its threads cost these small models more than they give
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test that reaches for a hub fails at once
 
 import pytest
 import torch
-
 from models import save_lora, save_model
 
 torch.set_num_threads(1)

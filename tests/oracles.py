@@ -85,7 +85,7 @@ def released_range(i: int, n: int) -> list[int]:
 
     A grid of 500 of the 1000 timesteps with steps_offset 1 (1, 3, ..., 999), indices [10, floor(250 (1 - i/n))), never
     fewer than one index. The grid is fixed: only the narrowing scales with `n`. Exact, where the released floats put a
-    product just below an integer at times (16 of 500 iterations) and lose an index.
+    product just below an integer at times (48 of 500 iterations) and lose an index.
     """
     grid = [1 + 2 * k for k in range(500)]
     stop = max(math.floor(250 * (1 - Fraction(i, n))), 11)

@@ -233,7 +233,7 @@ class Ledger:
     def _read(self, kind: type[Record], name: str) -> Record:
         try:
             return kind.from_json(self.store.read(name))
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise StorageError(
                 f"{self.store.locate(name)} is no record of this version ({error}); move it away"
             ) from error

@@ -40,6 +40,8 @@ _DAMAGE = (
     LookupError,
     TypeError,
     ArithmeticError,
+    RuntimeError,
+    MemoryError,
     struct.error,
     zlib.error,
 )
@@ -61,8 +63,8 @@ def decode(data: bytes, *, min_side: int = MIN_SIDE, max_pixels: int = MAX_PIXEL
     if not data:
         raise SampleError("decode_error", "an empty file (0 bytes)")
     with warnings.catch_warnings():
-        # PIL warns of odd metadata, which costs us nothing, and of sizes that are judged here. The filters belong to all
-        # threads: of two that decode at once one may leave them like this, and some warning goes unseen.
+        # PIL warns of odd metadata, which costs us nothing, and of sizes, which are judged here. The filters belong to
+        # all threads: of two that decode at once one may leave them like this, and some warning goes unseen.
         warnings.simplefilter("ignore")
         try:
             return _decode(data, min_side, max_pixels)

@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from smsbatch.data.sample import Outcome, Unit, row_schema
-from smsbatch.data.tars import END_OF_ARCHIVE, Members, split_name
+from smsbatch.data.tars import END_OF_ARCHIVE, Member, Members, split_name
 from smsbatch.errors import StorageError
 
 __all__ = ["check_tar", "concat_rows", "concat_tars", "digest", "read_rows", "read_tar", "write_rows", "write_tar"]
@@ -52,12 +52,9 @@ def concat_tars(paths: Sequence[Path], target: Path) -> None:
     with target.open("xb") as out:
         for path in paths:
             with path.open("rb") as file:
-                members = Members(file)
-                for _ in members:
-                    pass
-                _refuse_damage(path, members)
+                _, end = _whole(file, path)
                 file.seek(0)
-                _copy(file, out, members.end)
+                _copy(file, out, end)
         out.write(bytes(END_OF_ARCHIVE))
         out.write(bytes(-out.tell() % tarfile.RECORDSIZE))
         _sync(out)
@@ -65,10 +62,8 @@ def concat_tars(paths: Sequence[Path], target: Path) -> None:
 
 def read_tar(file: IO[bytes]) -> Iterator[tuple[str, dict[str, bytes]]]:
     """(key, its fields) of each sample of a shard, in order."""
-    members = Members(file)
-    listed = list(members)
-    _refuse_damage(getattr(file, "name", file), members)
-    for key, sample in groupby(listed, lambda member: _split(member.name)[0]):
+    members, _ = _whole(file, getattr(file, "name", file))
+    for key, sample in groupby(members, lambda member: _split(member.name)[0]):
         fields = {}
         for name, offset, length in sample:
             file.seek(offset)
@@ -79,14 +74,12 @@ def read_tar(file: IO[bytes]) -> Iterator[tuple[str, dict[str, bytes]]]:
 def check_tar(path: Path) -> list[str]:
     """Read a shard whole and return its keys in order; StorageError if bytes or the end of the archive are missing."""
     with path.open("rb") as file:
-        members = Members(file)
-        listed = list(members)
-        _refuse_damage(path, members)
-        for name, offset, length in listed:
+        members, _ = _whole(file, path)
+        for name, offset, length in members:
             file.seek(offset)
             if len(file.read(length)) != length:
                 raise StorageError(f"{path}: {name} is cut off; delete the file and run again")
-    return [key for key, _ in groupby(_split(member.name)[0] for member in listed)]
+    return [key for key, _ in groupby(_split(member.name)[0] for member in members)]
 
 
 def write_rows(
@@ -133,9 +126,16 @@ def _split(name: str) -> tuple[str, str]:
     return split
 
 
-def _refuse_damage(path: object, members: Members) -> None:
+def _whole(file: IO[bytes], where: object) -> tuple[list[Member], int]:
+    """The members of an undamaged tar, and where the last of them ends."""
+    members = Members(file)
+    try:
+        found = list(members)
+    except tarfile.ReadError as error:
+        raise StorageError(f"{where}: not a tar ({error}); delete the file and run again") from error
     if members.damage:
-        raise StorageError(f"{path}: {members.damage}; delete the file and run again")
+        raise StorageError(f"{where}: {members.damage}; delete the file and run again")
+    return found, members.end
 
 
 def _copy(source: IO[bytes], target: IO[bytes], length: int) -> None:

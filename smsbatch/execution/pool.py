@@ -21,7 +21,7 @@ from typing import Any, Self
 
 from smsbatch.data.ledger import Commit
 from smsbatch.data.sample import Unit
-from smsbatch.errors import RunError
+from smsbatch.errors import RunError, SmsbatchError
 from smsbatch.execution.worker import Progress, Worker
 from smsbatch.manifest import Manifest
 
@@ -154,6 +154,8 @@ class RayPool(Pool):
         resources = ray.cluster_resources()
         gpus = int(resources.get("GPU", 0))
         self._gpus = float(bool(gpus)) if compute.gpus_per_worker == "auto" else compute.gpus_per_worker
+        if self._started and address is None and self._gpus > gpus:
+            raise RunError(f"compute.gpus_per_worker: this machine has {gpus} GPUs; set it to 0 to work on the CPU")
         nodes = sum(bool(node["Alive"]) for node in ray.nodes())
         automatic = max(1, int(gpus / self._gpus)) if gpus and self._gpus else nodes
         self._size = automatic if compute.workers == "auto" else compute.workers
@@ -183,7 +185,8 @@ class RayPool(Pool):
         calls: dict[Any, tuple[_Actor, _Job | None]] = {}  # a call without a job is an actor's setup
         polls: dict[Any, _Actor] = {}
         while True:
-            while len(self._actors) < min(self._size, len(queue) + len(self._actors)):
+            outstanding = len(queue) + sum(len(actor.jobs) for actor in self._actors)
+            while len(self._actors) < min(self._size, outstanding):
                 actor = self._spawn()
                 calls[actor.handle.setup.remote()] = actor, None
             for actor in self._actors:
@@ -199,7 +202,9 @@ class RayPool(Pool):
                 try:
                     result = ray.get(call)
                 except ray.exceptions.RayTaskError as error:
-                    raise error.cause from None
+                    if isinstance(error.cause, SmsbatchError):
+                        raise error.cause from None
+                    raise  # a bug: its traceback in the actor is what one needs
                 except ray.exceptions.RayError:
                     for lost, _ in [(key, value) for key, value in calls.items() if value[0] is actor]:
                         del calls[lost]

@@ -72,7 +72,7 @@ def test_a_file_that_is_not_understood_is_refused_by_name(
         tensors |= change
     file = tmp_path / "bad.safetensors"
     save_file(tensors, file)
-    with pytest.raises(WeightsError, match="bad.safetensors") as caught:
+    with pytest.raises(WeightsError, match=r"bad\.safetensors") as caught:
         read_style_lora(str(file), prior.layers())
     assert words in str(caught.value)
 

@@ -9,9 +9,9 @@ import numpy as np
 import oracles
 import pytest
 import torch
+from models import PROMPTS
 from torch import Tensor
 
-from models import PROMPTS
 from smsbatch.diffusion.lora import FakeScore, read_style_lora
 from smsbatch.diffusion.objectives import Texts
 from smsbatch.diffusion.optimize import learning_rate, optimize
@@ -52,9 +52,7 @@ def test_learning_rate(steps: int) -> None:
 
 
 @pytest.mark.parametrize("preset", ["released", "paper"])
-def test_the_loop_step_by_step(
-    prior: Prior, style: Prior, texts: Texts, preset: Literal["released", "paper"]
-) -> None:
+def test_the_loop_step_by_step(prior: Prior, style: Prior, texts: Texts, preset: Literal["released", "paper"]) -> None:
     """The same draws, the scores as black boxes, and everything else done by the oracle in float64."""
     steps = 12
     config = Objective(preset=preset, steps=steps)

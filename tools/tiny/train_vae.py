@@ -96,6 +96,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=6000)
     parser.add_argument("--styled-from", type=int, default=800)
     parser.add_argument("--whiten-at", type=int, default=1200)
+    parser.add_argument("--decoder-from", type=int, default=4400, help="step from which the encoder is frozen")
     parser.add_argument("--side", type=int, default=64, help="px of a crop")
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--lr", type=float, default=1e-3)
@@ -123,6 +124,9 @@ def main() -> None:
                 average.shadow = [p.detach().clone() for p in vae.parameters()]
             with torch.no_grad():
                 torch._foreach_copy_(list(vae.parameters()), average.shadow)
+        if step >= args.decoder_from:  # the latents are in use: they must not change any more
+            vae.encoder.requires_grad_(False)
+            vae.quant_conv.requires_grad_(False)
         x = batch(pictures, args.batch // world, args.side, step >= args.styled_from, np.random.default_rng([rank, step]))
         with torch.autocast("cpu", torch.bfloat16):
             posterior = vae.encode(x).latent_dist
