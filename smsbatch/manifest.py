@@ -212,22 +212,13 @@ class Output(_Section):
     path: str = Field(min_length=1)
     """A folder: of this run alone."""
     samples_per_shard: int = Field(1000, ge=1)
-    """Samples of one output tar; a whole number of units."""
+    """Samples of one output tar."""
     samples_per_unit: int = Field(64, ge=1)
-    """Samples a worker takes, finishes and commits at once: the grain of retry and resume."""
+    """Samples a worker takes, finishes and commits at once: the grain of retry and resume. None crosses a shard's edge."""
     format: Literal["webp", "png", "jpg"] = "webp"
     """Of the result's pictures."""
     quality: int = Field(95, ge=1, le=100)
     """Of webp and jpg."""
-
-    @model_validator(mode="after")
-    def _whole_units(self) -> Output:
-        if self.samples_per_shard % self.samples_per_unit:
-            raise ValueError(
-                f"samples_per_shard ({self.samples_per_shard}) is not a multiple of "
-                f"samples_per_unit ({self.samples_per_unit})"
-            )
-        return self
 
 
 class Compute(_Section):

@@ -13,7 +13,7 @@ PROMPTS = ["a red fox in the snow", "a lake", "", "boats in a harbour at night"]
 
 
 def save_model(folder: Path) -> Path:
-    """A Stable Diffusion 1.x in small: 4 latent channels at a quarter of the image's side, cross-attention at two levels."""
+    """A Stable Diffusion 1.x in small: 4 latent channels at a quarter of the side, cross-attention at two levels."""
     from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
@@ -72,7 +72,7 @@ def save_model(folder: Path) -> Path:
 
 
 def save_lora(file: Path, model: Path, rank: int = 2) -> Path:
-    """A kohya file with a LoRA on every attention linear and a LoCon on every first 3x3 convolution of a ResNet block."""
+    """A kohya file: LoRA on every attention linear, LoCon on every first 3x3 convolution of a ResNet block."""
     from smsbatch.diffusion.prior import Prior
 
     generator = torch.Generator().manual_seed(1)

@@ -1,3 +1,1 @@
-"""The data room: bytes and rows, from a source to published shards. No torch, no ray; samples are bytes until
-`pixels`.
-"""
+"""The data room: bytes and rows, from a source to published shards. No torch, no ray."""

@@ -1,5 +1,4 @@
-"""The stored plan of a run: its entries (`plan/samples.parquet`) and units (`plan/units.parquet`), written once, then
-only read.
+"""The stored plan of a run, written once, then only read: `plan/samples.parquet` and `plan/units.parquet`.
 
 Both are create-only: of two drivers that plan at once the first one's stands, and the other obeys it.
 """

@@ -28,8 +28,9 @@ class Span(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One planned sample. `fields` maps extensions ('jpg', 'txt', 'seg.png') to their bytes; `image` is the picture's,
-    '' if none is.
+    """One planned sample.
+
+    `fields` maps extensions ('jpg', 'txt', 'seg.png') to their bytes; `image` is the picture's, '' if none is.
     """
 
     key: str
@@ -44,8 +45,9 @@ class Entry:
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """The bytes of one entry. `fields` are the others, as they came; other pictures (a png beside the jpg in use) are
-    not among them.
+    """The bytes of one entry.
+
+    `fields` are the others, as they came; other pictures (a png beside the jpg in use) are not among them.
     """
 
     key: str
@@ -128,9 +130,7 @@ class Outcome:
         }
 
     def provenance(self) -> bytes:
-        """The `<key>.json` of a sample whose source has none: only values that a re-run reproduces, so no times and no
-        workers.
-        """
+        """The `<key>.json` of a sample whose source has none: only what a re-run reproduces, no times, no workers."""
         values = {name: getattr(self, name) for name in _PROVENANCE}
         return json.dumps(values, ensure_ascii=False, sort_keys=True).encode()
 

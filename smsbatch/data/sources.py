@@ -1,5 +1,4 @@
-"""Where samples come from: `index` lists a source's entries without reading a picture, `load_sample` reads the bytes
-of one.
+"""Where samples come from: `index` lists a source's entries without reading them, `load_sample` reads one.
 
 Every sample of the source becomes an entry, also one without a picture, which fails when it is read and so ends as a
 row. What makes the whole request doubtful, a missing file, nothing at all, two samples of one key, is a SourceError
@@ -31,9 +30,7 @@ SIDECARS = ("txt", "json")
 
 
 def index(format: str, urls: str | Sequence[str], images: Sequence[str], notices: list[str]) -> Iterator[Entry]:
-    """The entries of a source of `SOURCES[format]`, in its order; `images` are the extensions of pictures, the
-    preferred first.
-    """
+    """The entries of a source, in its order; `images` are the extensions of pictures, the preferred first."""
     urls = [urls] if isinstance(urls, str) else urls
     seen: dict[str, str] = {}
     for entry in SOURCES[format](urls, images, notices):
@@ -52,9 +49,7 @@ def index(format: str, urls: str | Sequence[str], images: Sequence[str], notices
 
 
 def webdataset(urls: Sequence[str], images: Sequence[str], notices: list[str]) -> Iterator[Entry]:
-    """Tars given as paths or URLs, with brace ranges `{000..499}`, lists `{a,b}` and globs. Fields of one sample need
-    not be adjacent.
-    """
+    """Tars by path or URL, with `{000..499}`, `{a,b}` and globs. Fields of one sample need not be adjacent."""
     seen: set[str] = set()
     for url in chain.from_iterable(map(_tars, urls)):
         if url in seen:
@@ -64,9 +59,7 @@ def webdataset(urls: Sequence[str], images: Sequence[str], notices: list[str]) -
 
 
 def folder(urls: Sequence[str], images: Sequence[str], notices: list[str]) -> Iterator[Entry]:
-    """Every picture below the folders, hidden files and folders left out. Two pictures of one stem are a clash, not a
-    choice.
-    """
+    """Every picture below the folders but hidden ones. Two pictures of one stem are a clash, not a choice."""
     for url in urls:
         try:
             files = {path: Span(at, 0, size) for path, at, size in list_files(url) if not _hidden(path)}
@@ -103,8 +96,9 @@ def load_sample(entry: Entry, images: Sequence[str], captions: Sequence[str]) ->
 
 
 def caption_of(fields: dict[str, bytes], rules: Sequence[str]) -> str:
-    """The caption by the first rule that finds one: `txt` is a field's text, `json:caption` a key of a JSON field; ''
-    if none does.
+    """The caption by the first rule that finds one, else ''.
+
+    `txt` is a field's text, `json:caption` a key of a JSON field. SampleError: bad_caption.
     """
     for rule in rules:
         name, _, key = rule.partition(":")

@@ -213,9 +213,7 @@ def expand(pattern: str, **options: Any) -> list[str]:
 
 
 def list_files(folder: str, **options: Any) -> Iterator[tuple[str, str, int]]:
-    """(relative path, URL, size) of every regular file below a folder, sorted by path; NotADirectoryError,
-    FileNotFoundError.
-    """
+    """(relative path, URL, size) of every regular file below a folder, sorted by path; OSError if it is none."""
     fs, root = _locate(folder, **options)
     if not fs.isdir(root):
         kind = NotADirectoryError if fs.exists(root) else FileNotFoundError

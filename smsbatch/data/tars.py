@@ -30,10 +30,10 @@ class Member(NamedTuple):
 
 
 def split_name(name: str) -> tuple[str, str] | None:
-    """(key, extension) as the webdataset library splits them; None for names it skips: without extension, hidden,
-    __meta__.
+    """(key, extension) as the webdataset library splits them.
 
-    A leading './', which `tar -C folder .` writes, is dropped.
+    None for names that it skips: without extension, hidden, __meta__. A leading './', which `tar -C folder .` writes,
+    is dropped.
     """
     name = re.sub(r"^(\./+)+", "", name)
     match = _NAME.fullmatch(name)

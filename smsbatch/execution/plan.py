@@ -15,7 +15,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
-from itertools import islice
+from itertools import count, islice
 from typing import Any
 
 from smsbatch.data.index import UNITS, read_units, write_index, write_units
@@ -65,8 +65,11 @@ class Plan:
 
 def cut(samples: int, samples_per_unit: int, samples_per_shard: int) -> Iterator[Unit]:
     """Rows [0, samples) into consecutive units, none of which crosses the edge of a shard."""
-    for number, start in enumerate(range(0, samples, samples_per_unit)):
-        yield Unit(number, start // samples_per_shard, start, min(start + samples_per_unit, samples))
+    number = count()
+    for shard, first in enumerate(range(0, samples, samples_per_shard)):
+        end = min(first + samples_per_shard, samples)
+        for start in range(first, end, samples_per_unit):
+            yield Unit(next(number), shard, start, min(start + samples_per_unit, end))
 
 
 def plan(manifest: Manifest, limit: int | None = None) -> Plan:

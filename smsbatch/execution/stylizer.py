@@ -170,11 +170,11 @@ class Stylizer:
             self.manifest.objective,
             progress,
         )
-        finite = z.isfinite().flatten(1).all(1)
         size = (source.shape[-2], source.shape[-1])
         # One at a time: decoding is a small part of the work, and the largest peak of memory when batched.
         results = torch.cat([self.prior.decode(row[None], size) for row in z.nan_to_num()])
-        quantized = (results * 255).round().to(torch.uint8)
+        finite = (z.isfinite().flatten(1).all(1) & results.isfinite().flatten(1).all(1)).tolist()
+        quantized = (results.nan_to_num() * 255).round().to(torch.uint8)
         measured = {name: metric(source, quantized / 255).tolist() for name, metric in self.metrics.items()}
         seconds = (perf_counter() - started) / len(batch)
 

@@ -15,14 +15,13 @@ from smsbatch.data.store import Store
 from smsbatch.execution.plan import cut, establish
 
 
-@given(samples=st.integers(1, 500), per_unit=st.integers(1, 40), units_per_shard=st.integers(1, 9))
-def test_units_are_a_partition(samples: int, per_unit: int, units_per_shard: int) -> None:
-    units = list(cut(samples, per_unit, per_unit * units_per_shard))
+@given(samples=st.integers(1, 500), per_unit=st.integers(1, 40), per_shard=st.integers(1, 200))
+def test_units_are_a_partition(samples: int, per_unit: int, per_shard: int) -> None:
+    units = list(cut(samples, per_unit, per_shard))
     assert [row for unit in units for row in range(unit.start, unit.stop)] == list(range(samples))
     assert [unit.id for unit in units] == list(range(len(units)))
     assert all(1 <= len(unit) <= per_unit for unit in units)
     for unit in units:
-        per_shard = per_unit * units_per_shard
         assert unit.start // per_shard == (unit.stop - 1) // per_shard == unit.shard
 
 

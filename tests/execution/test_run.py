@@ -204,7 +204,7 @@ def test_nothing_to_do_is_said_and_done_fast(job: Job) -> None:
 
 def test_diverged(job: Job) -> None:
     """A learning rate that blows up gives failed rows, not a crash and not a grey picture."""
-    manifest = job("objective.learning_rate=1e38", "errors.max_failed_fraction=1")
+    manifest = job("objective.learning_rate=1e37", "objective.steps=4", "errors.max_failed_fraction=1")
     report = sb.run(manifest)
     assert report.failed == 6
     assert {row["error_code"] for row in rows(Path(manifest.output.path)).values()} == {"diverged"}

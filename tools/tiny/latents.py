@@ -1,6 +1,6 @@
 """Crops of the training photographs as latents, encoded once and kept; random windows of them as batches.
 
-Latents are kept as the posterior's mean and deviation (8 channels), so that every draw is a fresh sample, as in `encode`.
+Latents are kept as the posterior's mean and deviation (8 channels), so that every draw is a fresh sample.
 """
 
 from __future__ import annotations
@@ -66,7 +66,10 @@ def build(
     change: Callable[[np.ndarray, np.random.Generator], np.ndarray] | None = None,
     seed: int = 0,
 ) -> Latents:
-    """Encode `crops` crops of every photograph (a third as many of a cut-out object), each put through `change`; or load `file`."""
+    """Encode `crops` crops of every photograph (a third as many of a cut-out object), each put through `change`.
+
+    What was built before is read from `file`.
+    """
     if file.exists():
         kept = torch.load(file, weights_only=True)
         return Latents(kept["moments"], kept["captions"])

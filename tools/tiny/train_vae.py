@@ -1,9 +1,10 @@
 """Train the autoencoder: 4x down, 4 latent channels, L1 + LPIPS + a little KL.
 
 The latents are scaled to unit standard deviation over the training crops (`scaling_factor`), as Stable Diffusion's are.
-From step `--styled-from` on, a third of the crops are put through a style filter, so that the decoder can draw strokes too.
+From step `--styled-from` on, a third of the crops are put through a style filter, so that the decoder can draw strokes.
 
-    torchrun --nproc-per-node 2 tools/tiny/train_vae.py --cache CACHE --extra EXTRA --work WORK --out smsbatch/tiny/model/vae
+    torchrun --nproc-per-node 2 tools/tiny/train_vae.py --cache CACHE --extra EXTRA --work WORK \\
+        --out smsbatch/tiny/model/vae
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ CONFIG = {
     "mid_block_add_attention": False,  # attention in the middle would tie it to one resolution
     "sample_size": 128,
 }
-KL_WEIGHT = 3e-4  # per latent element; 10,000 times Stable Diffusion's: the decoder learns to bear a little latent noise
+KL_WEIGHT = 3e-4  # per latent element
 L1_WEIGHT = 4.0
 
 
@@ -39,10 +40,12 @@ def to_tensor(pictures: list[np.ndarray]) -> Tensor:
     return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
-def batch(pictures: list[np.ndarray], size: int, side: int, styled: bool, rng: np.random.Generator) -> Tensor:
+def batch(
+    pictures: list[np.ndarray], size: int, side: int, styled: bool, rng: np.random.Generator, whole: float = 0.4
+) -> Tensor:
     out = []
     for index in rng.integers(len(pictures), size=size):
-        part = crop(pictures[index], 128, 128, rng, whole=0.4)
+        part = crop(pictures[index], 128, 128, rng, whole)
         if styled and rng.random() < 0.35:
             part = FILTERS[rng.choice(list(FILTERS))](part, rng)
         top, left = rng.integers(128 - side + 1, size=2)
@@ -71,7 +74,7 @@ def whiten(vae: AutoencoderKL, pictures: list[np.ndarray]) -> None:
     """Make the latent's channels uncorrelated with unit deviation; the picture does not change.
 
     Early in training some channels become near copies of others and the information hides in their small differences,
-    which learns slowly and would be drowned by the noise of diffusion. The 1x1 convolutions on both sides absorb the change.
+    which learns slowly and would drown in the noise of diffusion. The 1x1 convolutions on both sides absorb the change.
     """
     rng = np.random.default_rng(2)
     z = torch.cat([vae.encode(batch(pictures, 32, 96, True, rng)).latent_dist.mean for _ in range(8)])
@@ -97,6 +100,7 @@ def main() -> None:
     parser.add_argument("--styled-from", type=int, default=800)
     parser.add_argument("--whiten-at", type=int, default=1200)
     parser.add_argument("--decoder-from", type=int, default=4400, help="step from which the encoder is frozen")
+    parser.add_argument("--whole", type=float, default=0.4, help="share of crops that are as large as fits")
     parser.add_argument("--side", type=int, default=64, help="px of a crop")
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--lr", type=float, default=1e-3)
@@ -124,10 +128,14 @@ def main() -> None:
                 average.shadow = [p.detach().clone() for p in vae.parameters()]
             with torch.no_grad():
                 torch._foreach_copy_(list(vae.parameters()), average.shadow)
+        if step == args.decoder_from:
+            with torch.no_grad():
+                torch._foreach_copy_(list(vae.parameters()), average.shadow)
         if step >= args.decoder_from:  # the latents are in use: they must not change any more
             vae.encoder.requires_grad_(False)
             vae.quant_conv.requires_grad_(False)
-        x = batch(pictures, args.batch // world, args.side, step >= args.styled_from, np.random.default_rng([rank, step]))
+        rng = np.random.default_rng([rank, step])
+        x = batch(pictures, args.batch // world, args.side, step >= args.styled_from, rng, args.whole)
         with torch.autocast("cpu", torch.bfloat16):
             posterior = vae.encode(x).latent_dist
             y = vae.decode(posterior.sample()).sample
@@ -148,7 +156,8 @@ def main() -> None:
                 score = evaluate(vae, distance, held_out)
             pace = (time.monotonic() - began) / (step + 1 - start)
             means = np.mean(seen[-500:], axis=0)
-            print(f"{step + 1} l1/lpips/kl {means.round(4)} held-out lpips {score[0]:.4f} l1 {score[1]:.4f} {pace:.2f} s/step", flush=True)
+            held = f"held-out lpips {score[0]:.4f} l1 {score[1]:.4f}"
+            print(f"{step + 1}: l1/lpips/kl {means.round(4)}, {held}, {pace:.2f} s/step", flush=True)
             save_checkpoint(checkpoint, step + 1, vae=vae, average=average, optimizer=optimizer)
 
     if rank > 0:

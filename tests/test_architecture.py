@@ -1,0 +1,105 @@
+"""The diagram of the house, executable: layers point one way, and every heavy dependency has one door."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import smsbatch
+
+PACKAGE = Path(smsbatch.__file__).parent
+
+# What a room may import of the others.
+LAYERS = {
+    "errors": set(),
+    "tiny": set(),
+    "manifest": {"errors"},
+    "data": {"errors", "manifest", "tiny"},
+    "diffusion": {"errors", "manifest", "tiny"},
+    "metrics": {"errors", "manifest", "tiny"},
+    "execution": {"errors", "manifest", "tiny", "data", "diffusion", "metrics"},
+    "cli": {"errors", "manifest", "execution", "smsbatch"},
+    "__main__": {"cli"},
+    "__init__": {"errors", "manifest", "execution"},
+}
+# Which modules may import it; a room stands for all of its modules.
+DOORS = {
+    "ray": {"execution.pool"},
+    "diffusers": {"diffusion.prior"},
+    "transformers": {"diffusion.prior"},
+    "huggingface_hub": {"diffusion.weights"},
+    "torch": {"diffusion", "metrics", "execution.stylizer"},
+    "safetensors": {"diffusion.lora", "metrics"},
+    "lpips": {"metrics"},
+    "fsspec": {"data.store"},
+    "pyarrow": {"data"},
+    "PIL": {"data.pixels"},
+    "pydantic": {"manifest"},
+    "yaml": {"manifest"},
+    "typer": {"cli"},
+    "rich": {"cli"},
+}
+
+
+def modules() -> dict[str, ast.Module]:
+    return {
+        ".".join(path.relative_to(PACKAGE).with_suffix("").parts): ast.parse(path.read_text())
+        for path in sorted(PACKAGE.rglob("*.py"))
+    }
+
+
+def imports(tree: ast.Module) -> set[str]:
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def test_layers() -> None:
+    wrong = []
+    for module, tree in modules().items():
+        room = module.split(".")[0]
+        for name in imports(tree):
+            top, _, rest = name.partition(".")
+            other = rest.split(".")[0] or "smsbatch"
+            if top == "smsbatch" and other != room and other not in LAYERS[room]:
+                wrong.append(f"{module} imports {name}")
+    assert wrong == []
+
+
+def test_doors() -> None:
+    wrong, used = [], set()
+    for module, tree in modules().items():
+        for name in imports(tree):
+            package = name.split(".")[0]
+            used.add(package)
+            doors = DOORS.get(package)
+            if doors is not None and not any(f"{module}.".startswith(f"{door}.") for door in doors):
+                wrong.append(f"{module} imports {name}")
+    assert wrong == []
+    assert set(DOORS) <= used, "a door that nobody uses"
+
+
+def test_no_file_grows_too_long() -> None:
+    lengths = {path.name: len(path.read_text().splitlines()) for path in PACKAGE.rglob("*.py")}
+    # manifest.py holds every key with its explanation: splitting it would only hide half of the keys
+    assert {name for name, length in lengths.items() if length > 400} <= {"manifest.py"}
+
+
+def test_importing_the_package_imports_nothing_heavy() -> None:
+    heavy = "{'torch', 'ray', 'diffusers', 'pyarrow', 'numpy', 'pydantic', 'rich'}"
+    for statement in ("import smsbatch", "import smsbatch.cli"):
+        code = f"import sys; {statement}; print(sorted({heavy} & set(sys.modules)))"
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        assert done.stdout.strip() == "[]", statement
+
+
+def test_a_driver_loads_no_torch() -> None:
+    code = "import sys; import smsbatch.execution.drive; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"

@@ -1,0 +1,176 @@
+"""The manifest: what it accepts, what it says when it does not, and its presets."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+import smsbatch as sb
+from smsbatch.manifest import PRESETS, Manifest, Objective
+
+GOOD = """\
+task: optimize
+name: test
+source:
+  format: folder
+  urls: photos
+model: {path: tiny}
+style:
+  lora: tiny:styles/oil.safetensors
+  prompt: oil painting style
+output:
+  path: out/test
+"""
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / "manifest.yaml"
+    path.write_text(GOOD)
+    return path
+
+
+def fails(file: Path, *overrides: str) -> str:
+    with pytest.raises(sb.ManifestError) as caught:
+        sb.load(file, overrides)
+    message = str(caught.value)
+    assert "\n" not in message, "one line"
+    return message.replace(str(file), "manifest.yaml")
+
+
+def test_defaults_are_the_released_constants(file: Path) -> None:
+    objective = sb.load(file).objective
+    assert (objective.steps, objective.guidance, objective.fake_guidance) == (500, 4.5, 4.5)
+    assert (objective.learning_rate, objective.weight_decay, objective.spectral_weight) == (0.1, 0.01, 5e-4)
+    assert (objective.t_min, objective.t_max, objective.grid) == (20, 500, 2)
+    assert (objective.fake.rank, objective.fake.alpha, objective.fake.learning_rate) == (8, 32, 1e-3)
+
+
+def test_the_preset_paper() -> None:
+    paper = Objective(preset="paper")
+    assert (paper.guidance, paper.fake_guidance, paper.relevance, paper.spectral_norm) == (1, 1, "abs_mean", "l2")
+    assert (paper.prompt, paper.edit_prompt) == ("{caption}", "Turn it into {style}")
+    assert (paper.fake.weight, paper.fake.trains_on) == ("one", "before")
+    assert paper.fake.rank == 8
+
+
+def test_a_given_field_wins_over_the_preset() -> None:
+    mixed = Objective.model_validate({"preset": "paper", "guidance": 3, "fake": {"weight": "alpha_bar"}})
+    assert (mixed.guidance, mixed.fake_guidance) == (3, 1)
+    assert (mixed.fake.weight, mixed.fake.trains_on) == ("alpha_bar", "before")
+
+
+def test_every_preset_sets_fields_that_exist() -> None:
+    for name in PRESETS:
+        assert Objective.model_validate({"preset": name}).preset == name
+
+
+def test_prompts() -> None:
+    released, paper = Objective(), Objective(preset="paper")
+    assert released.prompts("oil style", "a fox") == ("oil style, a fox", "Turn into oil style")
+    assert released.prompts("oil style", "") == ("oil style", "Turn into oil style")
+    assert paper.prompts("oil style", "a {style} fox") == ("a {style} fox", "Turn it into oil style")
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "message"),
+    [
+        ("name: test", "nam: test", "manifest.yaml:2: nam: no such key; did you mean name?"),
+        ("  prompt: oil", "  promt: oil", "manifest.yaml:9: style.promt: no such key; did you mean prompt?"),
+        ("format: folder", "format: zip", "manifest.yaml:4: source.format: input should be 'webdataset' or 'folder'"),
+        ("  urls: photos\n", "", "manifest.yaml:3: source.urls: is missing"),
+        ("urls: photos", "urls: []", "manifest.yaml:5: source.urls: names no file or folder"),
+        ("path: tiny", "path: [", "not valid YAML"),
+        ("path: tiny", "path: '${NOT_SET}'", "manifest.yaml:6: model.path: the environment has no NOT_SET"),
+        ("name: test", "name: test\nname: again", "manifest.yaml:3: name: stands here a second time"),
+        ("task: optimize", "task: dance", "manifest.yaml:1: task: input should be 'optimize', not 'dance'"),
+    ],
+)
+def test_errors_name_file_line_and_key(file: Path, before: str, after: str, message: str) -> None:
+    assert before in GOOD
+    file.write_text(GOOD.replace(before, after))
+    with pytest.raises(sb.ManifestError) as caught:
+        sb.load(file)
+    assert message in str(caught.value).replace(str(file), "manifest.yaml")
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("style.lorra=x", "--set style.lorra: no such key; did you mean lora?"),
+        ("objective.steps=-1", "--set objective.steps: input should be greater than or equal to 1, not -1"),
+        ("compute.workers=many", "--set compute.workers: input should be a valid integer"),
+        ("compute.workers=0", "--set compute.workers: must be at least 1"),
+        ("output.samples_per_unit=0", "greater than or equal to 1, not 0"),
+        ("objective.t_min=600", "t_min (600) must be below t_max (500)"),
+        ("objective.prompt={foo} {style}", "unknown {foo}"),
+        ("steps", "expected key.path=value"),
+        ("name.x=1", "name is a value, not a section"),
+        ("name=]", "not valid YAML"),
+    ],
+)
+def test_overrides_are_checked_too(file: Path, override: str, message: str) -> None:
+    if override.startswith("objective.prompt"):
+        override = "objective.prompt='{foo} {style}'"
+    assert message in fails(file, override)
+
+
+def test_overrides_win_and_are_resolved(file: Path) -> None:
+    manifest = sb.load(file, ["output.path=elsewhere", "objective.fake.rank=4", "compute.workers=3"])
+    assert manifest.output.path == "elsewhere"
+    assert manifest.dump()["objective"]["fake"]["rank"] == 4
+    assert manifest.compute.workers == 3
+
+
+def test_the_environment(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file.write_text(GOOD.replace("out/test", "${ROOT:-/tmp}/x/${WHO}"))
+    monkeypatch.setenv("WHO", "me")
+    monkeypatch.delenv("ROOT", raising=False)
+    assert sb.load(file).output.path == "/tmp/x/me"
+    monkeypatch.setenv("ROOT", "/data")
+    assert sb.load(file).output.path == "/data/x/me"
+
+
+def test_files_that_are_no_manifest(tmp_path: Path) -> None:
+    assert "cannot read the manifest" in fails(tmp_path / "none.yaml")
+    for content, message in ((b"", "a mapping of keys"), (b"- a", "a mapping of keys"), (b"\xff\xfe\xfa", "not UTF-8")):
+        (tmp_path / "odd.yaml").write_bytes(content)
+        assert message in fails(tmp_path / "odd.yaml")
+
+
+def test_identity_is_all_that_results_depend_on(file: Path) -> None:
+    same = ("compute.batch_size=2", "errors.max_failed_fraction=1", "output.path=x")
+    other = ("seed=1", "objective.steps=3", "output.quality=90", "style.scale=1", "image.resolution=64")
+    identity = sb.load(file).identity
+    assert {sb.load(file, [override]).identity for override in same} == {identity}
+    assert identity not in {sb.load(file, [override]).identity for override in other}
+
+
+def test_the_schema_explains_every_key() -> None:
+    """A field without a docstring would be a key that `smsbatch schema` cannot explain."""
+    schema = Manifest.model_json_schema()
+
+    def unexplained(section: dict[str, Any], name: str) -> list[str]:
+        return [
+            f"{name}.{key}"
+            for key, value in section["properties"].items()
+            if not value.get("description") and "$ref" not in value
+        ]
+
+    found = unexplained(schema, "manifest")
+    for name, section in schema["$defs"].items():
+        found += unexplained(section, name)
+    assert found == []
+    assert all(section.get("description") for section in schema["$defs"].values())
+
+
+def test_manifests_of_the_repository_are_valid() -> None:
+    root = Path(__file__).parent.parent
+    files = [*sorted((root / "manifests").glob("*.yaml")), root / "smsbatch" / "template.yaml"]
+    assert len(files) >= 2
+    for path in files:
+        assert sb.load(path).name
+        assert yaml.safe_load(path.read_text())["source"]["urls"].startswith("tiny:")
