@@ -37,7 +37,7 @@ def main() -> None:
         """Seconds per step and image."""
         torch.set_num_threads(threads)
         images = torch.rand(batch, 3, arguments.side, arguments.side, generator=torch.Generator().manual_seed(0))
-        texts = Texts(*(prior.embed([prompt] * batch) for prompt in ("oil painting style, a lake", "Turn into oil", "")))
+        texts = Texts(*(prior.embed([prompt] * batch) for prompt in ("oil painting style", "Turn into oil", "")))
         z = prior.encode(images)
         began = perf_counter()
         optimize(prior, style, z, texts, list(range(batch)), config)

@@ -37,7 +37,7 @@ def main() -> None:
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
     arguments = parser.parse_args()
 
-    manifest = sb.load(arguments.manifest, getattr(arguments, "set"))
+    manifest = sb.load(arguments.manifest, arguments.set)
     sb.run(manifest)
     out = Path(manifest.output.path)
     urls = {row["key"]: row["url"] for file in out.glob("metrics/*.parquet") for row in pq.read_table(file).to_pylist()}

@@ -214,7 +214,7 @@ class Output(_Section):
     samples_per_shard: int = Field(1000, ge=1)
     """Samples of one output tar."""
     samples_per_unit: int = Field(64, ge=1)
-    """Samples a worker takes, finishes and commits at once: the grain of retry and resume. None crosses a shard's edge."""
+    """Samples a worker takes, finishes and commits at once: the grain of retry and resume."""
     format: Literal["webp", "png", "jpg"] = "webp"
     """Of the result's pictures."""
     quality: int = Field(95, ge=1, le=100)

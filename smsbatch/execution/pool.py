@@ -248,7 +248,7 @@ class RayPool(Pool):
         return actor
 
     def _deal(self, actor: _Actor, queue: deque[_Job], calls: dict[Any, tuple[_Actor, _Job | None]]) -> None:
-        """Give an actor what it can take; a unit that saw a death has one for itself, so that the next has one cause."""
+        """Give an actor what it can take; a unit that saw a death has one for itself: the next then has one cause."""
         while actor.ready and queue and len(actor.jobs) < _IN_FLIGHT:
             idle = sum(not other.jobs for other in self._actors)
             if actor.jobs and (queue[0].deaths or actor.jobs[0].deaths or len(queue) <= idle):

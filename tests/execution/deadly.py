@@ -1,4 +1,4 @@
-"""A worker that dies, for tests of the pool: it kills its own process as a driver bug or the kernel's memory killer would."""
+"""A worker that dies, for tests of the pool: it kills its own process, as the kernel's memory killer would."""
 
 from __future__ import annotations
 

@@ -1,0 +1,73 @@
+"""The README is true: its commands exist, its Python runs, the tree it shows is the tree a run leaves."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+
+
+def test_make_knows_every_command() -> None:
+    shown = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    used = set(re.findall(r"\bmake ([a-z-]+)", README))
+    assert {"demo", "test"} <= used
+    assert used <= set(re.findall(r"make ([a-z-]+)", shown))
+
+
+def test_smsbatch_knows_every_verb() -> None:
+    shown = subprocess.run(
+        [sys.executable, "-m", "smsbatch", "--help"], capture_output=True, text=True, check=True
+    ).stdout
+    used = set(re.findall(r"^smsbatch ([a-z]+)", "\n".join(blocks("bash")), re.MULTILINE))
+    assert used == {"init", "plan", "run", "status", "schema"}
+    assert used <= set(re.findall(r"^  ([a-z]+)", shown, re.MULTILINE))
+
+
+def test_the_python_runs_and_the_tree_is_what_it_leaves(tmp_path: Path) -> None:
+    """On two steps instead of all, so that it takes seconds; nothing else is changed."""
+    (code,) = blocks("python")
+    assert len(code.strip().splitlines()) <= 10
+    manifest = yaml.safe_load((ROOT / "manifests" / "demo.yaml").read_text())
+    manifest["objective"]["steps"] = 2
+    (tmp_path / "manifests").mkdir()
+    (tmp_path / "manifests" / "demo.yaml").write_text(yaml.safe_dump(manifest))
+    (tmp_path / "smsbatch").symlink_to(ROOT / "smsbatch")
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    plan, numbers, picture = done.stdout.splitlines()
+    assert re.fullmatch(r"\d+ shards?, \d+ units?, (\d+) images", plan)
+    assert 0 < float(numbers.split()[1]) < 1
+    assert re.match(r"\(\d+, \d+, 3\) 0\.\d+", picture)
+
+    tree = re.search(r"```\n(out/demo/\n.*?)```", README, re.DOTALL)
+    assert tree is not None
+    for name in re.findall(r"── (\S+)", tree.group(1)):
+        assert (tmp_path / "out" / "demo" / name).exists(), name
+    left = {path.name for path in (tmp_path / "out" / "demo").iterdir()}
+    assert left == {name.split("/")[0] for name in re.findall(r"── (\S+)", tree.group(1))}
+
+
+def test_links_and_pictures_exist() -> None:
+    for file in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):
+        for target in re.findall(r"\]\(([^)#]+)\)", file.read_text()):
+            if "://" not in target:
+                assert (file.parent / target).exists(), f"{file.name}: {target}"
+
+
+@pytest.mark.parametrize("example", blocks("yaml"))
+def test_manifests_in_the_readme_are_valid(example: str, tmp_path: Path) -> None:
+    import smsbatch as sb
+
+    (tmp_path / "m.yaml").write_text(example)
+    assert sb.load(tmp_path / "m.yaml").task == "optimize"
