@@ -145,8 +145,11 @@ class Store:
     def check_writable(self) -> None:
         """Create and delete a probe, as the ledger will: a StorageError now and not after the first hour of work."""
         probe = f"{TEMPORARY}/probe-{uuid.uuid4().hex}"
-        self.create(probe, b"smsbatch looks whether it can write here")
-        self.delete(probe)
+        try:
+            self.create(probe, b"smsbatch looks whether it can write here")
+            self.delete(probe)
+        except StorageError as error:  # the user knows the folder, not the probe
+            raise StorageError(str(error).replace(self.locate(probe), self.url)) from error
 
     def _full(self, path: str) -> str:
         return f"{self.root}/{path}" if path else self.root

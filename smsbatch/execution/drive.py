@@ -20,7 +20,7 @@ from smsbatch.data.store import Store
 from smsbatch.errors import RequestError, RunError
 from smsbatch.execution.plan import establish, read_run
 from smsbatch.execution.pool import POOLS
-from smsbatch.execution.report import Report, write_report
+from smsbatch.execution.report import Report, is_reported, summarize, write_report
 from smsbatch.execution.worker import Progress
 from smsbatch.manifest import Manifest
 
@@ -135,7 +135,7 @@ def run(
         _work(manifest, store, ledger, tally, shards, todo, progress)
     for shard, units in shards.items():
         ledger.publish(shard, units)
-    report = write_report(store)
+    report = write_report(store) if todo or not is_reported(store) else summarize(store)
     progress(tally.status(manifest.name, (), finished=True))
     allowed = manifest.errors.max_failed_fraction
     if report.failed > allowed * report.planned:
@@ -185,7 +185,7 @@ def status(output: str) -> Status:
     units = read_units(store) if store.exists(UNITS) else []
     tally = _Tally({unit.id: unit for unit in units}, Ledger(store).commits())
     beat = json.loads(store.read(HEARTBEAT)) if store.exists(HEARTBEAT) else None
-    counted = tally.status(recorded["name"], (), finished=store.exists("_SUCCESS"))
+    counted = tally.status(recorded["name"], (), finished=is_reported(store))
     if beat is None or counted.finished:
         return counted
     return replace(

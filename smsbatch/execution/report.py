@@ -33,7 +33,10 @@ from smsbatch.execution.plan import RUN, read_run
 from smsbatch.execution.report_card import card
 from smsbatch.execution.report_page import render
 
-__all__ = ["Distribution", "Failure", "Group", "Picture", "Report", "summarize", "write_report"]
+__all__ = ["Distribution", "Failure", "Group", "Picture", "Report", "is_reported", "summarize", "write_report"]
+
+SUCCESS = "_SUCCESS"
+_WRITTEN = ("index.json", "README.md", "report.html")
 
 SHOW_ALL = 16  # so many results are shown whole, more as a sample and the two ends of the first metric
 SHOW_SAMPLE = 9
@@ -140,6 +143,11 @@ class Group:
     pictures: Sequence[Picture]
 
 
+def is_reported(store: Store) -> bool:
+    """Everything that `write_report` writes is there."""
+    return all(store.exists(name) for name in (*_WRITTEN, SUCCESS))
+
+
 def summarize(store: Store) -> Report:
     """The numbers of a finished run.
 
@@ -163,7 +171,7 @@ def write_report(store: Store) -> Report:
     store.put("index.json", json.dumps(index, indent=1).encode())
     store.put("README.md", card(report).encode())
     store.put("report.html", render(report, _gallery(store, report, tally)).encode())
-    store.create("_SUCCESS", b"")
+    store.create(SUCCESS, b"")
     return report
 
 

@@ -32,7 +32,6 @@ CONFIG = {
     "sample_size": 128,
 }
 KL_WEIGHT = 3e-4  # per latent element
-L1_WEIGHT = 4.0
 
 
 def to_tensor(pictures: list[np.ndarray]) -> Tensor:
@@ -100,6 +99,7 @@ def main() -> None:
     parser.add_argument("--styled-from", type=int, default=800)
     parser.add_argument("--whiten-at", type=int, default=1200)
     parser.add_argument("--decoder-from", type=int, default=4400, help="step from which the encoder is frozen")
+    parser.add_argument("--l1", type=float, default=4.0, help="weight of L1 beside LPIPS")
     parser.add_argument("--whole", type=float, default=0.4, help="share of crops that are as large as fits")
     parser.add_argument("--side", type=int, default=64, help="px of a crop")
     parser.add_argument("--batch", type=int, default=8)
@@ -143,7 +143,7 @@ def main() -> None:
         l1 = (x - y.float()).abs().mean()
         mean, logvar = posterior.mean.float(), posterior.logvar.float()
         kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
-        loss = L1_WEIGHT * l1 + perceptual + KL_WEIGHT * kl
+        loss = args.l1 * l1 + perceptual + KL_WEIGHT * kl
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         average_gradients(vae.parameters())
