@@ -35,7 +35,9 @@ Override = Annotated[
     list[str] | None,
     typer.Option("--set", help="Override a key: output.path=out/x. May be given again.", metavar="KEY=VALUE"),
 ]
-Limit = Annotated[int | None, typer.Option(help="Plan only the first N samples of the source.", min=1, metavar="N")]
+Limit = Annotated[
+    int | None, typer.Option(help="Take only the first N samples: --set source.limit=N.", min=1, metavar="N")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
 
 _INTERVAL_S = 10.0  # between two JSON lines where nobody watches
@@ -47,10 +49,10 @@ def run(manifest: ManifestFile, set_: Override = None, limit: Limit = None, as_j
     import smsbatch as sb
 
     with _failures(as_json):
-        loaded = sb.load(manifest, set_ or ())
+        loaded = sb.load(manifest, _overrides(set_, limit))
         shown = _JsonLines(err=as_json) if as_json or not sys.stdout.isatty() else _Live()
         with shown:
-            report = sb.run(loaded, limit=limit, progress=shown.update)
+            report = sb.run(loaded, shown.update)
         if as_json:
             _print_json(report.to_dict())
         else:
@@ -63,7 +65,7 @@ def plan(manifest: ManifestFile, set_: Override = None, limit: Limit = None, as_
     import smsbatch as sb
 
     with _failures(as_json):
-        planned = sb.plan(sb.load(manifest, set_ or ()), limit)
+        planned = sb.plan(sb.load(manifest, _overrides(set_, limit)))
         if as_json:
             _print_json(planned.to_dict())
             return
@@ -126,6 +128,10 @@ def _main(
 
         typer.echo(f"smsbatch {installed('smsbatch')}")
         raise typer.Exit
+
+
+def _overrides(set_: list[str] | None, limit: int | None) -> list[str]:
+    return [*(set_ or ()), *([] if limit is None else [f"source.limit={limit}"])]
 
 
 @contextmanager

@@ -50,6 +50,8 @@ class Source(_Section):
     """Extensions that are the picture, in order of preference."""
     caption: tuple[str, ...] = ("txt", "json:caption")
     """Where the caption is: an extension, or `extension:key` of a JSON object. The first that exists, else none."""
+    limit: int | None = Field(None, ge=1)
+    """Take only so many samples, the first. `--limit N` sets it."""
 
     @field_validator("urls", "images", "caption", mode="before")
     @classmethod
@@ -292,7 +294,7 @@ class Manifest(_Section):
         """SHA-256 of all that results depend on: everything but `compute`, `errors` and where the output lies."""
         plain = self.dump()
         del plain["compute"], plain["errors"], plain["output"]["path"]
-        return str(hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest())
+        return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
 
 
 def load(path: str | os.PathLike[str], overrides: Iterable[str] = ()) -> Manifest:
@@ -415,7 +417,7 @@ def _message(key: Key, problem: Mapping[str, Any]) -> str:
         known = _known_keys(key[:-1])
         close = difflib.get_close_matches(str(key[-1]), known, n=1)
         return "no such key; " + (f"did you mean {close[0]}?" if close else f"known here: {', '.join(known)}")
-    message = problem["msg"].removeprefix("Value error, ")
+    message: str = problem["msg"].removeprefix("Value error, ")
     ours = message != problem["msg"]
     given = problem["input"]
     shown = f", not {given!r}" if not ours and isinstance(given, str | int | float) else ""

@@ -106,14 +106,11 @@ def _worth(worker: Progress) -> float:
 
 def run(
     manifest: Manifest,
-    *,
-    limit: int | None = None,
     progress: Callable[[Status], None] = lambda status: None,
 ) -> Report:
     """Plan if there is no plan, do what is not done, publish, report.
 
     Args:
-        limit: plan only the first samples of the source.
         progress: called a few times a second.
 
     Raises:
@@ -122,7 +119,7 @@ def run(
         RunError: more samples failed than `errors.max_failed_fraction`; everything is written nevertheless.
     """
     store = Store(manifest.output.path)
-    plan = establish(manifest, store, limit)
+    plan = establish(manifest, store)
     ledger = Ledger(store, metrics=manifest.metrics)
     shards: dict[int, list[Unit]] = {}
     for unit in plan.units:

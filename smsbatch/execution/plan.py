@@ -40,7 +40,6 @@ class Plan:
     samples: int
     units: tuple[Unit, ...]
     notices: tuple[str, ...]
-    limit: int | None = None
 
     @property
     def shards(self) -> int:
@@ -58,7 +57,6 @@ class Plan:
             "units": len(self.units),
             "samples": self.samples,
             "steps": self.manifest.objective.steps,
-            "limit": self.limit,
             "notices": list(self.notices),
         }
 
@@ -72,40 +70,37 @@ def cut(samples: int, samples_per_unit: int, samples_per_shard: int) -> Iterator
             yield Unit(next(number), shard, start, min(start + samples_per_unit, end))
 
 
-def plan(manifest: Manifest, limit: int | None = None) -> Plan:
+def plan(manifest: Manifest) -> Plan:
     """The plan this manifest would get, nothing written.
-
-    Args:
-        limit: take only the first samples of the source.
 
     Raises:
         SourceError: the source is missing, empty or has clashing keys.
         WeightsError: a model or LoRA is missing.
     """
     digests(manifest)
-    return _draft(manifest, limit)[0]
+    return _draft(manifest)[0]
 
 
-def establish(manifest: Manifest, store: Store, limit: int | None = None) -> Plan:
+def establish(manifest: Manifest, store: Store) -> Plan:
     """The plan of the run at `store`: the one that stands there, or else a new one, written now.
 
     Raises:
-        DriftError: manifest, limit, weights or index are not those of the run that stands there.
+        DriftError: manifest, weights or index are not those of the run that stands there.
         SourceError, StorageError, WeightsError.
     """
     run, weights = read_run(store), digests(manifest)
     if run is not None and store.exists(UNITS):
-        _check(run, manifest, limit, weights)
-        return Plan(manifest, run["planned"]["samples"], tuple(read_units(store)), tuple(run["notices"]), limit)
+        _check(run, manifest, weights)
+        return Plan(manifest, run["planned"]["samples"], tuple(read_units(store)), tuple(run["notices"]))
 
-    drafted, entries = _draft(manifest, limit)
+    drafted, entries = _draft(manifest)
     index_sha256 = _digest(entries)
     if run is None:
         store.check_writable()
         store.create(RUN, json.dumps(_record(drafted, weights, index_sha256), indent=2).encode())
         run = read_run(store)  # ours, or that of a driver who was faster
         assert run is not None
-    _check(run, manifest, limit, weights)
+    _check(run, manifest, weights)
     if run["index_sha256"] != index_sha256:
         raise DriftError(f"{store.url}: the source is not the one this run began with; choose another output.path")
     write_index(store, entries)
@@ -130,12 +125,12 @@ def read_run(store: Store) -> dict[str, Any] | None:
     return run
 
 
-def _draft(manifest: Manifest, limit: int | None) -> tuple[Plan, list[Entry]]:
+def _draft(manifest: Manifest) -> tuple[Plan, list[Entry]]:
     source, output = manifest.source, manifest.output
     notices: list[str] = []
-    entries = list(islice(index(source.format, source.urls, source.images, notices), limit))
+    entries = list(islice(index(source.format, source.urls, source.images, notices), source.limit))
     units = tuple(cut(len(entries), output.samples_per_unit, output.samples_per_shard))
-    return Plan(manifest, len(entries), units, tuple(notices), limit), entries
+    return Plan(manifest, len(entries), units, tuple(notices)), entries
 
 
 def _digest(entries: Iterable[Entry]) -> str:
@@ -152,7 +147,6 @@ def _record(plan: Plan, weights: Mapping[str, str], index_sha256: str) -> dict[s
         "name": plan.manifest.name,
         "manifest": plan.manifest.dump(),
         "manifest_sha256": plan.manifest.identity,
-        "limit": plan.limit,
         "weights": dict(weights),
         "index_sha256": index_sha256,
         "planned": {"samples": plan.samples, "units": len(plan.units), "shards": plan.shards},
@@ -170,7 +164,7 @@ def _versions() -> dict[str, str]:
     return found
 
 
-def _check(run: Mapping[str, Any], manifest: Manifest, limit: int | None, weights: Mapping[str, str]) -> None:
+def _check(run: Mapping[str, Any], manifest: Manifest, weights: Mapping[str, str]) -> None:
     """The run that stands was planned for the same results."""
     changed = []
     if run["manifest_sha256"] != manifest.identity:
@@ -180,8 +174,6 @@ def _check(run: Mapping[str, Any], manifest: Manifest, limit: int | None, weight
             for key in sorted(before.keys() | now.keys())
             if before.get(key) != now.get(key) and not key.startswith(("compute.", "errors.", "output.path"))
         ]
-    if run["limit"] != limit:
-        changed.append(f"--limit ({run['limit']} then, {limit} now)")
     changed += [
         f"the file {name}"
         for name in sorted(run["weights"].keys() | weights.keys())

@@ -30,9 +30,9 @@ def job(tmp_path: Path, model: Path, lora: Path) -> Path:
     return write_manifest(tmp_path, model, lora, make_photos(tmp_path / "photos"))
 
 
-def _establish(job: Path, *overrides: str, limit: int | None = None) -> sb.Plan:
+def _establish(job: Path, *overrides: str) -> sb.Plan:
     manifest = sb.load(job, overrides)
-    return establish(manifest, Store(manifest.output.path), limit)
+    return establish(manifest, Store(manifest.output.path))
 
 
 def test_planning_writes_nothing(job: Path) -> None:
@@ -82,8 +82,8 @@ def test_changed_weights_are_named(job: Path, lora: Path) -> None:
 
 
 def test_another_limit_is_another_plan(job: Path) -> None:
-    assert _establish(job, limit=3).samples == 3
-    with pytest.raises(sb.DriftError, match="--limit"):
+    assert _establish(job, "source.limit=3").samples == 3
+    with pytest.raises(sb.DriftError, match=r"source\.limit \(3 then, None now\)"):
         _establish(job)
 
 

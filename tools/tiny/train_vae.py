@@ -1,7 +1,7 @@
 """Train the autoencoder: 4x down, 4 latent channels, L1 + LPIPS + a little KL.
 
 The latents are scaled to unit standard deviation over the training crops (`scaling_factor`), as Stable Diffusion's are.
-From step `--styled-from` on, a third of the crops are put through a style filter, so that the decoder can draw strokes.
+From step 500 on, a third of the crops are put through a style filter, so that the decoder can draw strokes.
 
     torchrun --nproc-per-node 2 tools/tiny/train_vae.py --cache CACHE --extra EXTRA --work WORK \\
         --out smsbatch/tiny/model/vae
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -32,6 +33,30 @@ CONFIG = {
     "sample_size": 128,
 }
 KL_WEIGHT = 3e-4  # per latent element
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A stretch of training with one setting; the learning rate falls from `lr` to `floor * lr` within it."""
+
+    until: int
+    side: int  # px of a crop
+    batch: int
+    lr: float
+    floor: float
+    l1: float  # weight of L1 beside LPIPS
+    whole: float  # share of crops that show as much of the photograph as fits
+    decoder_only: bool = False
+
+
+PHASES = (
+    Phase(1200, side=96, batch=8, lr=1.3e-3, floor=1.0, l1=4, whole=0.4),
+    # From here the latents are white, and many small steps teach more than few big ones.
+    Phase(4400, side=64, batch=4, lr=1e-3, floor=0.01, l1=4, whole=0.4),
+    # The latents are in use from here on: only the decoder goes on, on what it will be asked to draw.
+    Phase(6400, side=96, batch=4, lr=6e-4, floor=0.01, l1=1, whole=0.8, decoder_only=True),
+)
+STYLED_FROM = 500
 
 
 def to_tensor(pictures: list[np.ndarray]) -> Tensor:
@@ -95,15 +120,7 @@ def main() -> None:
     parser.add_argument("--extra", type=Path)
     parser.add_argument("--work", type=Path, required=True, help="folder of the checkpoint")
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=6000)
-    parser.add_argument("--styled-from", type=int, default=800)
-    parser.add_argument("--whiten-at", type=int, default=1200)
-    parser.add_argument("--decoder-from", type=int, default=4400, help="step from which the encoder is frozen")
-    parser.add_argument("--l1", type=float, default=4.0, help="weight of L1 beside LPIPS")
-    parser.add_argument("--whole", type=float, default=0.4, help="share of crops that are as large as fits")
-    parser.add_argument("--side", type=int, default=64, help="px of a crop")
-    parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--phases", type=int, default=len(PHASES), help="stop after so many")
     args = parser.parse_args()
 
     rank, world = join()
@@ -112,30 +129,29 @@ def main() -> None:
     torch.manual_seed(rank)
     distance = load_lpips()
     average = Average(vae.parameters(), 0.998)
-    optimizer = torch.optim.AdamW(vae.parameters(), lr=args.lr, betas=(0.9, 0.99), weight_decay=0.0)
+    optimizer = torch.optim.AdamW(vae.parameters(), lr=0.0, betas=(0.9, 0.99), weight_decay=0.0)
     checkpoint = args.work / "vae.pt"
     start = load_checkpoint(checkpoint, vae=vae, average=average, optimizer=optimizer)
     pictures = [p for _, p in photos("train", args.cache, args.extra)]
     held_out = [p for _, p in photos("held-out", args.cache, args.extra)]
 
+    starts = [0, *(phase.until for phase in PHASES[:-1])]
     began, seen = time.monotonic(), []
-    for step in range(start, args.steps):
+    end = PHASES[args.phases - 1].until
+    for step in range(start, end):
+        begin, phase = next((begin, p) for begin, p in zip(starts, PHASES, strict=True) if step < p.until)
         for group in optimizer.param_groups:
-            group["lr"] = cosine(step, args.steps, args.lr)
-        if step == args.whiten_at:
-            with average.applied():
+            group["lr"] = cosine(step - begin, phase.until - begin, phase.lr, floor=phase.floor)
+        if step in starts[1:]:
+            with torch.no_grad():
+                torch._foreach_copy_(average.parameters, average.shadow)
+            if not phase.decoder_only:
                 whiten(vae, pictures)
-                average.shadow = [p.detach().clone() for p in vae.parameters()]
-            with torch.no_grad():
-                torch._foreach_copy_(list(vae.parameters()), average.shadow)
-        if step == args.decoder_from:
-            with torch.no_grad():
-                torch._foreach_copy_(list(vae.parameters()), average.shadow)
-        if step >= args.decoder_from:  # the latents are in use: they must not change any more
-            vae.encoder.requires_grad_(False)
-            vae.quant_conv.requires_grad_(False)
+                average.shadow = [p.detach().clone() for p in average.parameters]
+        vae.encoder.requires_grad_(not phase.decoder_only)
+        vae.quant_conv.requires_grad_(not phase.decoder_only)
         rng = np.random.default_rng([rank, step])
-        x = batch(pictures, args.batch // world, args.side, step >= args.styled_from, rng, args.whole)
+        x = batch(pictures, phase.batch // world, phase.side, step >= STYLED_FROM, rng, phase.whole)
         with torch.autocast("cpu", torch.bfloat16):
             posterior = vae.encode(x).latent_dist
             y = vae.decode(posterior.sample()).sample
@@ -143,7 +159,7 @@ def main() -> None:
         l1 = (x - y.float()).abs().mean()
         mean, logvar = posterior.mean.float(), posterior.logvar.float()
         kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
-        loss = args.l1 * l1 + perceptual + KL_WEIGHT * kl
+        loss = phase.l1 * l1 + perceptual + KL_WEIGHT * kl
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         average_gradients(vae.parameters())
@@ -151,7 +167,7 @@ def main() -> None:
         optimizer.step()
         average.update()
         seen.append((float(l1.detach()), float(perceptual.detach()), float(kl.detach())))
-        if rank == 0 and ((step + 1) % 500 == 0 or step + 1 == args.steps):
+        if rank == 0 and ((step + 1) % 500 == 0 or step + 1 == end):
             with average.applied():
                 score = evaluate(vae, distance, held_out)
             pace = (time.monotonic() - began) / (step + 1 - start)
