@@ -190,7 +190,9 @@ class _Live(_Display):
     def __init__(self) -> None:
         from rich.console import Console
         from rich.live import Live
+        from rich.text import Text
 
+        self._text = Text  # plain: what looks like markup in a name is none
         self._live = Live(console=Console(), refresh_per_second=4, transient=True)
 
     def __enter__(self) -> _Live:
@@ -202,7 +204,7 @@ class _Live(_Display):
 
     def update(self, status: Status) -> None:
         super().update(status)
-        self._live.update("\n".join(_lines(status)))
+        self._live.update(self._text("\n".join(_lines(status))))
 
 
 def _lines(status: Status) -> list[str]:
@@ -222,10 +224,10 @@ def _lines(status: Status) -> list[str]:
     if status.errors:
         codes = ", ".join(f"{count} {code}" for code, count in sorted(status.errors.items()))
         lines.append(f"  {status.failed} failed: {codes}")
-    if status.heartbeat_age_s is not None:
-        lines.append(f"  last sign of life {_duration(status.heartbeat_age_s)} ago")
     if status.finished:
         lines.append("  finished")
+    elif status.heartbeat_age_s is not None and not status.workers:
+        lines.append(f"  nobody has been at work for {_duration(status.heartbeat_age_s)}; `smsbatch run` goes on")
     elif status.rate and status.remaining_s is not None:
         lines.append(f"  {3600 * status.rate:,.0f} images/h, about {_duration(status.remaining_s)} left")
     return lines
@@ -240,20 +242,18 @@ def _duration(seconds: float) -> str:
 
 
 def _summary(report: Report, worked: bool) -> None:
-    """The table at the end."""
-    from rich.console import Console
-    from rich.table import Table
-
+    """What there is now, and where. Whole lines: a path that is cut is of no use."""
+    images = f"{report.succeeded:,} stylized, {report.failed:,} failed, {report.planned:,} planned"
+    rows = [("run", report.name), ("images", images)]
+    rows += [("", f"{count:,} {code}") for code, count in sorted(report.errors.items())]
+    rows += [
+        (name, f"{values.mean:.3f} on average, {values.low:.3f} to {values.high:.3f}")
+        for name, values in report.metrics.items()
+    ]
+    each = report.seconds / max(report.planned, 1)
+    rows += [("computing", f"{_duration(report.seconds)} on {report.workers} workers, {each:.1f} s an image")]
+    rows += [("note", notice) for notice in report.notices]
+    rows += list(report.paths.items())
     if not worked:
-        typer.echo("Nothing to do: every unit is committed, every shard published.")
-    table = Table(show_header=False, box=None, pad_edge=False)
-    table.add_row("run", report.name)
-    table.add_row("images", f"{report.succeeded:,} stylized, {report.failed:,} failed, {report.planned:,} planned")
-    for code, count in sorted(report.errors.items()):
-        table.add_row("", f"{count:,} {code}")
-    for name, summary in report.metrics.items():
-        table.add_row(name, f"{summary.mean:.3f} on average, {summary.low:.3f} to {summary.high:.3f}")
-    table.add_row("compute", f"{report.seconds:.1f} s, {report.seconds / max(report.succeeded, 1):.1f} s an image")
-    for name, path in report.paths.items():
-        table.add_row(name, path)
-    Console(soft_wrap=True).print(table)
+        typer.echo("Nothing to do: every unit is committed already.")
+    typer.echo("\n".join(f"{name:10} {value}" for name, value in rows))

@@ -23,7 +23,7 @@ from smsbatch.errors import ManifestError
 __all__ = [
     "Compute",
     "Errors",
-    "FakeScore",
+    "Fake",
     "Image",
     "Manifest",
     "Model",
@@ -58,6 +58,11 @@ class Source(_Section):
     def _one_or_many(cls, value: object) -> object:
         return (value,) if isinstance(value, str) else value
 
+    @field_validator("images")
+    @classmethod
+    def _as_extensions(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(extension.lower().removeprefix(".") for extension in value)
+
     @field_validator("urls")
     @classmethod
     def _not_empty(cls, value: tuple[str, ...]) -> tuple[str, ...]:
@@ -86,7 +91,7 @@ class Style(_Section):
     """The words the LoRA was trained with, trigger words included."""
 
 
-class FakeScore(_Section):
+class Fake(_Section):
     """The fake score: the prior with one LoRA per sample, trained on its current result (paper, Eq. 19)."""
 
     rank: int = Field(8, ge=1)
@@ -137,7 +142,7 @@ class Objective(_Section):
     fake_guidance: float = Field(4.5, ge=1)
     """Classifier-free guidance of the fake score."""
     prompt: str = "{style}, {caption}"
-    """Target prompt; `{style}` is `style.prompt`, `{caption}` the sample's. Without a caption it is the style alone."""
+    """Target prompt; `{style}` is `style.prompt`, `{caption}` the sample's, which may be empty."""
     edit_prompt: str = "Turn into {style}"
     """Instruction of the relevance map (Eq. 4)."""
     relevance: Literal["mean_abs", "abs_mean", "off"] = "mean_abs"
@@ -146,9 +151,9 @@ class Objective(_Section):
     """lambda of Eq. 6, on the per-entry mean of the penalty."""
     spectral_norm: Literal["l1", "l2"] = "l1"
     """Norm of Eq. 3: absolute values (released code) or squares (paper)."""
-    t_min: int = Field(20, ge=1, le=999)
+    t_min: int = Field(20, ge=1, le=998)
     """Smallest timestep of 1000."""
-    t_max: int = Field(500, ge=2, le=1000)
+    t_max: int = Field(500, ge=2, le=999)
     """Upper bound of the timesteps at the first iteration; it falls linearly (Eq. 7)."""
     grid: Literal[1, 2] = 2
     """1: every timestep; 2: the released code's 500-step grid, odd timesteps only."""
@@ -162,7 +167,7 @@ class Objective(_Section):
     """Linear warm-up, as a fraction of the steps."""
     horizon: float = Field(1.5, ge=1)
     """Where the cosine after the warm-up would reach zero, in runs."""
-    fake: FakeScore = FakeScore()
+    fake: Fake = Fake()
 
     @model_validator(mode="before")
     @classmethod
@@ -191,8 +196,12 @@ class Objective(_Section):
 
     def prompts(self, style: str, caption: str) -> tuple[str, str]:
         """Target prompt and edit instruction of one sample."""
-        target = self.prompt.replace("{style}", style).replace("{caption}", caption) if caption else style
-        return target, self.edit_prompt.replace("{style}", style).replace("{caption}", caption)
+        words = {"style": style, "caption": caption}
+        target, edit = (
+            re.sub(r"\{(style|caption)\}", lambda match: words[match[1]], template).strip(" ,")
+            for template in (self.prompt, self.edit_prompt)
+        )
+        return target, edit
 
 
 class Image(_Section):
@@ -202,10 +211,10 @@ class Image(_Section):
     """Pixels of the side that `fit` speaks of."""
     fit: Literal["short_side", "center_crop", "none"] = "short_side"
     """`short_side`: scaled, any aspect ratio; `center_crop`: a square; `none`: left as it is."""
-    max_pixels: int = Field(100_000_000, ge=1)
+    max_pixels: int = Field(100_000_000, ge=1, le=178_000_000)
     """A source picture with more pixels is a failed row (`too_large`), and is never decoded."""
-    min_side: int = Field(32, ge=1)
-    """A source picture with a shorter side, in pixels, is a failed row (`too_small`)."""
+    min_side: int = Field(32, ge=32)
+    """A source picture with a shorter side, in pixels, is a failed row (`too_small`). Below 32 LPIPS sees nothing."""
 
 
 class Output(_Section):
@@ -238,7 +247,7 @@ class Compute(_Section):
     """CPU threads of torch in a worker; `auto`: the machine's cores, divided among the workers."""
     batch_size: int = Field(8, ge=1)
     """Samples optimized together."""
-    precision: Literal["auto", "fp32", "fp16", "bf16"] = "auto"
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Of the frozen models; `auto`: bf16 on CUDA, else fp32. Latents, LoRAs and optimizers are always fp32."""
     retries: int = Field(2, ge=0)
     """How often a unit is tried again after its worker died, before the guilty sample is searched for."""
@@ -289,12 +298,29 @@ class Manifest(_Section):
         """The resolved manifest as plain data, every default written out."""
         return self.model_dump(mode="json")
 
+    def absolute(self) -> Manifest:
+        """The same job for a process with another working folder: relative local paths made absolute."""
+        model = {"path": _absolute(self.model.path)} if Path(self.model.path).exists() else {}
+        return self.model_copy(
+            update={
+                "model": self.model.model_copy(update=model),
+                "style": self.style.model_copy(update={"lora": _absolute(self.style.lora)}),
+                "output": self.output.model_copy(update={"path": _absolute(self.output.path)}),
+            }
+        )
+
     @property
     def identity(self) -> str:
-        """SHA-256 of all that results depend on: everything but `compute`, `errors` and where the output lies."""
+        """SHA-256 of all that results depend on: not where they lie, who computes them and how many may fail."""
         plain = self.dump()
-        del plain["compute"], plain["errors"], plain["output"]["path"]
+        plain["compute"] = plain["compute"]["precision"]
+        del plain["errors"], plain["output"]["path"]
         return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
+
+
+def _absolute(path: str) -> str:
+    is_local = "://" not in path and not path.startswith("tiny:")
+    return str(Path(path).expanduser().absolute()) if is_local else path
 
 
 def load(path: str | os.PathLike[str], overrides: Iterable[str] = ()) -> Manifest:
@@ -323,8 +349,8 @@ def load(path: str | os.PathLike[str], overrides: Iterable[str] = ()) -> Manifes
     if not isinstance(data, dict):
         raise ManifestError(f"{file}: a manifest is a mapping of keys; `smsbatch init` writes one to start from")
     lines = _lines(root, file)
-    data = _from_environment(data, (), file, lines)
     set_keys = [_override(data, override) for override in overrides]
+    data = _from_environment(data, (), file, lines)
     try:
         return Manifest.model_validate(data)
     except ValidationError as error:

@@ -31,7 +31,7 @@ DOORS = {
     "transformers": {"diffusion.prior"},
     "huggingface_hub": {"diffusion.weights"},
     "torch": {"diffusion", "metrics", "execution.stylizer"},
-    "safetensors": {"diffusion.lora", "metrics"},
+    "safetensors": {"diffusion", "metrics"},
     "lpips": {"metrics"},
     "fsspec": {"data.store"},
     "pyarrow": {"data"},

@@ -12,9 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent / "execution"))
-from jobs import make_photos, write_manifest
+from execution.jobs import make_photos, write_manifest
 
 
 def smsbatch(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:

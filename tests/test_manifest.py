@@ -72,6 +72,7 @@ def test_prompts() -> None:
     released, paper = Objective(), Objective(preset="paper")
     assert released.prompts("oil style", "a fox") == ("oil style, a fox", "Turn into oil style")
     assert released.prompts("oil style", "") == ("oil style", "Turn into oil style")
+    assert paper.prompts("oil style", "") == ("", "Turn it into oil style")
     assert paper.prompts("oil style", "a {style} fox") == ("a {style} fox", "Turn it into oil style")
 
 
@@ -130,6 +131,9 @@ def test_the_environment(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WHO", "me")
     monkeypatch.delenv("ROOT", raising=False)
     assert sb.load(file).output.path == "/tmp/x/me"
+    monkeypatch.delenv("WHO")
+    assert sb.load(file, ["output.path=x/${ROOT:-y}"]).output.path == "x/y", "an override replaces, and is read alike"
+    monkeypatch.setenv("WHO", "me")
     monkeypatch.setenv("ROOT", "/data")
     assert sb.load(file).output.path == "/data/x/me"
 
@@ -143,7 +147,14 @@ def test_files_that_are_no_manifest(tmp_path: Path) -> None:
 
 def test_identity_is_all_that_results_depend_on(file: Path) -> None:
     same = ("compute.batch_size=2", "errors.max_failed_fraction=1", "output.path=x")
-    other = ("seed=1", "objective.steps=3", "output.quality=90", "style.scale=1", "image.resolution=64")
+    other = (
+        "compute.precision=bf16",
+        "seed=1",
+        "objective.steps=3",
+        "output.quality=90",
+        "style.scale=1",
+        "image.resolution=64",
+    )
     identity = sb.load(file).identity
     assert {sb.load(file, [override]).identity for override in same} == {identity}
     assert identity not in {sb.load(file, [override]).identity for override in other}

@@ -35,13 +35,10 @@ def write_index(store: Store, entries: Iterable[Entry]) -> int:
     remaining = iter(entries)
     with tempfile.TemporaryDirectory(prefix="smsbatch-") as folder:
         path = Path(folder, "samples.parquet")
-        # A source's own OSErrors are not this file's: entries are drawn outside of `storage_errors`.
-        writer = pq.ParquetWriter(path, _INDEX_SCHEMA, compression="zstd")
-        with writer:
+        with storage_errors("write", path), pq.ParquetWriter(path, _INDEX_SCHEMA, compression="zstd") as writer:
             while batch := list(islice(remaining, ROWS_PER_GROUP)):
                 table = pa.Table.from_pylist([_to_row(entry) for entry in batch], schema=_INDEX_SCHEMA)
-                with storage_errors("write", path):
-                    writer.write_table(table, row_group_size=ROWS_PER_GROUP)
+                writer.write_table(table, row_group_size=ROWS_PER_GROUP)
         store.create(SAMPLES, path)
     return index_size(store)
 

@@ -22,7 +22,7 @@ from fsspec.implementations.local import LocalFileSystem
 
 from smsbatch import tiny
 from smsbatch.data.sample import Span
-from smsbatch.errors import SampleError, StorageError
+from smsbatch.errors import RequestError, SampleError, StorageError
 
 __all__ = ["Store", "expand", "list_files", "open_url", "read_span", "storage_errors"]
 
@@ -56,7 +56,7 @@ class Store:
     """A rooted file system. Paths are relative to the root, with '/'; `options` go to fsspec (endpoint, profile)."""
 
     def __init__(self, url: str | Path, **options: Any) -> None:
-        self.fs, root = fsspec.url_to_fs(os.fspath(url), use_listings_cache=False, **options)
+        self.fs, root = _locate(os.fspath(url), **options)
         self.is_local = isinstance(self.fs, LocalFileSystem)
         self.root: str = str(Path(root).absolute()) if self.is_local else root.rstrip("/")
         self.url: str = self.root if self.is_local else self.fs.unstrip_protocol(self.root)
@@ -81,7 +81,11 @@ class Store:
 
     def fetch(self, path: str, target: Path) -> None:
         """Copy the whole object to a local file."""
-        with storage_errors("read", self.locate(path)), self.open_read(path) as source, target.open("wb") as file:
+        with (
+            storage_errors(f"copy to {target}", self.locate(path)),
+            self.open_read(path) as source,
+            target.open("wb") as file,
+        ):
             shutil.copyfileobj(source, file, 1 << 20)
 
     def put(self, path: str, source: bytes | Path) -> None:
@@ -192,7 +196,10 @@ def _make_folder(folder: Path) -> None:
 
 
 def _locate(url: str, **options: Any) -> tuple[fsspec.AbstractFileSystem, str]:
-    fs, path = fsspec.url_to_fs(tiny.resolve(url), use_listings_cache=False, **options)
+    try:
+        fs, path = fsspec.url_to_fs(tiny.resolve(url), use_listings_cache=False, **options)
+    except (ValueError, ImportError) as error:
+        raise RequestError(f"{url}: {error}; this version works with local paths") from error
     return fs, path
 
 
@@ -232,9 +239,11 @@ def list_files(folder: str, **options: Any) -> Iterator[tuple[str, str, int]]:
 
 
 def read_span(span: Span, **options: Any) -> bytes:
-    """The bytes of a span; missing or fewer than planned is SampleError('read_error')."""
+    """The bytes of a span; SampleError('read_error') if they are missing, fewer than planned, or of another file."""
     try:
         fs, path = _locate(span.url, **options)
+        if span.offset == 0 and fs.size(path) > span.length:  # a whole file; what a tar holds never begins at 0
+            raise SampleError("read_error", f"{span.url}: larger than when it was planned: it was replaced")
         data: bytes = fs.cat_file(path, start=span.offset, end=span.offset + span.length) if span.length else b""
     except OSError as error:
         raise SampleError("read_error", f"{span.url}: {error.strerror or error}") from error

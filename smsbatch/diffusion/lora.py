@@ -6,6 +6,7 @@ Style files are kohya's: `lora_unet_<module path with _>.{lora_down,lora_up}.wei
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 from smsbatch.diffusion.prior import Prior
 from smsbatch.diffusion.weights import locate_lora
 from smsbatch.errors import WeightsError
-from smsbatch.manifest import FakeScore as FakeConfig
+from smsbatch.manifest import Fake
 
 __all__ = ["FakeScore", "StyleLora", "read_style_lora"]
 
@@ -88,6 +89,9 @@ def _delta(parts: Mapping[str, Tensor], layer: nn.Module) -> Tensor:
     rank = down.shape[0]
     alpha = (parts["alpha"].item() if "alpha" in parts else 0) or rank
     weight: Tensor = layer.weight  # type: ignore[assignment]
+    shape = (up.shape[0], *down.shape[1:])
+    if math.prod(shape) != weight.numel() or shape[:2] != weight.shape[:2]:  # a 1x1 convolution may stand for a linear
+        raise RuntimeError(f"a delta of {list(shape)} for a weight of {list(weight.shape)}")
     return (alpha / rank) * (up.flatten(1) @ down.flatten(1)).view(weight.shape)
 
 
@@ -103,7 +107,7 @@ class FakeScore:
         generators: one per sample; each draws its own LoRA's initial values (A Kaiming-uniform as peft's, B zero).
     """
 
-    def __init__(self, prior: Prior, config: FakeConfig, generators: Sequence[torch.Generator]) -> None:
+    def __init__(self, prior: Prior, config: Fake, generators: Sequence[torch.Generator]) -> None:
         self.prior, self.scale = prior, config.alpha / config.rank
         self._layers = {name: layer for name, layer in prior.layers().items() if name.endswith(("to_q", "to_v"))}
         self._down: dict[str, Tensor] = {}

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Literal, cast
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from smsbatch.diffusion.timesteps import Schedule
@@ -29,8 +30,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Prior"]
 
-Precision = Literal["auto", "fp32", "fp16", "bf16"]
-_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+Precision = Literal["auto", "fp32", "bf16"]
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 @contextmanager
@@ -106,10 +107,16 @@ class Prior:
                 )
                 tokenizer = CLIPTokenizer.from_pretrained(folder, subfolder="tokenizer")
                 scheduler = DDIMScheduler.from_pretrained(folder, subfolder="scheduler")
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             raise WeightsError(f"model.path: cannot load {path}: {str(error).splitlines()[0]}") from error
         if scheduler.config.prediction_type != "epsilon":
             raise WeightsError(f"model.path: {path} predicts {scheduler.config.prediction_type}; only epsilon is known")
+        if (
+            scheduler.config.num_train_timesteps != 1000
+            or unet.config.addition_embed_type is not None
+            or unet.config.cross_attention_dim != text_encoder.config.hidden_size
+        ):
+            raise WeightsError(f"model.path: {path} is not of Stable Diffusion 1.x's kind, the only one known")
         for part in (unet, vae, text_encoder):
             part.requires_grad_(False).eval().to(device)
         return cls(unet, vae, text_encoder, tokenizer, Schedule(scheduler.alphas_cumprod.to(device)))

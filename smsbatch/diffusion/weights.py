@@ -5,14 +5,29 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
+from safetensors import SafetensorError, safe_open
+
 from smsbatch import tiny
 from smsbatch.errors import WeightsError
 from smsbatch.manifest import Manifest
 
-__all__ = ["digests", "locate", "locate_lora"]
+__all__ = ["digests", "left_out", "locate", "locate_lora"]
 
-# What a pipeline folder needs to be loaded from safetensors: no pickles, no second copy in another format.
-_NEEDED = ["*.json", "*/*.json", "*/*.txt", "*/*.safetensors"]
+# What of a pipeline folder is read, and so decides results: not the pickles, variants and safety checkers beside it.
+_READ = (
+    "model_index.json",
+    "scheduler/scheduler_config.json",
+    "tokenizer/vocab.json",
+    "tokenizer/merges.txt",
+    "tokenizer/tokenizer_config.json",
+    "tokenizer/special_tokens_map.json",
+    "text_encoder/config.json",
+    "text_encoder/model.safetensors",
+    "unet/config.json",
+    "unet/diffusion_pytorch_model.safetensors",
+    "vae/config.json",
+    "vae/diffusion_pytorch_model.safetensors",
+)
 
 
 def locate(path: str, revision: str | None = None) -> Path:
@@ -24,7 +39,7 @@ def locate(path: str, revision: str | None = None) -> Path:
     folder = Path(tiny.resolve(path)).expanduser()
     if (folder / "model_index.json").is_file():
         return folder
-    if folder.exists() or path.count("/") != 1 or path.startswith(("/", ".", "~", "tiny")):
+    if folder.exists() or path.count("/") != 1 or path.startswith(("/", ".", "~", "tiny:")):
         raise WeightsError(
             f"model.path: no diffusers pipeline at {path} (a folder with model_index.json), nor a hub id"
         )
@@ -32,7 +47,7 @@ def locate(path: str, revision: str | None = None) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(path, revision=revision, allow_patterns=_NEEDED))
+        return Path(snapshot_download(path, revision=revision, allow_patterns=list(_READ)))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise WeightsError(f"model.path: {path} is no folder here, and the hub did not give it: {reason}") from error
@@ -50,10 +65,24 @@ def locate_lora(path: str) -> Path:
     return file
 
 
+def left_out(path: str) -> list[str]:
+    """A line for what a style file holds and is not applied: parts for the text encoder, as in the released code.
+
+    Raises:
+        WeightsError: there is no such file, or it is not of safetensors.
+    """
+    try:
+        with safe_open(locate_lora(path), "np") as file:
+            count = sum(key.startswith("lora_te") for key in file.keys())  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise WeightsError(f"style.lora: {path} is not a safetensors file ({error})") from error
+    return [f"{path}: {count} tensors for the text encoder are left out"] if count else []
+
+
 def digests(manifest: Manifest) -> dict[str, str]:
-    """SHA-256 of every weight file that results depend on, by a name that is the same on every machine."""
+    """SHA-256 of every model file that results depend on, by a name that is the same on every machine."""
     model = locate(manifest.model.path, manifest.model.revision)
-    files = {f"{manifest.model.path}/{file.relative_to(model)}": file for file in sorted(model.rglob("*.safetensors"))}
+    files = {f"{manifest.model.path}/{name}": model / name for name in _READ if (model / name).is_file()}
     files[manifest.style.lora] = locate_lora(manifest.style.lora)
     return {name: _digest(file) for name, file in files.items()}
 

@@ -8,8 +8,9 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
+from itertools import groupby
 from time import monotonic
 from typing import Any
 
@@ -19,8 +20,8 @@ from smsbatch.data.sample import Unit
 from smsbatch.data.store import Store
 from smsbatch.errors import RequestError, RunError
 from smsbatch.execution.plan import establish, read_run
-from smsbatch.execution.pool import POOLS
-from smsbatch.execution.report import Report, is_reported, summarize, write_report
+from smsbatch.execution.pool import POOLS, Pool
+from smsbatch.execution.report import SUCCESS, Report, is_reported, summarize, write_report
 from smsbatch.execution.worker import Progress
 from smsbatch.manifest import Manifest
 
@@ -35,6 +36,7 @@ class Status:
     """How far a run is.
 
     Attributes:
+        samples_under_way: images' worth of work done in units that are not committed.
         errors: failed samples by error code.
         workers: what each worker does now; of `status`, what it did at the last heartbeat.
         rate: images per second since this driver began, None before its first unit.
@@ -46,6 +48,7 @@ class Status:
     units_done: int
     samples: int
     samples_done: int
+    samples_under_way: float
     errors: Mapping[str, int]
     finished: bool
     workers: tuple[Progress, ...] = ()
@@ -58,41 +61,49 @@ class Status:
 
     @property
     def remaining_s(self) -> float | None:
-        """Seconds left at the present rate, counting what is already done of the units in hand."""
-        return (self.samples - self.samples_done) / self.rate if self.rate else None
+        """Seconds left at the present rate."""
+        return (self.samples - self.samples_done - self.samples_under_way) / self.rate if self.rate else None
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self) | {"failed": self.failed, "remaining_s": self.remaining_s}
 
 
-@dataclass
 class _Tally:
-    """The driver's own count of a run."""
+    """The driver's own count of a run, kept as commits come in."""
 
-    units: Mapping[int, Unit]
-    commits: dict[int, Commit]
-    began: float = field(default_factory=monotonic)
-    done_before: int = 0
+    def __init__(self, name: str, units: Iterable[Unit], commits: Mapping[int, Commit]) -> None:
+        self.name = name
+        self.units = {unit.id: unit for unit in units}
+        self.samples = sum(map(len, self.units.values()))
+        self.done: set[int] = set()
+        self.samples_done = 0
+        self.errors: Counter[str] = Counter()
+        for commit in commits.values():
+            self.add(commit)
+        self._before, self._began = self.samples_done, 0.0
 
-    def __post_init__(self) -> None:
-        self.done_before = sum(commit.samples for commit in self.commits.values())
+    def add(self, commit: Commit) -> None:
+        self.done.add(commit.unit)
+        self.samples_done += commit.samples
+        self.errors.update(commit.errors)
 
-    def status(self, name: str, workers: Iterable[Progress], finished: bool = False) -> Status:
+    def status(self, workers: Iterable[Progress] = (), finished: bool = False) -> Status:
         workers = tuple(workers)
-        done = sum(commit.samples for commit in self.commits.values())
-        under_way = sum(_worth(worker) for worker in workers)
-        fresh = done - self.done_before + under_way
-        errors = sum((Counter(commit.errors) for commit in self.commits.values()), Counter[str]())
+        under_way = sum(map(_worth, workers))
+        fresh = self.samples_done - self._before + under_way
+        if not self._began and any(worker.unit for worker in workers):
+            self._began = monotonic()  # the rate is that of the work, not of loading the models
         return Status(
-            name=name,
+            name=self.name,
             units=len(self.units),
-            units_done=len(self.commits),
-            samples=sum(map(len, self.units.values())),
-            samples_done=done,
-            errors=dict(errors),
+            units_done=len(self.done),
+            samples=self.samples,
+            samples_done=self.samples_done,
+            samples_under_way=under_way,
+            errors=dict(self.errors),
             finished=finished,
             workers=workers,
-            rate=fresh / (monotonic() - self.began) if fresh else None,
+            rate=fresh / (monotonic() - self._began) if fresh and self._began else None,
         )
 
 
@@ -118,33 +129,33 @@ def run(
         StorageError: the output cannot be read or written; what is committed is kept.
         RunError: more samples failed than `errors.max_failed_fraction`; everything is written nevertheless.
     """
+    pool = POOLS[manifest.compute.pool](manifest)
     store = Store(manifest.output.path)
     plan = establish(manifest, store)
     ledger = Ledger(store, metrics=manifest.metrics)
-    shards: dict[int, list[Unit]] = {}
-    for unit in plan.units:
-        shards.setdefault(unit.shard, []).append(unit)
-    tally = _Tally({unit.id: unit for unit in plan.units}, ledger.commits())
-    todo = [unit for unit in plan.units if unit.id not in tally.commits]
+    shards = {shard: list(units) for shard, units in groupby(plan.units, lambda unit: unit.shard)}
+    tally = _Tally(manifest.name, plan.units, ledger.commits())
+    todo = [unit for unit in plan.units if unit.id not in tally.done]
 
-    progress(tally.status(manifest.name, ()))
+    progress(tally.status())
     if todo:
-        _work(manifest, store, ledger, tally, shards, todo, progress)
+        _work(pool, store, ledger, tally, shards, todo, progress)
     for shard, units in shards.items():
         ledger.publish(shard, units)
     report = write_report(store) if todo or not is_reported(store) else summarize(store)
-    progress(tally.status(manifest.name, (), finished=True))
+    progress(tally.status(finished=True))
     allowed = manifest.errors.max_failed_fraction
     if report.failed > allowed * report.planned:
         raise RunError(
             f"{report.failed} of {report.planned} samples failed, more than errors.max_failed_fraction ({allowed:g}) "
             f"allows; everything is written, see {store.locate('report.html')}"
         )
+    store.create(SUCCESS, b"")
     return report
 
 
 def _work(
-    manifest: Manifest,
+    pool: Pool,
     store: Store,
     ledger: Ledger,
     tally: _Tally,
@@ -152,16 +163,17 @@ def _work(
     todo: Collection[Unit],
     progress: Callable[[Status], None],
 ) -> None:
+    missing = {shard: {unit.id for unit in units} - tally.done for shard, units in shards.items()}
     next_heartbeat = 0.0
-    with POOLS[manifest.compute.pool](manifest) as pool:
-        tally.began = monotonic()
+    with pool:
         for commit in pool.work(todo):
             if commit is not None:
-                tally.commits[commit.unit] = commit
-                units = shards[tally.units[commit.unit].shard]
-                if all(unit.id in tally.commits for unit in units):
-                    ledger.publish(units[0].shard, units)
-            now = tally.status(manifest.name, pool.progress())
+                tally.add(commit)
+                shard = tally.units[commit.unit].shard
+                missing[shard].discard(commit.unit)
+                if not missing[shard]:
+                    ledger.publish(shard, shards[shard])
+            now = tally.status(pool.progress())
             progress(now)
             if monotonic() >= next_heartbeat:
                 beat = now.to_dict() | {"time": datetime.now(UTC).isoformat()}
@@ -180,14 +192,18 @@ def status(output: str) -> Status:
     if recorded is None:
         raise RequestError(f"{store.url}: no run here (no run.json); `smsbatch run` starts one")
     units = read_units(store) if store.exists(UNITS) else []
-    tally = _Tally({unit.id: unit for unit in units}, Ledger(store).commits())
-    beat = json.loads(store.read(HEARTBEAT)) if store.exists(HEARTBEAT) else None
-    counted = tally.status(recorded["name"], (), finished=is_reported(store))
-    if beat is None or counted.finished:
+    tally = _Tally(recorded["name"], units, Ledger(store).commits())
+    counted = tally.status(finished=is_reported(store) and len(tally.done) == len(units))
+    if counted.finished or not store.exists(HEARTBEAT):
         return counted
+    beat = json.loads(store.read(HEARTBEAT))
+    age_s = (datetime.now(UTC) - datetime.fromisoformat(beat["time"])).total_seconds()
+    if age_s > 6 * _HEARTBEAT_S:  # nobody is at work: what was in hand then is lost, and there is no rate
+        return replace(counted, heartbeat_age_s=age_s)
     return replace(
         counted,
         rate=beat["rate"],
+        samples_under_way=beat["samples_under_way"],
         workers=tuple(Progress(**worker) for worker in beat["workers"]),
-        heartbeat_age_s=(datetime.now(UTC) - datetime.fromisoformat(beat["time"])).total_seconds(),
+        heartbeat_age_s=age_s,
     )

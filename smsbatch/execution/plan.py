@@ -22,8 +22,8 @@ from smsbatch.data.index import UNITS, read_units, write_index, write_units
 from smsbatch.data.sample import Entry, Unit
 from smsbatch.data.sources import index
 from smsbatch.data.store import Store
-from smsbatch.diffusion.weights import digests
-from smsbatch.errors import DriftError, StorageError
+from smsbatch.diffusion.weights import digests, left_out, locate
+from smsbatch.errors import DriftError, RequestError, StorageError
 from smsbatch.manifest import Manifest
 
 __all__ = ["RUN", "Plan", "cut", "establish", "plan", "read_run"]
@@ -77,7 +77,7 @@ def plan(manifest: Manifest) -> Plan:
         SourceError: the source is missing, empty or has clashing keys.
         WeightsError: a model or LoRA is missing.
     """
-    digests(manifest)
+    locate(manifest.model.path, manifest.model.revision)
     return _draft(manifest)[0]
 
 
@@ -96,6 +96,7 @@ def establish(manifest: Manifest, store: Store) -> Plan:
     drafted, entries = _draft(manifest)
     index_sha256 = _digest(entries)
     if run is None:
+        _refuse_strangers(store)
         store.check_writable()
         store.create(RUN, json.dumps(_record(drafted, weights, index_sha256), indent=2).encode())
         run = read_run(store)  # ours, or that of a driver who was faster
@@ -106,6 +107,15 @@ def establish(manifest: Manifest, store: Store) -> Plan:
     write_index(store, entries)
     write_units(store, drafted.units)
     return drafted
+
+
+def _refuse_strangers(store: Store) -> None:
+    """What a run writes would replace what somebody else has under the same name."""
+    for name in ("README.md", "index.json", "report.html"):
+        if store.exists(name):
+            raise RequestError(
+                f"output.path: {store.url} holds no run but a {name}, which a run would replace; choose a new folder"
+            )
 
 
 def read_run(store: Store) -> dict[str, Any] | None:
@@ -127,7 +137,7 @@ def read_run(store: Store) -> dict[str, Any] | None:
 
 def _draft(manifest: Manifest) -> tuple[Plan, list[Entry]]:
     source, output = manifest.source, manifest.output
-    notices: list[str] = []
+    notices = left_out(manifest.style.lora)
     entries = list(islice(index(source.format, source.urls, source.images, notices), source.limit))
     units = tuple(cut(len(entries), output.samples_per_unit, output.samples_per_shard))
     return Plan(manifest, len(entries), units, tuple(notices)), entries
@@ -172,7 +182,8 @@ def _check(run: Mapping[str, Any], manifest: Manifest, weights: Mapping[str, str
         changed += [
             f"{key} ({before.get(key)!r} then, {now.get(key)!r} now)"
             for key in sorted(before.keys() | now.keys())
-            if before.get(key) != now.get(key) and not key.startswith(("compute.", "errors.", "output.path"))
+            if before.get(key) != now.get(key)
+            and (key == "compute.precision" or not key.startswith(("compute.", "errors.", "output.path")))
         ]
     changed += [
         f"the file {name}"

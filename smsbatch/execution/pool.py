@@ -7,6 +7,7 @@ An exception out of a worker that is not its death (a full disk, say) ends the r
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import os
 import warnings
@@ -21,7 +22,7 @@ from typing import Any, Self
 
 from smsbatch.data.ledger import Commit
 from smsbatch.data.sample import Unit
-from smsbatch.errors import RunError, SmsbatchError
+from smsbatch.errors import RequestError, RunError, SmsbatchError
 from smsbatch.execution.worker import Progress, Worker
 from smsbatch.manifest import Manifest
 
@@ -32,6 +33,8 @@ _IN_FLIGHT = 2  # per worker: with one, it would wait for every read; with three
 
 
 class Pool(AbstractContextManager["Pool"], ABC):
+    """Made before anything is planned, so that a pool that cannot be is refused; entered when there is work."""
+
     def __init__(self, manifest: Manifest) -> None:
         self.manifest = manifest
 
@@ -125,10 +128,42 @@ class RayPool(Pool):
 
     _BARREN_DEATHS = 3  # actors in a row that died while loading the models: it is not the samples' fault
 
+    def __init__(self, manifest: Manifest) -> None:
+        super().__init__(manifest.absolute())  # an actor's working folder is another
+        if importlib.util.find_spec("ray") is None:
+            raise RequestError(
+                "compute.pool: Ray is not installed; pip install 'smsbatch[ray]', or --set compute.pool=local"
+            )
+
     def __enter__(self) -> Self:
         # Ray reads these at import; both only spare the user messages that are not for him.
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        import ray
+
+        self._actors: list[_Actor] = []
+        self._seen: dict[str, Progress] = {}
+        self._spawned = self._barren = 0
+        self._started = not ray.is_initialized()
+        if self._started:
+            self._start()
+        try:
+            self._size_up()
+        except RequestError:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        import ray
+
+        for actor in self._actors:
+            ray.kill(actor.handle)
+        if self._started:
+            ray.shutdown()
+
+    def _start(self) -> None:
+        """Join the cluster that is named, or start one here."""
         import ray
 
         compute = self.manifest.compute
@@ -139,40 +174,34 @@ class RayPool(Pool):
             threads = 1 if compute.threads == "auto" else compute.threads
             cores = max(os.cpu_count() or 1, wanted * threads)
             options = {"address": "local", "include_dashboard": False, "num_cpus": cores}
-        self._started = not ray.is_initialized()
-        if self._started:
-            try:
-                with warnings.catch_warnings():
-                    warnings.simplefilter("ignore")
-                    ray.init(**options, log_to_driver=False, logging_level=logging.ERROR)
-            except (ConnectionError, RuntimeError, ValueError) as error:
-                raise RunError(
-                    f"compute.address: no Ray cluster at {address or 'this machine'} ({str(error).splitlines()[0]}); "
-                    "check `ray status`, or set compute.pool to local"
-                ) from error
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                ray.init(**options, log_to_driver=False, logging_level=logging.ERROR)
+        except (ConnectionError, RuntimeError, ValueError) as error:
+            raise RequestError(
+                f"compute.address: no Ray cluster at {address or 'this machine'} ({str(error).splitlines()[0]}); "
+                "check `ray status`, or --set compute.pool=local"
+            ) from error
 
-        resources = ray.cluster_resources()
-        gpus = int(resources.get("GPU", 0))
-        self._gpus = float(bool(gpus)) if compute.gpus_per_worker == "auto" else compute.gpus_per_worker
-        if self._started and address is None and self._gpus > gpus:
-            raise RunError(f"compute.gpus_per_worker: this machine has {gpus} GPUs; set it to 0 to work on the CPU")
-        nodes = sum(bool(node["Alive"]) for node in ray.nodes())
-        automatic = max(1, int(gpus / self._gpus)) if gpus and self._gpus else nodes
-        self._size = automatic if compute.workers == "auto" else compute.workers
-        each = max(1, int(resources.get("CPU", 1)) // self._size)
-        self._threads = each if compute.threads == "auto" else compute.threads
-        self._actors: list[_Actor] = []
-        self._seen: dict[str, Progress] = {}
-        self._spawned = self._barren = 0
-        return self
-
-    def __exit__(self, *_: object) -> None:
+    def _size_up(self) -> None:
+        """How many actors of what size: node by node, since an actor cannot lie across two."""
         import ray
 
-        for actor in self._actors:
-            ray.kill(actor.handle)
-        if self._started:
-            ray.shutdown()
+        compute = self.manifest.compute
+        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        gpus = [int(node.get("GPU", 0)) for node in nodes]
+        self._gpus = float(any(gpus)) if compute.gpus_per_worker == "auto" else compute.gpus_per_worker
+        fit = sum(int(count / self._gpus) for count in gpus) if self._gpus else len(nodes)
+        self._size = fit if compute.workers == "auto" else compute.workers
+        if self._gpus and fit < (1 if compute.workers == "auto" else compute.workers):
+            raise RequestError(
+                f"compute: {max(self._size, 1)} workers of {self._gpus:g} GPUs are wanted, there is room for {fit}; "
+                "lower compute.workers, or set compute.gpus_per_worker to 0 to work on CPUs"
+            )
+        cores = min(int(node.get("CPU", 1)) for node in nodes)
+        each = max(1, cores // -(-self._size // len(nodes)))
+        self._threads = each if compute.threads == "auto" else compute.threads
 
     def progress(self) -> list[Progress]:
         return [self._seen.get(actor.name, Progress(actor.name, None)) for actor in self._actors]
@@ -191,24 +220,23 @@ class RayPool(Pool):
                 calls[actor.handle.setup.remote()] = actor, None
             for actor in self._actors:
                 self._deal(actor, queue, calls)
-            if not calls and not queue:
-                break
+            if not queue and not any(actor.jobs for actor in self._actors):
+                break  # an actor that still loads, or waits for a place, is not waited for
 
             finished, _ = ray.wait(list(calls), num_returns=1, timeout=_TICK_S)
             for call in finished:
-                if call not in calls:
-                    continue  # of an actor that turned out dead a moment ago
                 actor, job = calls.pop(call)
                 try:
                     result = ray.get(call)
-                except ray.exceptions.RayTaskError as error:
-                    if isinstance(error.cause, SmsbatchError):
-                        raise error.cause from None
-                    raise  # a bug: its traceback in the actor is what one needs
-                except ray.exceptions.RayError:
-                    for lost, _ in [(key, value) for key, value in calls.items() if value[0] is actor]:
-                        del calls[lost]
-                    hopeless += self._bury(actor, queue)
+                except ray.exceptions.RayError as error:
+                    cause = getattr(error, "cause", None)
+                    if isinstance(cause, SmsbatchError):
+                        raise cause from None
+                    if isinstance(error, ray.exceptions.RayTaskError) and type(cause).__name__ != "AcceleratorError":
+                        raise  # a bug: its traceback in the actor is what one needs
+                    # Dead, or with a GPU that has failed, which only a new process can use again.
+                    calls = {key: value for key, value in calls.items() if value[0] is not actor}
+                    hopeless += self._bury(actor, queue, error)
                     continue
                 if job is None:
                     actor.ready, self._barren = True, 0
@@ -241,7 +269,7 @@ class RayPool(Pool):
                 num_cpus=1 if self._gpus else self._threads,
                 max_concurrency=_IN_FLIGHT + 1,  # and `progress`
             )
-            .remote(self.manifest.model_copy(update={"compute": compute}), name)
+            .remote(self.manifest.model_copy(update={"compute": compute}), name, "cuda" if self._gpus else "cpu")
         )
         actor = _Actor(handle, name)
         self._actors.append(actor)
@@ -260,7 +288,7 @@ class RayPool(Pool):
             else:
                 calls[actor.handle.process.remote(job.unit, tuple(job.lost))] = actor, job
 
-    def _bury(self, actor: _Actor, queue: deque[_Job]) -> list[str]:
+    def _bury(self, actor: _Actor, queue: deque[_Job], error: Exception) -> list[str]:
         """Take a dead actor out and put its jobs back; the names of units with nothing left to try."""
         import ray
 
@@ -268,11 +296,14 @@ class RayPool(Pool):
         self._actors.remove(actor)
         if not actor.ready:
             self._barren += 1
-            if self._barren == self._BARREN_DEATHS:
-                raise RunError(
-                    f"{self._barren} workers in a row died while loading the models; is their memory too small? "
-                    "`--set compute.pool=local` shows what happens in this process"
-                )
+            if self._barren >= self._BARREN_DEATHS:
+                if not any(other.ready for other in self._actors):
+                    reason = str(error).strip().splitlines()[0]
+                    raise RunError(
+                        f"{self._barren} workers in a row died while loading the models ({reason}); is their memory "
+                        "too small? `--set compute.pool=local` shows what happens in this process"
+                    )
+                self._size -= 1  # others work: only this place is bad
         hopeless = []
         for job in reversed(actor.jobs):
             if job.died(self.manifest.compute.retries):

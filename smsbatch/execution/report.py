@@ -1,4 +1,4 @@
-"""What a finished run tells: numbers, index, dataset card, `report.html`, and `_SUCCESS` last.
+"""What a finished run tells: numbers, index, dataset card and `report.html`.
 
 Contract: everything is computed from storage alone (`run.json`, plan, commits, published shards), with the rows of
 one shard in memory at a time, and is a function of it: reporting twice writes the same bytes. A run whose rows do not
@@ -145,7 +145,7 @@ class Group:
 
 def is_reported(store: Store) -> bool:
     """Everything that `write_report` writes is there."""
-    return all(store.exists(name) for name in (*_WRITTEN, SUCCESS))
+    return all(store.exists(name) for name in _WRITTEN)
 
 
 def summarize(store: Store) -> Report:
@@ -159,7 +159,7 @@ def summarize(store: Store) -> Report:
 
 
 def write_report(store: Store) -> Report:
-    """Write index.json, README.md, report.html and then _SUCCESS; returns the numbers. Errors as of `summarize`."""
+    """Write index.json, README.md and report.html; returns the numbers. Errors as of `summarize`."""
     report, tally = _summarize(store)
     index = {
         "name": report.name,
@@ -171,7 +171,6 @@ def write_report(store: Store) -> Report:
     store.put("index.json", json.dumps(index, indent=1).encode())
     store.put("README.md", card(report).encode())
     store.put("report.html", render(report, _gallery(store, report, tally)).encode())
-    store.create(SUCCESS, b"")
     return report
 
 

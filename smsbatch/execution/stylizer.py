@@ -45,17 +45,17 @@ class _Item:
 
 
 class Stylizer:
-    """The manifest's models on one device. Building it loads them; it is then called with one picture, or many samples.
+    """The manifest's models on one device (default: CUDA, if there is any). Building it loads them.
 
     Raises:
         WeightsError: a model or LoRA is missing or not understood.
     """
 
-    def __init__(self, manifest: Manifest) -> None:
+    def __init__(self, manifest: Manifest, device: str | None = None) -> None:
         self.manifest = manifest
         if isinstance(manifest.compute.threads, int):
             torch.set_num_threads(manifest.compute.threads)
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         model, style = manifest.model, manifest.style
         self.prior = Prior.load(
             model.path, revision=model.revision, device=device, precision=manifest.compute.precision
@@ -145,7 +145,9 @@ class Stylizer:
         """Optimize one batch; a batch too large for the device's memory is halved, down to the single sample."""
         try:
             return self._optimize(batch, progress)
-        except torch.OutOfMemoryError:
+        except RuntimeError as error:
+            if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+                raise
             if len(batch) == 1:
                 height, width = batch[0].picture.shape[:2]
                 message = f"{width}x{height} does not fit the device's memory; lower image.resolution"
@@ -164,7 +166,7 @@ class Stylizer:
             Texts(
                 target=self.prior.embed([item.texts[0] for item in batch]),
                 edit=self.prior.embed([item.texts[1] for item in batch]),
-                null=self.prior.embed([""] * len(batch)),
+                null=self.prior.embed([""]).expand(len(batch), -1, -1),
             ),
             [item.outcome.seed or 0 for item in batch],
             self.manifest.objective,

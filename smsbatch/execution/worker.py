@@ -47,8 +47,8 @@ class Worker:
     That is all the prefetching there is, and all that is needed.
     """
 
-    def __init__(self, manifest: Manifest, name: str) -> None:
-        self.manifest, self.name = manifest, f"{socket.gethostname()}-{name}"
+    def __init__(self, manifest: Manifest, name: str, device: str | None = None) -> None:
+        self.manifest, self.name, self._device = manifest, f"{socket.gethostname()}-{name}", device
         self._store = Store(manifest.output.path)
         self._ledger = Ledger(self._store, metrics=manifest.metrics)
         self._stylizer: Stylizer | None = None
@@ -62,7 +62,7 @@ class Worker:
             Stylizer,
         )  # loads torch, which a driver that feeds workers elsewhere needs not
 
-        self._stylizer = Stylizer(self.manifest)
+        self._stylizer = Stylizer(self.manifest, self._device)
 
     def progress(self) -> Progress:
         return self._progress

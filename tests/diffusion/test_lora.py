@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from smsbatch.diffusion.lora import FakeScore, read_style_lora
 from smsbatch.diffusion.prior import Prior
 from smsbatch.errors import WeightsError
-from smsbatch.manifest import FakeScore as FakeConfig
+from smsbatch.manifest import Fake
 
 
 @pytest.fixture(scope="module")
@@ -57,6 +57,7 @@ def test_the_styled_prior_is_the_prior_plus_deltas(prior: Prior, lora: Path) -> 
         ({"something": torch.ones(1)}, "something"),
         ("drop up", "lacks lora_up.weight"),
         ("wrong shape", "does not fit"),
+        ("transposed", "does not fit"),
     ],
 )
 def test_a_file_that_is_not_understood_is_refused_by_name(
@@ -68,6 +69,10 @@ def test_a_file_that_is_not_understood_is_refused_by_name(
         del tensors[up]
     elif change == "wrong shape":
         tensors[up] = torch.ones(3, 2)
+    elif change == "transposed":  # as many entries, another layer
+        pairs = [(key, key.replace("lora_up", "lora_down")) for key in tensors if key.endswith("to_k.lora_up.weight")]
+        up, down = next(pair for pair in pairs if tensors[pair[0]].shape[0] != tensors[pair[1]].shape[1])
+        tensors[up], tensors[down] = tensors[down].T.contiguous(), tensors[up].T.contiguous()
     elif isinstance(change, dict):
         tensors |= change
     file = tmp_path / "bad.safetensors"
@@ -95,7 +100,7 @@ def test_text_encoder_parts_are_left_out_and_said(prior: Prior, lora: Path, tmp_
 
 
 def test_the_fake_score_begins_as_the_prior(prior: Prior) -> None:
-    fake = FakeScore(prior, FakeConfig(), [torch.Generator().manual_seed(seed) for seed in (1, 2)])
+    fake = FakeScore(prior, Fake(), [torch.Generator().manual_seed(seed) for seed in (1, 2)])
     z_t, t, text = torch.randn(4, 4, 8, 8), torch.tensor([21, 50, 21, 50]), prior.embed(["a", "b", "c", "d"])
     with torch.no_grad():
         torch.testing.assert_close(fake(z_t, t, text), prior.noise(z_t, t, text))
@@ -112,11 +117,11 @@ def test_every_sample_trains_its_own_lora_and_leaves_the_prior_alone(prior: Prio
     def generators(*seeds: int) -> list[torch.Generator]:
         return [torch.Generator().manual_seed(seed) for seed in seeds]
 
-    together = FakeScore(prior, FakeConfig(), generators(*seeds))
+    together = FakeScore(prior, Fake(), generators(*seeds))
     losses = torch.stack([together.train_step(z, t[i], eps[i], text) for i in range(10)])
     probe_t = torch.tensor([100])
     for index, seed in enumerate(seeds):
-        alone = FakeScore(prior, FakeConfig(), generators(seed))
+        alone = FakeScore(prior, Fake(), generators(seed))
         row = slice(index, index + 1)
         own = torch.stack([alone.train_step(z[row], t[i, row], eps[i, row], text[row]) for i in range(10)])
         torch.testing.assert_close(losses[:, index], own[:, 0], rtol=1e-4, atol=1e-6)
@@ -130,7 +135,7 @@ def test_every_sample_trains_its_own_lora_and_leaves_the_prior_alone(prior: Prio
 
 @pytest.mark.parametrize("weight", ["alpha_bar", "one"])
 def test_the_first_training_loss(prior: Prior, weight: str) -> None:
-    fake = FakeScore(prior, FakeConfig(weight=weight), [torch.Generator().manual_seed(0)])
+    fake = FakeScore(prior, Fake(weight=weight), [torch.Generator().manual_seed(0)])
     z, eps, t, text = torch.randn(1, 4, 8, 8), torch.randn(1, 4, 8, 8), torch.tensor([300]), prior.embed(["a fox"])
     with torch.no_grad():
         e = prior.noise(prior.schedule.add_noise(z, t, eps), t, text)[0].double().numpy()
@@ -141,7 +146,7 @@ def test_the_first_training_loss(prior: Prior, weight: str) -> None:
 
 def test_the_first_step_is_adamw(prior: Prior) -> None:
     """From zero, the up factor moves by the learning rate against its gradient's sign; the oracle does the same."""
-    fake = FakeScore(prior, FakeConfig(learning_rate=0.01), [torch.Generator().manual_seed(0)])
+    fake = FakeScore(prior, Fake(learning_rate=0.01), [torch.Generator().manual_seed(0)])
     name = next(iter(fake._up))
     z, eps, t, text = torch.randn(1, 4, 8, 8), torch.randn(1, 4, 8, 8), torch.tensor([300]), prior.embed(["a fox"])
     fake.train_step(z, t, eps, text)

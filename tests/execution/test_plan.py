@@ -111,7 +111,8 @@ def test_run_json_says_what_is_run(job: Path) -> None:
     assert run["planned"] == {"samples": 6, "units": 3, "shards": 2}
     assert run["manifest"]["objective"]["guidance"] == 4.5  # resolved: defaults are written out
     assert all(len(digest) == 64 for digest in run["weights"].values())
-    assert len(run["weights"]) == 4  # UNet, VAE, text encoder, style
+    read = {name.rpartition("/")[2] for name in run["weights"]}
+    assert {"model.safetensors", "scheduler_config.json", "vocab.json", "style.safetensors"} <= read
 
 
 def test_a_folder_that_is_no_run_is_left_alone(job: Path) -> None:
@@ -134,6 +135,32 @@ def test_bad_requests_write_nothing(job: Path) -> None:
         with pytest.raises(error):
             _establish(job, override)
     assert not (job.parent / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["README.md", "report.html"])
+def test_what_somebody_else_has_is_not_replaced(job: Path, name: str) -> None:
+    out = job.parent / "out"
+    out.mkdir()
+    (out / name).write_text("mine")
+    with pytest.raises(sb.RequestError, match="choose a new folder"):
+        _establish(job)
+    assert [file.name for file in out.iterdir()] == [name]
+
+
+def test_an_unknown_protocol_is_one_line(job: Path) -> None:
+    for override in ("output.path=foo://bucket/x", "source.urls=foo://bucket/x"):
+        with pytest.raises(sb.RequestError, match="foo"):
+            _establish(job, override)
+
+
+def test_text_encoder_parts_are_a_notice_of_the_plan(job: Path, lora: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(lora)
+    key = next(iter(tensors))
+    save_file(tensors | {"lora_te_x.alpha": tensors[key].clone()}, job.parent / "te.safetensors")
+    plan = sb.plan(sb.load(job, [f"style.lora={job.parent / 'te.safetensors'}"]))
+    assert "1 tensors for the text encoder are left out" in plan.notices[0]
 
 
 def test_an_output_that_cannot_be_written(job: Path) -> None:

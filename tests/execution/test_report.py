@@ -18,7 +18,7 @@ from made_up_run import HOSTILE, MIXED, failed, make_run, stylized
 from smsbatch.data.sample import Outcome
 from smsbatch.data.store import Store
 from smsbatch.errors import RequestError, RunError, StorageError
-from smsbatch.execution.report import Distribution, summarize, write_report
+from smsbatch.execution.report import Distribution, is_reported, summarize, write_report
 
 # ----------------------------------------------------------------------------------------------------------- numbers
 
@@ -114,29 +114,27 @@ def test_a_gap_between_plan_and_rows_is_refused(tmp_path: Path) -> None:
     store.put("run.json", json.dumps(run).encode())
     with pytest.raises(RunError, match=r"13 images are planned, but 9 \+ 3 have a row"):
         write_report(store)
-    assert not store.exists("_SUCCESS")
+    assert not is_reported(store)
 
 
 # ------------------------------------------------------------------------------------------------------------- files
 
 
-def test_success_is_written_last_and_a_second_report_changes_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_second_report_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store, written = make_run(tmp_path, MIXED), []
     before = set(store.list())
     for name in ("put", "create"):
         method = getattr(Store, name)
         monkeypatch.setattr(Store, name, lambda *args, method=method: (written.append(args[1]), method(*args))[1])
     write_report(store)
-    assert written == ["index.json", "README.md", "report.html", "_SUCCESS"]
+    assert written == ["index.json", "README.md", "report.html"]
     assert set(store.list()) - before == set(written)
     first = {name: store.read(name) for name in written}
     write_report(store)
     assert {name: store.read(name) for name in written} == first
 
 
-def test_without_a_report_there_is_no_success(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_half_a_report_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store, put = make_run(tmp_path, MIXED), Store.put
 
     def full(self: Store, path: str, source: bytes | Path) -> None:
@@ -147,7 +145,7 @@ def test_without_a_report_there_is_no_success(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(Store, "put", full)
     with pytest.raises(StorageError):
         write_report(store)
-    assert not store.exists("_SUCCESS")
+    assert not is_reported(store)
 
 
 def test_the_index_names_every_file_with_its_digest(tmp_path: Path) -> None:

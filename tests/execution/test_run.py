@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,8 @@ import pytest
 from jobs import KEYS, commits, make_photos, pictures, rows, tars, write_manifest
 
 import smsbatch as sb
+from smsbatch.data.store import Store
+from smsbatch.execution.plan import establish
 
 Job = Callable[..., sb.Manifest]
 
@@ -88,6 +91,7 @@ class TestEveryPool:
         with pytest.raises(sb.RunError, match="1 of 7 samples failed"):
             sb.run(manifest)
         assert len(rows(Path(manifest.output.path))) == 7
+        assert not Path(manifest.output.path, "_SUCCESS").exists()
         with pytest.raises(sb.RunError, match="1 of 7 samples failed"):  # said again, nothing done again
             sb.run(manifest)
 
@@ -114,6 +118,54 @@ class TestEveryPool:
         (out / "_smsbatch" / "attempts").write_text("a file where the ledger wants a folder")
         with pytest.raises(sb.StorageError, match="attempts"):
             sb.run(manifest)
+
+
+@pytest.mark.usefixtures("cluster")
+def test_an_actor_that_finds_no_place_holds_nothing_up(job: Job) -> None:
+    """Three actors of one core each on a cluster of two: the run is done by those who have a place."""
+    report = sb.run(job("compute.pool=ray", "compute.workers=3"))
+    assert report.succeeded == 6
+
+
+@pytest.mark.usefixtures("cluster")
+def test_relative_paths_are_those_of_the_driver(
+    job: Job, lora: Path, photos: Path, monkeypatch: pytest.MonkeyPatch, undisturbed: Path
+) -> None:
+    """Actors have another working folder."""
+    monkeypatch.chdir(photos.parent)
+    Path("style.safetensors").write_bytes(lora.read_bytes())
+    overrides = ("output.path=relative", "style.lora=style.safetensors", "source.urls=photos")
+    sb.run(job("compute.pool=ray", *overrides))
+    assert tars(photos.parent / "relative") == tars(undisturbed)
+
+
+@pytest.mark.usefixtures("cluster")
+def test_more_gpus_than_there_are_is_a_request_that_is_refused(job: Job) -> None:
+    with pytest.raises(sb.RequestError, match="there is room for 0"):
+        sb.run(job("compute.pool=ray", "compute.gpus_per_worker=1"))
+
+
+def test_ray_that_is_not_installed_is_said_before_anything_is_written(
+    job: Job, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manifest = job("compute.pool=ray")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(sb.RequestError, match="Ray is not installed"):
+        sb.run(manifest)
+    assert not Path(manifest.output.path).exists()
+
+
+def test_a_source_that_was_replaced_is_seen(job: Job, tmp_path: Path) -> None:
+    folder = make_photos(tmp_path / "changing")
+    manifest = job(f"source.urls={folder}", "errors.max_failed_fraction=1")
+    establish(manifest, Store(manifest.output.path))
+    (folder / "photo-3.png").write_bytes((folder / "photo-3.png").read_bytes() + b"more")
+    (folder / "photo-4.png").unlink()
+    sb.run(manifest)
+    found = rows(Path(manifest.output.path))
+    assert found["photo-3"]["error_code"] == found["photo-4"]["error_code"] == "read_error"
+    assert "replaced" in found["photo-3"]["error_message"]
+    assert sum(row["status"] == "success" for row in found.values()) == 4
 
 
 def test_rows_say_what_was_done(undisturbed: Path) -> None:
@@ -224,6 +276,11 @@ def test_status_from_storage_alone(job: Job) -> None:
     assert (under_way.units_done, under_way.samples_done, under_way.finished) == (2, 4, False)
     assert under_way.heartbeat_age_s is not None
     assert under_way.heartbeat_age_s >= 0
+    heartbeat = out / "_smsbatch" / "heartbeat.json"
+    beat = json.loads(heartbeat.read_text())
+    heartbeat.write_text(json.dumps(beat | {"time": "2020-01-01T00:00:00+00:00"}))
+    abandoned = sb.status(str(out))
+    assert (abandoned.workers, abandoned.rate) == ((), None)
 
 
 def test_stylizer_gives_what_a_run_gives(job: Job, undisturbed: Path, photos: Path) -> None:
