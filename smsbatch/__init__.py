@@ -30,7 +30,8 @@ if TYPE_CHECKING:
     from smsbatch.execution.plan import Plan, plan
     from smsbatch.execution.report import Report
     from smsbatch.execution.stylizer import Stylizer
-    from smsbatch.manifest import Manifest, load
+    from smsbatch.manifest import Manifest
+    from smsbatch.manifest_file import load
 
 _HOMES = {
     "smsbatch.errors": (
@@ -44,7 +45,8 @@ _HOMES = {
         "StorageError",
         "WeightsError",
     ),
-    "smsbatch.manifest": ("Manifest", "load"),
+    "smsbatch.manifest": ("Manifest",),
+    "smsbatch.manifest_file": ("load",),
     "smsbatch.execution.drive": ("Status", "run", "status"),
     "smsbatch.execution.plan": ("Plan", "plan"),
     "smsbatch.execution.report": ("Report",),

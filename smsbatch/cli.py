@@ -233,6 +233,10 @@ def _lines(status: Status) -> list[str]:
     return lines
 
 
+def _count(number: int, word: str) -> str:
+    return f"{number:,} {word}{'' if number == 1 else 's'}"
+
+
 def _duration(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
@@ -251,7 +255,7 @@ def _summary(report: Report, worked: bool) -> None:
         for name, values in report.metrics.items()
     ]
     each = report.seconds / max(report.planned, 1)
-    rows += [("computing", f"{_duration(report.seconds)} on {report.workers} workers, {each:.1f} s an image")]
+    rows += [("computing", f"{_duration(report.seconds)} on {_count(report.workers, 'worker')}, {each:.1f} s an image")]
     rows += [("note", notice) for notice in report.notices]
     rows += list(report.paths.items())
     if not worked:

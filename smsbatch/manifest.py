@@ -1,24 +1,18 @@
-"""The manifest: what to run. Every field, its default, and all of its validation, before anything starts.
+"""The manifest: what to run. Every field, its default, its explanation and its validation.
 
-`load` reads YAML, fills `${NAME}` from the environment, applies `key.path=value` overrides and validates; what it
-returns is frozen and resolved: two equal manifests ask for the same run.
+A manifest is frozen and resolved: two equal manifests ask for the same run. `manifest_file.py` reads one from YAML.
 """
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
-import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
-
-from smsbatch.errors import ManifestError
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 __all__ = [
     "Compute",
@@ -31,7 +25,6 @@ __all__ = [
     "Output",
     "Source",
     "Style",
-    "load",
 ]
 
 
@@ -321,140 +314,3 @@ class Manifest(_Section):
 def _absolute(path: str) -> str:
     is_local = "://" not in path and not path.startswith("tiny:")
     return str(Path(path).expanduser().absolute()) if is_local else path
-
-
-def load(path: str | os.PathLike[str], overrides: Iterable[str] = ()) -> Manifest:
-    """Read a manifest.
-
-    Args:
-        path: a YAML file.
-        overrides: `key.path=value`, the value in YAML; they win over the file.
-
-    Raises:
-        ManifestError: with file, line and key, and what is wrong.
-    """
-    file = Path(path)
-    try:
-        text = file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
-        raise ManifestError(f"{file}: cannot read the manifest: {reason}") from error
-    try:
-        root = yaml.compose(text, Loader=yaml.SafeLoader)
-        data = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f"{file}:{mark.line + 1}" if mark else str(file)
-        raise ManifestError(f"{where}: not valid YAML: {getattr(error, 'problem', None) or error}") from error
-    if not isinstance(data, dict):
-        raise ManifestError(f"{file}: a manifest is a mapping of keys; `smsbatch init` writes one to start from")
-    lines = _lines(root, file)
-    set_keys = [_override(data, override) for override in overrides]
-    data = _from_environment(data, (), file, lines)
-    try:
-        return Manifest.model_validate(data)
-    except ValidationError as error:
-        raise ManifestError("\n".join(_explain(error, file, lines, set_keys))) from error
-
-
-Key = tuple[str | int, ...]
-
-
-def _lines(node: yaml.Node | None, file: Path, key: Key = ()) -> dict[Key, int]:
-    """The line, from 1, of every key of a YAML document; YAML would let the second of two equal keys win in silence."""
-    items: list[tuple[str | int, int, yaml.Node]] = []
-    if isinstance(node, yaml.MappingNode):
-        items = [(name.value, name.start_mark.line + 1, value) for name, value in node.value]
-    elif isinstance(node, yaml.SequenceNode):
-        items = [(index, value.start_mark.line + 1, value) for index, value in enumerate(node.value)]
-    found: dict[Key, int] = {}
-    for name, line, value in items:
-        if (*key, name) in found:
-            raise ManifestError(f"{file}:{line}: {'.'.join(map(str, (*key, name)))}: stands here a second time")
-        found[(*key, name)] = line
-        found |= _lines(value, file, (*key, name))
-    return found
-
-
-def _from_environment(value: Any, key: Key, file: Path, lines: Mapping[Key, int]) -> Any:
-    """`${NAME}` and `${NAME:-default}` in every string value."""
-    if isinstance(value, dict):
-        return {name: _from_environment(item, (*key, name), file, lines) for name, item in value.items()}
-    if isinstance(value, list):
-        return [_from_environment(item, (*key, index), file, lines) for index, item in enumerate(value)]
-    if not isinstance(value, str):
-        return value
-
-    def replace(match: re.Match[str]) -> str:
-        name, default = match["name"], match["default"]
-        if name not in os.environ and default is None:
-            raise ManifestError(
-                f"{_where(file, key, lines)}: the environment has no {name}; set it, or ${{{name}:-default}}"
-            )
-        return os.environ.get(name, default or "")
-
-    return re.sub(r"\$\{(?P<name>\w+)(?::-(?P<default>[^}]*))?\}", replace, value)
-
-
-def _override(data: dict[str, Any], override: str) -> Key:
-    """Apply one `key.path=value` to `data`; returns the key."""
-    dotted, equals, text = override.partition("=")
-    names = dotted.strip().split(".")
-    if not equals or not all(names):
-        raise ManifestError(f"--set {override}: expected key.path=value, for instance output.path=out/x")
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ManifestError(f"--set {override}: the value is not valid YAML") from error
-    section = data
-    for name in names[:-1]:
-        inner = section.setdefault(name, {})
-        if not isinstance(inner, dict):
-            raise ManifestError(f"--set {override}: {name} is a value, not a section")
-        section = inner
-    section[names[-1]] = value
-    return tuple(names)
-
-
-def _where(file: Path, key: Key, lines: Mapping[Key, int]) -> str:
-    """`file:line: key.path`; the line of the nearest section when the key itself is not in the file."""
-    dotted = ".".join(str(part) for part in key)
-    line = next((lines[key[:n]] for n in range(len(key), 0, -1) if key[:n] in lines), None)
-    place = f"{file}:{line}" if line else str(file)
-    return f"{place}: {dotted}" if dotted else place
-
-
-def _explain(error: ValidationError, file: Path, lines: Mapping[Key, int], set_keys: Sequence[Key]) -> list[str]:
-    """One line for each key at fault."""
-    explained: dict[str, list[str]] = {}
-    for problem in error.errors():
-        key: Key = problem["loc"]
-        if problem["type"] not in ("missing", "extra_forbidden"):  # pydantic appends the names of a union's members
-            key = next((key[:n] for n in range(len(key), 0, -1) if key[:n] in lines or key[:n] in set_keys), key)
-        where = f"--set {'.'.join(map(str, key))}" if key in set_keys else _where(file, key, lines)
-        explained.setdefault(where, []).append(_message(key, problem))
-    return [f"{where}: {', or '.join(dict.fromkeys(messages))}" for where, messages in explained.items()]
-
-
-def _message(key: Key, problem: Mapping[str, Any]) -> str:
-    if problem["type"] == "missing":
-        return "is missing; `smsbatch schema` lists every key"
-    if problem["type"] == "extra_forbidden":
-        known = _known_keys(key[:-1])
-        close = difflib.get_close_matches(str(key[-1]), known, n=1)
-        return "no such key; " + (f"did you mean {close[0]}?" if close else f"known here: {', '.join(known)}")
-    message: str = problem["msg"].removeprefix("Value error, ")
-    ours = message != problem["msg"]
-    given = problem["input"]
-    shown = f", not {given!r}" if not ours and isinstance(given, str | int | float) else ""
-    return message[0].lower() + message[1:] + shown
-
-
-def _known_keys(section: Key) -> list[str]:
-    model: type[BaseModel] = Manifest
-    for name in section:
-        annotation = model.model_fields[str(name)].annotation
-        assert isinstance(annotation, type)
-        assert issubclass(annotation, BaseModel)
-        model = annotation
-    return list(model.model_fields)

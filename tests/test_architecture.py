@@ -16,13 +16,14 @@ LAYERS = {
     "errors": set(),
     "tiny": set(),
     "manifest": {"errors"},
+    "manifest_file": {"errors", "manifest"},
     "data": {"errors", "manifest", "tiny"},
     "diffusion": {"errors", "manifest", "tiny"},
     "metrics": {"errors", "manifest", "tiny"},
     "execution": {"errors", "manifest", "tiny", "data", "diffusion", "metrics"},
     "cli": {"errors", "manifest", "execution", "smsbatch"},
     "__main__": {"cli"},
-    "__init__": {"errors", "manifest", "execution"},
+    "__init__": {"errors", "manifest", "manifest_file", "execution"},
 }
 # Which modules may import it; a room stands for all of its modules.
 DOORS = {
@@ -36,8 +37,8 @@ DOORS = {
     "fsspec": {"data.store"},
     "pyarrow": {"data"},
     "PIL": {"data.pixels"},
-    "pydantic": {"manifest"},
-    "yaml": {"manifest"},
+    "pydantic": {"manifest", "manifest_file"},
+    "yaml": {"manifest_file"},
     "typer": {"cli"},
     "rich": {"cli"},
 }
@@ -87,8 +88,7 @@ def test_doors() -> None:
 
 def test_no_file_grows_too_long() -> None:
     lengths = {path.name: len(path.read_text().splitlines()) for path in PACKAGE.rglob("*.py")}
-    # manifest.py holds every key with its explanation: splitting it would only hide half of the keys
-    assert {name for name, length in lengths.items() if length > 400} <= {"manifest.py"}
+    assert {name for name, length in lengths.items() if length > 400} == set()
 
 
 def test_importing_the_package_imports_nothing_heavy() -> None:
