@@ -37,7 +37,7 @@ clean: ## remove the environment, caches and the demo's output
 $(VENV)/bin/python:
 	@echo "Setting up $(VENV): a few minutes and 6 GB, once."
 	@$(PYTHON) -c 'import sys; sys.exit("smsbatch needs Python 3.11 or later; make PYTHON=/path/to/python3.11") if sys.version_info < (3, 11) else None'
-	@$(PYTHON) -m venv $(VENV)
+	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 1; }
 
 $(VENV)/.run: $(VENV)/bin/python pyproject.toml constraints.txt
 	@$(PIP) --editable '.[ray]'

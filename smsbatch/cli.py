@@ -85,7 +85,7 @@ def status(
     import smsbatch as sb
 
     with _failures(as_json):
-        is_manifest = output.endswith((".yaml", ".yml")) and Path(output).is_file()
+        is_manifest = output.endswith((".yaml", ".yml"))
         found = sb.status(sb.load(output, set_ or ()).output.path if is_manifest else output)
         if as_json:
             _print_json(found.to_dict())
@@ -94,16 +94,18 @@ def status(
 
 
 @app.command()
-def schema() -> None:
+def schema(as_json: AsJson = True) -> None:
     """Print the manifest's JSON Schema, with every key, default and explanation."""
     from smsbatch.manifest import Manifest
 
+    del as_json  # it is JSON either way; the option is there because every verb has it
     _print_json(Manifest.model_json_schema())
 
 
 @app.command()
 def init(
     path: Annotated[Path, typer.Argument(help="Where to write it.", metavar="MANIFEST")] = Path("manifest.yaml"),
+    as_json: AsJson = False,
 ) -> None:
     """Write a commented manifest to start from. It runs as it is, on the embedded model."""
     from importlib.resources import files
@@ -116,7 +118,10 @@ def init(
             _fail(f"{path} exists; choose another name", 2)
         except OSError as error:
             _fail(f"{path}: cannot write it: {error.strerror}", 3)
-    typer.echo(f"{path} is written. Edit it, then: smsbatch run {path}")
+    if as_json:
+        _print_json({"written": str(path)})
+    else:
+        typer.echo(f"{path} is written. Edit it, then: smsbatch run {path}")
 
 
 @app.callback(invoke_without_command=True)
@@ -219,7 +224,7 @@ def _lines(status: Status) -> list[str]:
         if worker.unit is None:
             lines.append(f"  {worker.worker}  waiting" if status.units_done else f"  {worker.worker}  starting")
         else:
-            step = f"step {worker.step} of {worker.steps}" if worker.step else "decoding"
+            step = f"step {worker.step} of {worker.steps}" if worker.step else "between two batches"
             lines.append(f"  {worker.worker}  unit {worker.unit}  {worker.done}/{worker.samples} images  {step}")
     if status.errors:
         codes = ", ".join(f"{count} {code}" for code, count in sorted(status.errors.items()))

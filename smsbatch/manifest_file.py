@@ -33,11 +33,11 @@ def load(path: str | os.PathLike[str], overrides: Iterable[str] = ()) -> Manifes
         text = file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
-        raise ManifestError(f"{file}: cannot read the manifest: {reason}") from error
+        raise ManifestError(f"{file}: cannot read the manifest: {reason}; `smsbatch init` writes one") from error
     try:
         root = yaml.compose(text, Loader=yaml.SafeLoader)
         data = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:  # a ValueError is a date that does not exist
         mark = getattr(error, "problem_mark", None)
         where = f"{file}:{mark.line + 1}" if mark else str(file)
         raise ManifestError(f"{where}: not valid YAML: {getattr(error, 'problem', None) or error}") from error
@@ -122,7 +122,14 @@ def _where(file: Path, key: Key, lines: Mapping[Key, int]) -> str:
 def _explain(error: ValidationError, file: Path, lines: Mapping[Key, int], set_keys: Sequence[Key]) -> list[str]:
     """One line for each key at fault."""
     explained: dict[str, list[str]] = {}
-    for problem in error.errors():
+    problems = error.errors()
+    extra = [problem["loc"] for problem in problems if problem["type"] == "extra_forbidden"]
+    for problem in problems:
+        if problem["type"] == "missing" and any(
+            key[:-1] == problem["loc"][:-1] and difflib.get_close_matches(str(key[-1]), [str(problem["loc"][-1])])
+            for key in extra
+        ):
+            continue  # misspelt, not missing, and so it is explained
         key: Key = problem["loc"]
         if problem["type"] not in ("missing", "extra_forbidden"):  # pydantic appends the names of a union's members
             key = next((key[:n] for n in range(len(key), 0, -1) if key[:n] in lines or key[:n] in set_keys), key)

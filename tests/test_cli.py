@@ -89,7 +89,7 @@ def test_plan_says_what_run_would_do(job: Path) -> None:
         ("source.urls=/nowhere", 2, "/nowhere: no such folder"),
         ("source.urls={empty}", 2, "no samples found"),
         ("output.path={file}/out", 3, "cannot write"),
-        ("model.path=/nowhere", 2, "model.path: no diffusers pipeline at /nowhere"),
+        ("model.path=/nowhere", 2, "model.path: /nowhere is neither a folder"),
         ("seed=7", 2, "seed (0 then, 7 now)"),
     ],
 )

@@ -90,8 +90,7 @@ def load_sample(entry: Entry, images: Sequence[str], captions: Sequence[str]) ->
         wanted, got = ", ".join(images), ", ".join(entry.fields)
         raise SampleError("read_error", f"no image ({wanted}) among its fields: {got}")
     image = read_span(entry.fields[entry.image])
-    # The result replaces the picture, so the same picture in another format would only contradict it.
-    others = {name: read_span(span) for name, span in entry.fields.items() if name not in {entry.image, *images}}
+    others = {name: read_span(span) for name, span in entry.fields.items() if name != entry.image}
     return Sample(entry.key, entry.url, image, entry.image, caption_of(others, captions), others)
 
 

@@ -53,7 +53,7 @@ def read_style_lora(path: str, layers: Mapping[str, nn.Module]) -> StyleLora:
     try:
         tensors = load_file(locate_lora(path))
     except (SafetensorError, OSError) as error:
-        raise WeightsError(f"style.lora: {path} is not a safetensors file ({error})") from error
+        raise WeightsError(f"style.lora: {path} is not a safetensors file ({error}); fetch it again") from error
 
     modules: dict[str, dict[str, Tensor]] = {}
     skipped = 0
@@ -64,21 +64,27 @@ def read_style_lora(path: str, layers: Mapping[str, nn.Module]) -> StyleLora:
         elif name.startswith(_PREFIX) and part in _PARTS:
             modules.setdefault(name, {})[part] = tensor
         else:
-            raise WeightsError(f"style.lora: {path}: key {key} is not of a kohya LoRA or LoCon for a UNet")
+            raise WeightsError(
+                f"style.lora: {path}: key {key} is not of a kohya LoRA or LoCon, the kinds known here; convert the file"
+            )
     if not modules:
-        raise WeightsError(f"style.lora: {path} holds no LoRA for a UNet")
+        raise WeightsError(f"style.lora: {path} holds nothing for a UNet; choose another file")
 
     paths = {_PREFIX + name.replace(".", "_"): name for name in layers}
     deltas = {}
     for name, parts in modules.items():
         if name not in paths:
-            raise WeightsError(f"style.lora: {path}: the model has no layer for {name}; it is for another architecture")
+            raise WeightsError(
+                f"style.lora: {path}: the model has no layer for {name}; choose a style made for this model"
+            )
         try:
             deltas[paths[name]] = _delta(parts, layers[paths[name]])
         except KeyError as error:
-            raise WeightsError(f"style.lora: {path}: {name} lacks {error.args[0]}") from error
+            raise WeightsError(f"style.lora: {path}: {name} lacks {error.args[0]}; fetch the file again") from error
         except RuntimeError as error:
-            raise WeightsError(f"style.lora: {path}: {name} does not fit the model's layer: {error}") from error
+            raise WeightsError(
+                f"style.lora: {path}: {name} does not fit the model: {error}; choose a style made for this model"
+            ) from error
     notices = (f"{path}: {skipped} text encoder tensors left out",) if skipped else ()
     return StyleLora(deltas, notices)
 

@@ -41,7 +41,7 @@ def optimize(
     """Optimize B latents in lockstep, each exactly as if it were alone.
 
     Every sample has its own seed, from which its timesteps, noises and fake LoRA are drawn on the CPU, so that a result
-    depends neither on its neighbours nor on the device's random numbers. Nothing in the loop waits for the device.
+    depends neither on its neighbours nor on the device's random numbers. Nothing in the loop reads from the device.
 
     Args:
         prior: the bare prior; its UNet carries the fake score's LoRAs.

@@ -107,16 +107,22 @@ class Prior:
                 )
                 tokenizer = CLIPTokenizer.from_pretrained(folder, subfolder="tokenizer")
                 scheduler = DDIMScheduler.from_pretrained(folder, subfolder="scheduler")
-        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-            raise WeightsError(f"model.path: cannot load {path}: {str(error).splitlines()[0]}") from error
+        except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+            reason = str(error).splitlines()[0]
+            raise WeightsError(f"model.path: cannot load {path}: {reason}; fetch or save the model again") from error
         if scheduler.config.prediction_type != "epsilon":
-            raise WeightsError(f"model.path: {path} predicts {scheduler.config.prediction_type}; only epsilon is known")
+            raise WeightsError(
+                f"model.path: {path} predicts {scheduler.config.prediction_type}, only epsilon is known; "
+                "choose a model of Stable Diffusion 1.x"
+            )
         if (
             scheduler.config.num_train_timesteps != 1000
             or unet.config.addition_embed_type is not None
             or unet.config.cross_attention_dim != text_encoder.config.hidden_size
         ):
-            raise WeightsError(f"model.path: {path} is not of Stable Diffusion 1.x's kind, the only one known")
+            raise WeightsError(
+                f"model.path: {path} is not of the kind known here; choose a model of Stable Diffusion 1.x"
+            )
         for part in (unet, vae, text_encoder):
             part.requires_grad_(False).eval().to(device)
         return cls(unet, vae, text_encoder, tokenizer, Schedule(scheduler.alphas_cumprod.to(device)))

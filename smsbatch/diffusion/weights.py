@@ -11,12 +11,13 @@ from smsbatch import tiny
 from smsbatch.errors import WeightsError
 from smsbatch.manifest import Manifest
 
-__all__ = ["digests", "left_out", "locate", "locate_lora"]
+__all__ = ["check_lora", "digests", "locate", "locate_lora"]
 
 # What of a pipeline folder is read, and so decides results: not the pickles, variants and safety checkers beside it.
 _READ = (
     "model_index.json",
     "scheduler/scheduler_config.json",
+    "tokenizer/tokenizer.json",
     "tokenizer/vocab.json",
     "tokenizer/merges.txt",
     "tokenizer/tokenizer_config.json",
@@ -38,10 +39,14 @@ def locate(path: str, revision: str | None = None) -> Path:
     """
     folder = Path(tiny.resolve(path)).expanduser()
     if (folder / "model_index.json").is_file():
+        for name in _READ:
+            if name.endswith(".safetensors") and not (folder / name).is_file():
+                raise WeightsError(f"model.path: {path} has no {name}; save the pipeline with safe_serialization=True")
         return folder
     if folder.exists() or path.count("/") != 1 or path.startswith(("/", ".", "~", "tiny:")):
         raise WeightsError(
-            f"model.path: no diffusers pipeline at {path} (a folder with model_index.json), nor a hub id"
+            f"model.path: {path} is neither a folder with a diffusers pipeline (model_index.json) nor a hub id; "
+            "check the path, or save the model with pipeline.save_pretrained"
         )
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
@@ -65,18 +70,32 @@ def locate_lora(path: str) -> Path:
     return file
 
 
-def left_out(path: str) -> list[str]:
-    """A line for what a style file holds and is not applied: parts for the text encoder, as in the released code.
+def check_lora(manifest: Manifest) -> list[str]:
+    """Hold the style file's keys against the model's UNet; a line for what is left out: parts for the text encoder.
 
     Raises:
-        WeightsError: there is no such file, or it is not of safetensors.
+        WeightsError: model or style are missing or damaged, or the style is for another architecture.
     """
+    path = manifest.style.lora
+    unet = locate(manifest.model.path, manifest.model.revision) / "unet/diffusion_pytorch_model.safetensors"
+    layers = {"lora_unet_" + key.removesuffix(".weight").replace(".", "_") for key in _keys(unet, "model.path")}
+    modules = {key.partition(".")[0] for key in _keys(locate_lora(path), "style.lora")}
+    skipped = {name for name in modules if name.startswith("lora_te")}
+    unknown = sorted(modules - layers - skipped)
+    if unknown:
+        raise WeightsError(
+            f"style.lora: {path}: {unknown[0]} is no layer of {manifest.model.path} (known: kohya's LoRA and LoCon); "
+            "choose a style made for this model"
+        )
+    return [f"{path}: parts for {len(skipped)} layers of the text encoder are left out"] if skipped else []
+
+
+def _keys(file: Path, key: str) -> list[str]:
     try:
-        with safe_open(locate_lora(path), "np") as file:
-            count = sum(key.startswith("lora_te") for key in file.keys())  # noqa: SIM118
+        with safe_open(file, "np") as tensors:
+            return list(tensors.keys())
     except (SafetensorError, OSError) as error:
-        raise WeightsError(f"style.lora: {path} is not a safetensors file ({error})") from error
-    return [f"{path}: {count} tensors for the text encoder are left out"] if count else []
+        raise WeightsError(f"{key}: {file} is not a safetensors file ({error}); fetch or save it again") from error
 
 
 def digests(manifest: Manifest) -> dict[str, str]:

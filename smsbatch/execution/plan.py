@@ -19,10 +19,11 @@ from itertools import count, islice
 from typing import Any
 
 from smsbatch.data.index import UNITS, read_units, write_index, write_units
+from smsbatch.data.ledger import COMMITS
 from smsbatch.data.sample import Entry, Unit
 from smsbatch.data.sources import index
 from smsbatch.data.store import Store
-from smsbatch.diffusion.weights import digests, left_out, locate
+from smsbatch.diffusion.weights import check_lora, digests
 from smsbatch.errors import DriftError, RequestError, StorageError
 from smsbatch.manifest import Manifest
 
@@ -77,7 +78,6 @@ def plan(manifest: Manifest) -> Plan:
         SourceError: the source is missing, empty or has clashing keys.
         WeightsError: a model or LoRA is missing.
     """
-    locate(manifest.model.path, manifest.model.revision)
     return _draft(manifest)[0]
 
 
@@ -90,7 +90,7 @@ def establish(manifest: Manifest, store: Store) -> Plan:
     """
     run, weights = read_run(store), digests(manifest)
     if run is not None and store.exists(UNITS):
-        _check(run, manifest, weights)
+        _check(store, run, manifest, weights)
         return Plan(manifest, run["planned"]["samples"], tuple(read_units(store)), tuple(run["notices"]))
 
     drafted, entries = _draft(manifest)
@@ -101,7 +101,7 @@ def establish(manifest: Manifest, store: Store) -> Plan:
         store.create(RUN, json.dumps(_record(drafted, weights, index_sha256), indent=2).encode())
         run = read_run(store)  # ours, or that of a driver who was faster
         assert run is not None
-    _check(run, manifest, weights)
+    _check(store, run, manifest, weights)
     if run["index_sha256"] != index_sha256:
         raise DriftError(f"{store.url}: the source is not the one this run began with; choose another output.path")
     write_index(store, entries)
@@ -110,11 +110,11 @@ def establish(manifest: Manifest, store: Store) -> Plan:
 
 
 def _refuse_strangers(store: Store) -> None:
-    """What a run writes would replace what somebody else has under the same name."""
-    for name in ("README.md", "index.json", "report.html"):
-        if store.exists(name):
+    """What a run writes would replace what somebody else has under the same name: sources, perhaps."""
+    for name in ("README.md", "index.json", "report.html", "shards", "metrics", "plan"):
+        if store.exists(name) or store.list(name):
             raise RequestError(
-                f"output.path: {store.url} holds no run but a {name}, which a run would replace; choose a new folder"
+                f"output.path: {store.url} holds no run but has {name}, where a run would write; choose a new folder"
             )
 
 
@@ -137,7 +137,7 @@ def read_run(store: Store) -> dict[str, Any] | None:
 
 def _draft(manifest: Manifest) -> tuple[Plan, list[Entry]]:
     source, output = manifest.source, manifest.output
-    notices = left_out(manifest.style.lora)
+    notices = check_lora(manifest)
     entries = list(islice(index(source.format, source.urls, source.images, notices), source.limit))
     units = tuple(cut(len(entries), output.samples_per_unit, output.samples_per_shard))
     return Plan(manifest, len(entries), units, tuple(notices)), entries
@@ -174,7 +174,7 @@ def _versions() -> dict[str, str]:
     return found
 
 
-def _check(run: Mapping[str, Any], manifest: Manifest, weights: Mapping[str, str]) -> None:
+def _check(store: Store, run: Mapping[str, Any], manifest: Manifest, weights: Mapping[str, str]) -> None:
     """The run that stands was planned for the same results."""
     changed = []
     if run["manifest_sha256"] != manifest.identity:
@@ -191,10 +191,9 @@ def _check(run: Mapping[str, Any], manifest: Manifest, weights: Mapping[str, str
         if run["weights"].get(name) != weights.get(name)
     ]
     if changed:
-        raise DriftError(
-            f"{manifest.output.path}: this run was planned differently; changed: {'; '.join(changed)}. "
-            "Undo the change, or choose another output.path"
-        )
+        begun = "undo the change, or choose another output.path"
+        advice = begun if store.list(COMMITS) else "nothing is committed there: delete the folder to begin anew"
+        raise DriftError(f"{store.url}: this run was planned differently; changed: {'; '.join(changed)}; {advice}")
 
 
 def _flat(section: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

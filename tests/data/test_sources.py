@@ -150,11 +150,11 @@ def test_fields_need_not_be_adjacent(tmp_path: Path) -> None:
     assert [(entry.key, list(entry.fields)) for entry in entries] == [("a", ["jpg", "txt"]), ("b", ["jpg", "txt"])]
 
 
-def test_the_preferred_picture_is_taken_and_the_other_dropped(tmp_path: Path) -> None:
+def test_the_preferred_picture_is_taken_and_the_other_passed_through(tmp_path: Path) -> None:
     path = make_tar(tmp_path / "a.tar", [("a.png", b"png"), ("a.jpg", b"jpg"), ("a.seg.png", b"mask")])
     (entry,), _ = listed("webdataset", path)
     sample = load_sample(entry, IMAGES, [])
-    assert (sample.image_field, sample.image, sample.fields) == ("jpg", b"jpg", {"seg.png": b"mask"})
+    assert (sample.image_field, sample.image, sample.fields) == ("jpg", b"jpg", {"png": b"png", "seg.png": b"mask"})
 
 
 def test_a_sample_without_picture_is_an_entry_that_fails(tmp_path: Path) -> None:

@@ -45,13 +45,16 @@ def test_any_size_comes_back_as_it_went(model: Path, size: tuple[int, int]) -> N
 
 
 def test_what_cannot_be_loaded_is_named(model: Path, tmp_path: Path) -> None:
-    with pytest.raises(WeightsError, match=r"model\.path: no diffusers pipeline at /nowhere"):
+    with pytest.raises(WeightsError, match=r"model\.path: /nowhere is neither a folder"):
         locate("/nowhere")
     with pytest.raises(WeightsError, match="the hub did not give it"):  # offline in tests
         locate("nobody/nothing")
     folder = tmp_path / "copy"
     shutil.copytree(model, folder)
     (folder / "unet" / "diffusion_pytorch_model.safetensors").unlink()
+    with pytest.raises(WeightsError, match="has no unet/diffusion_pytorch_model"):
+        Prior.load(str(folder))
+    (folder / "unet" / "diffusion_pytorch_model.safetensors").write_bytes(b"damaged")
     with pytest.raises(WeightsError, match="cannot load"):
         Prior.load(str(folder))
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from jobs import make_photos, write_manifest
+from safetensors.torch import load_file, save_file
 
 import smsbatch as sb
 from smsbatch.data.store import Store
@@ -61,7 +64,7 @@ def test_a_changed_manifest_is_named(job: Path, override: str, named: str) -> No
     with pytest.raises(sb.DriftError) as caught:
         _establish(job, override)
     assert named in str(caught.value)
-    assert "another output.path" in str(caught.value)
+    assert "nothing is committed there: delete the folder" in str(caught.value)
 
 
 def test_what_does_not_change_results_may_change(job: Path) -> None:
@@ -123,7 +126,11 @@ def test_a_folder_that_is_no_run_is_left_alone(job: Path) -> None:
         _establish(job)
 
 
-def test_bad_requests_write_nothing(job: Path) -> None:
+def test_bad_requests_write_nothing(job: Path, model: Path) -> None:
+    other, cut = job.parent / "other.safetensors", job.parent / "cut"
+    save_file({"lora_unet_x.lora_down.weight": torch.ones(1, 1)}, other)
+    shutil.copytree(model, cut)
+    shutil.rmtree(cut / "vae")
     empty = job.parent / "empty"
     empty.mkdir()
     for override, error in (
@@ -131,20 +138,22 @@ def test_bad_requests_write_nothing(job: Path) -> None:
         ("source.urls=/nowhere", sb.SourceError),
         ("style.lora=/nowhere.safetensors", sb.WeightsError),
         ("model.path=/nowhere", sb.WeightsError),
+        (f"style.lora={other}", sb.WeightsError),
+        (f"model.path={cut}", sb.WeightsError),
     ):
         with pytest.raises(error):
             _establish(job, override)
     assert not (job.parent / "out").exists()
 
 
-@pytest.mark.parametrize("name", ["README.md", "report.html"])
+@pytest.mark.parametrize("name", ["README.md", "report.html", "shards/000000.tar", "metrics/x.parquet"])
 def test_what_somebody_else_has_is_not_replaced(job: Path, name: str) -> None:
     out = job.parent / "out"
-    out.mkdir()
+    (out / name).parent.mkdir(parents=True)
     (out / name).write_text("mine")
     with pytest.raises(sb.RequestError, match="choose a new folder"):
         _establish(job)
-    assert [file.name for file in out.iterdir()] == [name]
+    assert [file for file in out.rglob("*") if file.is_file()] == [out / name]
 
 
 def test_an_unknown_protocol_is_one_line(job: Path) -> None:
@@ -154,13 +163,11 @@ def test_an_unknown_protocol_is_one_line(job: Path) -> None:
 
 
 def test_text_encoder_parts_are_a_notice_of_the_plan(job: Path, lora: Path) -> None:
-    from safetensors.torch import load_file, save_file
-
     tensors = load_file(lora)
     key = next(iter(tensors))
     save_file(tensors | {"lora_te_x.alpha": tensors[key].clone()}, job.parent / "te.safetensors")
     plan = sb.plan(sb.load(job, [f"style.lora={job.parent / 'te.safetensors'}"]))
-    assert "1 tensors for the text encoder are left out" in plan.notices[0]
+    assert "1 layers of the text encoder are left out" in plan.notices[0]
 
 
 def test_an_output_that_cannot_be_written(job: Path) -> None:

@@ -54,7 +54,7 @@ PHASES = (
     # From here the latents are white, and many small steps teach more than few big ones.
     Phase(4400, side=64, batch=4, lr=1e-3, floor=0.01, l1=4, whole=0.4),
     # The latents are in use from here on: only the decoder goes on, on what it will be asked to draw.
-    Phase(6400, side=96, batch=4, lr=6e-4, floor=0.01, l1=1, whole=0.8, decoder_only=True),
+    Phase(6000, side=64, batch=4, lr=8e-4, floor=0.01, l1=1, whole=0.8, decoder_only=True),
 )
 STYLED_FROM = 500
 
@@ -167,7 +167,7 @@ def main() -> None:
         optimizer.step()
         average.update()
         seen.append((float(l1.detach()), float(perceptual.detach()), float(kl.detach())))
-        if rank == 0 and ((step + 1) % 500 == 0 or step + 1 == end):
+        if rank == 0 and ((step + 1) % 200 == 0 or step + 1 == end):
             with average.applied():
                 score = evaluate(vae, distance, held_out)
             pace = (time.monotonic() - began) / (step + 1 - start)
