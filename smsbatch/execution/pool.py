@@ -15,9 +15,10 @@ from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from contextlib import AbstractContextManager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, field
 from itertools import islice
+from pathlib import Path
 from typing import Any, Self
 
 from smsbatch.data.ledger import Commit
@@ -75,6 +76,19 @@ class LocalPool(Pool):
 
     def progress(self) -> list[Progress]:
         return [self._worker.progress()]
+
+
+@contextmanager
+def _quiet_stderr() -> Iterator[None]:
+    """Nothing on the process's stderr: Ray's own code, in C++, writes there of what it then raises."""
+    with Path(os.devnull).open("w") as nowhere:
+        stderr = os.dup(2)
+        os.dup2(nowhere.fileno(), 2)
+        try:
+            yield
+        finally:
+            os.dup2(stderr, 2)
+            os.close(stderr)
 
 
 @dataclass(eq=False)
@@ -136,7 +150,7 @@ class RayPool(Pool):
             )
 
     def __enter__(self) -> Self:
-        # Ray reads these at import; both only spare the user messages that are not for him.
+        # Ray reads these at import; they only spare the user messages that are not for him.
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         import ray
@@ -175,13 +189,13 @@ class RayPool(Pool):
             cores = max(os.cpu_count() or 1, wanted * threads)
             options = {"address": "local", "include_dashboard": False, "num_cpus": cores}
         try:
-            with warnings.catch_warnings():
+            with warnings.catch_warnings(), _quiet_stderr():
                 warnings.simplefilter("ignore")
                 ray.init(**options, log_to_driver=False, logging_level=logging.ERROR)
         except (ConnectionError, RuntimeError, ValueError) as error:
             raise RequestError(
                 f"compute.address: no Ray cluster at {address or 'this machine'} ({str(error).splitlines()[0]}); "
-                "check `ray status`, or --set compute.pool=local"
+                "check `ray status`, RAY_AUTH_MODE=token if the cluster asks for one, or --set compute.pool=local"
             ) from error
 
     def _size_up(self) -> None:

@@ -54,7 +54,7 @@ PHASES = (
     # From here the latents are white, and many small steps teach more than few big ones.
     Phase(4400, side=64, batch=4, lr=1e-3, floor=0.01, l1=4, whole=0.4),
     # The latents are in use from here on: only the decoder goes on, on what it will be asked to draw.
-    Phase(6000, side=64, batch=4, lr=8e-4, floor=0.01, l1=1, whole=0.8, decoder_only=True),
+    Phase(6600, side=64, batch=4, lr=1e-3, floor=0.01, l1=0.4, whole=0.8, decoder_only=True),
 )
 STYLED_FROM = 500
 
