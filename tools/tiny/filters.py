@@ -30,29 +30,26 @@ def oil(picture: ndarray, rng: np.random.Generator) -> ndarray:
 
 
 def watercolor(picture: ndarray, rng: np.random.Generator) -> ndarray:
-    """Watercolour: flat bright washes that pool at their borders, granulating on white paper."""
+    """Watercolour: flat bright washes that pool darkly at their borders, blotched and granulated, on white paper."""
     x = wobble(picture / 255.0, rng, 1.2, 4)
-    wash = 0.75 * kuwahara(x, 2) + 0.25 * x
+    wash = 0.85 * kuwahara(x, 2) + 0.15 * x
     border = np.hypot(*(sobel(gaussian_filter(wash @ LUMA, 0.6), axis) for axis in (0, 1)))[..., None]
-    pigment = 1 - saturate(0.14 + 0.9 * wash.clip(0, 1) ** 0.62, 1.35)  # how much white the pigment takes away
-    pools = gaussian_filter(noise(x, rng), 7)
-    grain = gaussian_filter(noise(x, rng), 0.7)
-    pigment = pigment * (1 + 0.16 * unit(pools)[..., None] + 0.07 * unit(grain)[..., None]) + 0.24 * border.clip(0, 0.8)
+    pigment = 1 - saturate(0.06 + 0.94 * wash.clip(0, 1) ** 0.78, 1.3)  # how much white the pigment takes away
+    blotches, grain = (unit(gaussian_filter(noise(x, rng), scale))[..., None] for scale in (3, 1))
+    pigment = pigment * (1 + 0.2 * blotches + 0.1 * grain) + 0.5 * border.clip(0, 0.8)
     return finish([0.995, 0.985, 0.955] - pigment)
 
 
 def sketch(picture: ndarray, rng: np.random.Generator) -> ndarray:
-    """Pencil sketch: dark contours and shading in diagonal strokes, graphite on paper."""
-    luma = wobble(picture / 255.0, rng, 0.4, 4) @ LUMA
-    smooth = gaussian_filter(luma, 0.7)
-    edge = np.hypot(sobel(smooth, 0), sobel(smooth, 1))
-    lines = (gaussian_filter(luma, 1.6) - luma - 0.01).clip(0) * 2.5 + edge * 0.1
-    low, high = np.percentile(luma, [1, 99])
-    dark = (1 - (luma - low) / max(high - low, 0.25)).clip(0, 1)
-    hatch = unit(along(gaussian_filter(noise(luma, rng), 0.6)[..., None], np.full_like(luma, -0.8), 7))[..., 0]
-    graphite = 0.66 * dark**1.15 * (1 + 0.12 * hatch) + 0.013 * hatch
-    tone = (graphite.clip(0, 1) + lines.clip(0, 0.6)).clip(0, 0.92)[..., None]
-    return finish([0.965, 0.96, 0.945] - tone * [0.93, 0.92, 0.88])
+    """Coloured pencil sketch: dark contours and shading in diagonal strokes of coloured pencil, on white paper."""
+    x = wobble(picture / 255.0, rng, 0.4, 4)
+    luma = (x @ LUMA)[..., None]
+    smooth = gaussian_filter(luma[..., 0], 0.7)
+    edge = np.hypot(sobel(smooth, 0), sobel(smooth, 1))[..., None]
+    lines = ((gaussian_filter(luma, (1.6, 1.6, 0)) - luma - 0.01).clip(0) * 3 + 0.14 * edge).clip(0, 0.6)
+    hatch = unit(along(gaussian_filter(noise(x, rng), 0.6)[..., None], np.full(x.shape[:2], -0.8), 7))
+    colour = 0.87 * (1 - saturate(x, 0.95).clip(0, 1)) * (1 + 0.15 * hatch) + 0.03 * hatch * (1 - luma)
+    return finish([0.985, 0.98, 0.965] - colour.clip(0, 1) - 0.9 * lines * luma.clip(0.35, 1))
 
 
 FILTERS: dict[str, Callable[[ndarray, np.random.Generator], ndarray]] = {

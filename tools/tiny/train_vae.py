@@ -46,15 +46,18 @@ class Phase:
     floor: float
     l1: float  # weight of L1 beside LPIPS
     whole: float  # share of crops that show as much of the photograph as fits
-    decoder_only: bool = False
+    frozen: bool = False  # the encoder
+    anchor: float = 0.0  # weight of the latents' squared distance from those of the encoder that was frozen
 
 
 PHASES = (
     Phase(1200, side=96, batch=8, lr=1.3e-3, floor=1.0, l1=4, whole=0.4),
     # From here the latents are white, and many small steps teach more than few big ones.
     Phase(4400, side=64, batch=4, lr=1e-3, floor=0.01, l1=4, whole=0.4),
-    # The latents are in use from here on: only the decoder goes on, on what it will be asked to draw.
-    Phase(6600, side=64, batch=4, lr=1e-3, floor=0.01, l1=0.4, whole=0.8, decoder_only=True),
+    # The latents are in use from here on, so the encoder is frozen: the decoder learns what it will be asked to draw.
+    Phase(6600, side=64, batch=4, lr=1e-3, floor=0.01, l1=0.4, whole=0.8, frozen=True),
+    # Both once more, the latents tied to where they were: they move by less than the least noise that SMS adds.
+    Phase(8600, side=64, batch=4, lr=6e-4, floor=0.01, l1=0.4, whole=0.8, anchor=5.0),
 )
 STYLED_FROM = 500
 
@@ -137,6 +140,7 @@ def main() -> None:
 
     starts = [0, *(phase.until for phase in PHASES[:-1])]
     began, seen = time.monotonic(), []
+    tied = None
     end = PHASES[args.phases - 1].until
     for step in range(start, end):
         begin, phase = next((begin, p) for begin, p in zip(starts, PHASES, strict=True) if step < p.until)
@@ -145,11 +149,16 @@ def main() -> None:
         if step in starts[1:]:
             with torch.no_grad():
                 torch._foreach_copy_(average.parameters, average.shadow)
-            if not phase.decoder_only:
+            if step == starts[1]:
                 whiten(vae, pictures)
                 average.shadow = [p.detach().clone() for p in average.parameters]
-        vae.encoder.requires_grad_(not phase.decoder_only)
-        vae.quant_conv.requires_grad_(not phase.decoder_only)
+            if phase.frozen and rank == 0:
+                torch.save(vae.state_dict(), args.work / "anchor.pt")
+        vae.encoder.requires_grad_(not phase.frozen)
+        vae.quant_conv.requires_grad_(not phase.frozen)
+        if phase.anchor and tied is None:
+            tied = AutoencoderKL(**CONFIG)
+            tied.load_state_dict(torch.load(args.work / "anchor.pt", weights_only=True))
         rng = np.random.default_rng([rank, step])
         x = batch(pictures, phase.batch // world, phase.side, step >= STYLED_FROM, rng, phase.whole)
         with torch.autocast("cpu", torch.bfloat16):
@@ -160,6 +169,11 @@ def main() -> None:
         mean, logvar = posterior.mean.float(), posterior.logvar.float()
         kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
         loss = phase.l1 * l1 + perceptual + KL_WEIGHT * kl
+        if tied is not None:
+            with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+                before = tied.encode(x).latent_dist.mean.float()
+            moved = (mean - before).square().mean() / before.var()
+            loss = loss + phase.anchor * moved
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         average_gradients(vae.parameters())
@@ -173,6 +187,8 @@ def main() -> None:
             pace = (time.monotonic() - began) / (step + 1 - start)
             means = np.mean(seen[-500:], axis=0)
             held = f"held-out lpips {score[0]:.4f} l1 {score[1]:.4f}"
+            if tied is not None:
+                held += f", latents moved by {float(moved.detach()) ** 0.5:.3f} of their deviation"
             print(f"{step + 1}: l1/lpips/kl {means.round(4)}, {held}, {pace:.2f} s/step", flush=True)
             save_checkpoint(checkpoint, step + 1, vae=vae, average=average, optimizer=optimizer)
 
