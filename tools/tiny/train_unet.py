@@ -128,7 +128,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True, help="folder of the checkpoint and the latents")
     parser.add_argument("--vae", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=3200)
+    parser.add_argument("--steps", type=int, default=2800)
     parser.add_argument("--share", type=float, default=0.8, help="of the batch sizes in latents.py")
     parser.add_argument("--lr", type=float, default=1e-3)
     args = parser.parse_args()
