@@ -30,7 +30,7 @@ def main() -> None:
     arguments = parser.parse_args()
 
     prior = Prior.load("tiny")
-    style = prior.with_deltas(read_style_lora("tiny:styles/oil.safetensors", prior.layers()).deltas)
+    style = prior.with_deltas(read_style_lora("tiny:styles/oil.safetensors", prior.layers()))
     config = Objective(steps=arguments.steps)
 
     def seconds(batch: int, threads: int) -> float:

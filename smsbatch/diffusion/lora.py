@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -23,29 +22,19 @@ from smsbatch.diffusion.weights import locate_lora
 from smsbatch.errors import WeightsError
 from smsbatch.manifest import Fake
 
-__all__ = ["FakeScore", "StyleLora", "read_style_lora"]
+__all__ = ["FakeScore", "read_style_lora"]
 
 _PREFIX = "lora_unet_"
 _PARTS = ("lora_down.weight", "lora_up.weight", "alpha")
 
 
-@dataclass(frozen=True)
-class StyleLora:
-    """What a style file says.
-
-    Attributes:
-        deltas: weight differences by the UNet's layer, shaped as the layer's weight, float32, not yet scaled.
-        notices: one line for each thing the file has and this reader leaves out.
-    """
-
-    deltas: Mapping[str, Tensor]
-    notices: tuple[str, ...]
-
-
-def read_style_lora(path: str, layers: Mapping[str, nn.Module]) -> StyleLora:
+def read_style_lora(path: str, layers: Mapping[str, nn.Module]) -> dict[str, Tensor]:
     """Read a kohya LoRA or LoCon file against the layers of a UNet.
 
-    Parts for the text encoder (`lora_te...`) are left out, as the released code does, with a notice.
+    Parts for the text encoder (`lora_te...`) are left out, as the released code does; `weights.check_lora` says so.
+
+    Returns:
+        Weight differences by the UNet's layer, shaped as the layer's weight, float32, not yet scaled.
 
     Raises:
         WeightsError: the file is missing or no safetensors; a key is unknown, incomplete or of another shape.
@@ -56,12 +45,11 @@ def read_style_lora(path: str, layers: Mapping[str, nn.Module]) -> StyleLora:
         raise WeightsError(f"style.lora: {path} is not a safetensors file ({error}); fetch it again") from error
 
     modules: dict[str, dict[str, Tensor]] = {}
-    skipped = 0
     for key, tensor in tensors.items():
         name, _, part = key.partition(".")
         if name.startswith("lora_te"):
-            skipped += 1
-        elif name.startswith(_PREFIX) and part in _PARTS:
+            continue
+        if name.startswith(_PREFIX) and part in _PARTS:
             modules.setdefault(name, {})[part] = tensor
         else:
             raise WeightsError(
@@ -85,8 +73,7 @@ def read_style_lora(path: str, layers: Mapping[str, nn.Module]) -> StyleLora:
             raise WeightsError(
                 f"style.lora: {path}: {name} does not fit the model: {error}; choose a style made for this model"
             ) from error
-    notices = (f"{path}: {skipped} text encoder tensors left out",) if skipped else ()
-    return StyleLora(deltas, notices)
+    return deltas
 
 
 def _delta(parts: Mapping[str, Tensor], layer: nn.Module) -> Tensor:

@@ -60,8 +60,8 @@ class Stylizer:
         self.prior = Prior.load(
             model.path, revision=model.revision, device=device, precision=manifest.compute.precision
         )
-        lora = read_style_lora(style.lora, self.prior.layers())
-        self.style = self.prior.with_deltas({name: style.scale * delta for name, delta in lora.deltas.items()})
+        deltas = read_style_lora(style.lora, self.prior.layers())
+        self.style = self.prior.with_deltas({name: style.scale * delta for name, delta in deltas.items()})
         self.metrics = {name: METRICS[name]() for name in manifest.metrics}
 
     def __call__(

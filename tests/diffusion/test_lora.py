@@ -29,7 +29,7 @@ def test_deltas_are_alpha_over_rank_up_down(prior: Prior, lora: Path, tmp_path: 
     tensors[f"{keys[2]}.alpha"] = torch.tensor(7.0)
     file = tmp_path / "other.safetensors"
     save_file(tensors, file)
-    deltas = read_style_lora(str(file), prior.layers()).deltas
+    deltas = read_style_lora(str(file), prior.layers())
     assert len(deltas) == len(keys)
     assert {delta.ndim for delta in deltas.values()} == {2, 4}
     for name, delta in deltas.items():
@@ -40,7 +40,7 @@ def test_deltas_are_alpha_over_rank_up_down(prior: Prior, lora: Path, tmp_path: 
 
 
 def test_the_styled_prior_is_the_prior_plus_deltas(prior: Prior, lora: Path) -> None:
-    deltas = read_style_lora(str(lora), prior.layers()).deltas
+    deltas = read_style_lora(str(lora), prior.layers())
     before = {name: layer.weight.clone() for name, layer in prior.layers().items()}
     styled = prior.with_deltas(deltas)
     for name, layer in styled.layers().items():
@@ -91,12 +91,11 @@ def test_a_missing_or_damaged_file_is_refused(prior: Prior, tmp_path: Path) -> N
         read_style_lora(str(damaged), prior.layers())
 
 
-def test_text_encoder_parts_are_left_out_and_said(prior: Prior, lora: Path, tmp_path: Path) -> None:
+def test_text_encoder_parts_are_left_out(prior: Prior, lora: Path, tmp_path: Path) -> None:
     tensors = load_file(lora) | {"lora_te_text_model_encoder_layers_0_self_attn_q_proj.alpha": torch.tensor(1.0)}
     file = tmp_path / "te.safetensors"
     save_file(tensors, file)
-    read = read_style_lora(str(file), prior.layers())
-    assert "1 text encoder tensor" in read.notices[0]
+    assert read_style_lora(str(file), prior.layers()).keys() == read_style_lora(str(lora), prior.layers()).keys()
 
 
 def test_the_fake_score_begins_as_the_prior(prior: Prior) -> None:

@@ -27,7 +27,7 @@ def prior(model: Path) -> Prior:
 
 @pytest.fixture(scope="module")
 def style(prior: Prior, lora: Path) -> Prior:
-    return prior.with_deltas(read_style_lora(str(lora), prior.layers()).deltas)
+    return prior.with_deltas(read_style_lora(str(lora), prior.layers()))
 
 
 @pytest.fixture(scope="module")

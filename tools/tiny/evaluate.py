@@ -91,8 +91,8 @@ def stylize(
     prior: Prior, name: str, sources: list[tuple[Photo, Tensor]], config: Objective, args: argparse.Namespace
 ) -> list[Tensor]:
     """SMS on every source, pictures of one size together."""
-    lora = read_style_lora(str(args.loras / f"{name}.safetensors"), prior.layers())
-    style = prior.with_deltas({key: args.scale * delta for key, delta in lora.deltas.items()})
+    deltas = read_style_lora(str(args.loras / f"{name}.safetensors"), prior.layers())
+    style = prior.with_deltas({key: args.scale * delta for key, delta in deltas.items()})
     results: dict[int, Tensor] = {}
     sizes = {image.shape for _, image in sources}
     for size in sorted(sizes):
