@@ -7,6 +7,7 @@ Exit codes: 0 done; 1 finished with too many failures, or a unit lost; 2 the req
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -33,7 +34,11 @@ app = typer.Typer(
 ManifestFile = Annotated[Path, typer.Argument(help="The manifest, a YAML file.", metavar="MANIFEST")]
 Override = Annotated[
     list[str] | None,
-    typer.Option("--set", help="Override a key: output.path=out/x. May be given again.", metavar="KEY=VALUE"),
+    typer.Option(
+        "--set",
+        help="Override a key, the value in YAML: output.path=out/x. Again for more; quote braces.",
+        metavar="KEY=VALUE",
+    ),
 ]
 Limit = Annotated[
     int | None, typer.Option(help="Take only the first N samples: --set source.limit=N.", min=1, metavar="N")
@@ -72,7 +77,9 @@ def plan(manifest: ManifestFile, set_: Override = None, limit: Limit = None, as_
         typer.echo(f"{planned} of {planned.manifest.objective.steps} steps each, to {planned.manifest.output.path}")
         for notice in planned.notices:
             typer.echo(f"note: {notice}")
-        typer.echo(f"Start it with: smsbatch run {manifest}")
+        options = [part for override in set_ or () for part in ("--set", override)]
+        options += [] if limit is None else ["--limit", str(limit)]
+        typer.echo(f"Start it with: smsbatch run {shlex.join([str(manifest), *options])}")
 
 
 @app.command()
@@ -91,6 +98,8 @@ def status(
             _print_json(found.to_dict())
         else:
             typer.echo("\n".join(_lines(found)))
+            if not found.finished and not found.workers:
+                typer.echo("  nobody is at work on it; `smsbatch run` goes on")
 
 
 @app.command()
@@ -231,8 +240,6 @@ def _lines(status: Status) -> list[str]:
         lines.append(f"  {status.failed} failed: {codes}")
     if status.finished:
         lines.append("  finished")
-    elif status.heartbeat_age_s is not None and not status.workers:
-        lines.append(f"  nobody has been at work for {_duration(status.heartbeat_age_s)}; `smsbatch run` goes on")
     elif status.rate and status.remaining_s is not None:
         lines.append(f"  {3600 * status.rate:,.0f} images/h, about {_duration(status.remaining_s)} left")
     return lines

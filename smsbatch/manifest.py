@@ -32,16 +32,21 @@ class _Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, populate_by_name=True)
 
 
+def _or_one(schema: dict[str, Any]) -> None:
+    """A list of strings may be given as one string; editors that check by the schema are told so."""
+    schema["anyOf"] = [{"type": "string"}, {"type": schema.pop("type"), "items": schema.pop("items")}]
+
+
 class Source(_Section):
     """Where the samples come from."""
 
     format: Literal["webdataset", "folder"]
     """`webdataset`: tar files; `folder`: a tree of image files with captions beside them."""
-    urls: tuple[str, ...]
+    urls: tuple[str, ...] = Field(json_schema_extra=_or_one)
     """Tar files or folders: one or a list; tars take globs and brace ranges (`{00000..00499}.tar`)."""
-    images: tuple[str, ...] = ("jpg", "jpeg", "png", "webp")
+    images: tuple[str, ...] = Field(("jpg", "jpeg", "png", "webp"), json_schema_extra=_or_one)
     """Extensions that are the picture, in order of preference."""
-    caption: tuple[str, ...] = ("txt", "json:caption")
+    caption: tuple[str, ...] = Field(("txt", "json:caption"), json_schema_extra=_or_one)
     """Where the caption is: an extension, or `extension:key` of a JSON object. The first that exists, else none."""
     limit: int | None = Field(None, ge=1)
     """Take only so many samples, the first. `--limit N` sets it."""
@@ -214,7 +219,7 @@ class Output(_Section):
     """Where results go, and in which pieces."""
 
     path: str = Field(min_length=1)
-    """A folder: of this run alone."""
+    """A new folder, of this run alone."""
     samples_per_shard: int = Field(1000, ge=1)
     """Samples of one output tar."""
     samples_per_unit: int = Field(64, ge=1)
@@ -239,7 +244,7 @@ class Compute(_Section):
     threads: int | Literal["auto"] = "auto"
     """CPU threads of torch in a worker; `auto`: the machine's cores, divided among the workers."""
     batch_size: int = Field(8, ge=1)
-    """Samples optimized together."""
+    """Samples optimized together: those of a unit that have one size after `image.fit`."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Of the frozen models; `auto`: bf16 on CUDA, else fp32. Latents, LoRAs and optimizers are always fp32."""
     retries: int = Field(2, ge=0)

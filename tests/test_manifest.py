@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import pytest
 import yaml
 
@@ -184,4 +185,6 @@ def test_manifests_of_the_repository_are_valid() -> None:
     assert len(files) >= 2
     for path in files:
         assert sb.load(path).name
-        assert yaml.safe_load(path.read_text())["source"]["urls"].startswith("tiny:")
+        plain = yaml.safe_load(path.read_text())
+        assert plain["source"]["urls"].startswith("tiny:")
+        jsonschema.validate(plain, Manifest.model_json_schema())

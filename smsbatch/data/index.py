@@ -22,7 +22,7 @@ SAMPLES = "plan/samples.parquet"
 UNITS = "plan/units.parquet"
 
 # A worker reads the groups its unit touches: small enough to be cheap, large enough that ten million rows have a short
-# footer.
+# footer. Files are read without Arrow's threads: one that holds a Python file when the interpreter ends aborts it.
 ROWS_PER_GROUP = 8192
 
 _FIELD = pa.struct([("extension", pa.string()), ("url", pa.string()), ("offset", pa.int64()), ("length", pa.int64())])
@@ -46,13 +46,13 @@ def write_index(store: Store, entries: Iterable[Entry]) -> int:
 def index_size(store: Store) -> int:
     """How many entries the stored index has."""
     with store.open_read(SAMPLES) as file:
-        return int(pq.ParquetFile(file).metadata.num_rows)
+        return int(pq.ParquetFile(file, pre_buffer=False).metadata.num_rows)
 
 
 def read_index(store: Store, start: int = 0, stop: int | None = None) -> list[Entry]:
     """Entries [start, stop) of the stored index; only the row groups that hold them are read."""
     with store.open_read(SAMPLES) as file, storage_errors("read", store.locate(SAMPLES)):
-        return list(_rows(pq.ParquetFile(file), start, stop))
+        return list(_rows(pq.ParquetFile(file, pre_buffer=False), start, stop))
 
 
 def write_units(store: Store, units: Iterable[Unit]) -> list[Unit]:
@@ -66,7 +66,7 @@ def write_units(store: Store, units: Iterable[Unit]) -> list[Unit]:
 
 def read_units(store: Store) -> list[Unit]:
     with store.open_read(UNITS) as file, storage_errors("read", store.locate(UNITS)):
-        return [Unit(**row) for row in pq.read_table(file).to_pylist()]
+        return [Unit(**row) for row in pq.ParquetFile(file, pre_buffer=False).read(use_threads=False).to_pylist()]
 
 
 def _rows(file: pq.ParquetFile, start: int, stop: int | None) -> Iterator[Entry]:
@@ -75,7 +75,9 @@ def _rows(file: pq.ParquetFile, start: int, stop: int | None) -> Iterator[Entry]
         count = file.metadata.row_group(group).num_rows
         low, high = max(start, first), first + count if stop is None else min(stop, first + count)
         if low < high:
-            yield from map(_from_row, file.read_row_group(group).slice(low - first, high - low).to_pylist())
+            yield from map(
+                _from_row, file.read_row_group(group, use_threads=False).slice(low - first, high - low).to_pylist()
+            )
         first += count
 
 

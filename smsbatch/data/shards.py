@@ -103,7 +103,7 @@ def concat_rows(paths: Sequence[Path], target: Path, tar_sha256: str) -> None:
 
 def read_rows(source: Path | IO[bytes]) -> list[dict[str, Any]]:
     """All rows of a shard or an attempt."""
-    rows: list[dict[str, Any]] = pq.read_table(source).to_pylist()
+    rows: list[dict[str, Any]] = pq.ParquetFile(source, pre_buffer=False).read(use_threads=False).to_pylist()
     return rows
 
 

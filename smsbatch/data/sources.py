@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import re
 import tarfile
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from itertools import chain, product
 from unicodedata import category
@@ -76,6 +77,10 @@ def folder(urls: Sequence[str], images: Sequence[str], notices: list[str]) -> It
             if stem and image in images:
                 others = {name: sidecars[stem, name] for name in SIDECARS if (stem, name) in sidecars}
                 yield Entry(stem.replace("/", "__").replace(".", "_"), image, {image: files[path], **others})
+        left = Counter(suffix.lower() for _, _, suffix in parts.values() if suffix.lower() not in {*images, *SIDECARS})
+        if left:
+            kinds = ", ".join(f"{number} {suffix}" for suffix, number in sorted(left.items()))
+            notices.append(f"{url}: files left out: {kinds}; source.images names what is taken")
 
 
 SOURCES: dict[str, Callable[[Sequence[str], Sequence[str], list[str]], Iterator[Entry]]] = {

@@ -120,6 +120,15 @@ class Store:
                 return False
             return True
 
+    def entries(self) -> list[str]:
+        """The names right below the root, sorted; none if it does not exist."""
+        with storage_errors("list", self.url):
+            try:
+                found = self.fs.ls(self.root, detail=False)
+            except FileNotFoundError:
+                return []
+            return sorted(path.rstrip("/").rpartition("/")[2] for path in found)
+
     def list(self, prefix: str = "") -> Sequence[str]:
         """All objects below a folder, sorted; none if it does not exist."""
         with storage_errors("list", self.locate(prefix)):

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from itertools import groupby
@@ -62,7 +63,8 @@ class Status:
     @property
     def remaining_s(self) -> float | None:
         """Seconds left at the present rate."""
-        return (self.samples - self.samples_done - self.samples_under_way) / self.rate if self.rate else None
+        left = max(0.0, self.samples - self.samples_done - self.samples_under_way)
+        return left / self.rate if self.rate else None
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self) | {"failed": self.failed, "remaining_s": self.remaining_s}
@@ -88,7 +90,11 @@ class _Tally:
         self.errors.update(commit.errors)
 
     def status(self, workers: Iterable[Progress] = (), finished: bool = False) -> Status:
-        workers = tuple(workers)
+        # What a worker said last may be of a unit whose commit has come since.
+        workers = tuple(
+            Progress(worker.worker, None) if worker.unit and int(worker.unit) in self.done else worker
+            for worker in workers
+        )
         under_way = sum(map(_worth, workers))
         fresh = self.samples_done - self._before + under_way
         if not self._began and any(worker.unit for worker in workers):
@@ -111,8 +117,7 @@ def _worth(worker: Progress) -> float:
     """Images' worth of work in a unit that is not finished: whole ones, and the steps of the batch in hand."""
     if worker.unit is None:
         return 0.0
-    rest = min(worker.batch, worker.samples - worker.done)
-    return worker.done + (rest * worker.step / worker.steps if worker.steps else 0.0)
+    return worker.done + (worker.batch * worker.step / worker.steps if worker.steps else 0.0)
 
 
 def run(
@@ -148,7 +153,7 @@ def run(
     if report.failed > allowed * report.planned:
         raise RunError(
             f"{report.failed} of {report.planned} samples failed, more than errors.max_failed_fraction ({allowed:g}) "
-            f"allows; everything is written, see {store.locate('report.html')}"
+            f"allows; everything is written, see {store.locate('report.html')}; raise the limit if that is good enough"
         )
     store.create(SUCCESS, b"")
     return report
@@ -165,7 +170,8 @@ def _work(
 ) -> None:
     missing = {shard: {unit.id for unit in units} - tally.done for shard, units in shards.items()}
     next_heartbeat = 0.0
-    with pool:
+    with pool, ExitStack() as at_the_end:
+        at_the_end.callback(store.delete, HEARTBEAT)  # whoever leaves in order is no longer at work
         for commit in pool.work(todo):
             if commit is not None:
                 tally.add(commit)

@@ -12,7 +12,7 @@ import json
 import platform
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from itertools import count, islice
@@ -77,8 +77,18 @@ def plan(manifest: Manifest) -> Plan:
     Raises:
         SourceError: the source is missing, empty or has clashing keys.
         WeightsError: a model or LoRA is missing.
+        DriftError: another run stands at `output.path`.
     """
-    return _draft(manifest)[0]
+    drafted = _draft(manifest)[0]
+    store = Store(manifest.output.path)
+    run = read_run(store)
+    if run is None:
+        _refuse_strangers(store)
+        return drafted
+    _check(store, run, manifest, digests(manifest))
+    done = len(store.list(COMMITS))
+    begun = f"{store.url} has this run already: {done} of {run['planned']['units']} units are done"
+    return replace(drafted, notices=(*drafted.notices, begun))
 
 
 def establish(manifest: Manifest, store: Store) -> Plan:
@@ -110,12 +120,12 @@ def establish(manifest: Manifest, store: Store) -> Plan:
 
 
 def _refuse_strangers(store: Store) -> None:
-    """What a run writes would replace what somebody else has under the same name: sources, perhaps."""
-    for name in ("README.md", "index.json", "report.html", "shards", "metrics", "plan"):
-        if store.exists(name) or store.list(name):
-            raise RequestError(
-                f"output.path: {store.url} holds no run but has {name}, where a run would write; choose a new folder"
-            )
+    """A run writes under plain names, and would replace what somebody else has under the same: sources, perhaps."""
+    strangers = [name for name in store.entries() if name != "_smsbatch"]
+    if strangers:
+        raise RequestError(
+            f"output.path: {store.url} is no run and not empty (it has {strangers[0]}); choose a new folder"
+        )
 
 
 def read_run(store: Store) -> dict[str, Any] | None:

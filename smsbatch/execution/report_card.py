@@ -56,7 +56,9 @@ def card(report: Report) -> str:
         *_failures(report),
         "## Load it",
         "",
-        "Each sample is `<key>." + output + "` with `<key>.json` (where it comes from) and, where there is a caption, "
+        "Each sample is `<key>."
+        + output
+        + "` with `<key>.json` (the source's own, else where it comes from) and, where there is a caption, "
         "`<key>.txt`. `metrics/` has a row for every planned image, failed ones too.",
         "",
         "```python",

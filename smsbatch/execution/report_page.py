@@ -61,7 +61,7 @@ def _header(report: Report) -> str:
     facts = [
         ("images stylized", f"{report.succeeded:,}"),
         ("failed", f"{report.failed:,}"),
-        ("in shards", f"{report.shards:,}"),
+        ("shard" if report.shards == 1 else "shards", f"{report.shards:,}"),
         ("from start to end", _with_units(duration(report.wall_seconds))),
         ("of computing", _with_units(duration(report.seconds))),
         ("images", _with_units(rate(report))),

@@ -84,11 +84,11 @@ class Stylizer:
         return pixels.decode(outcome.image), {k: v for k, v in row.items() if k not in _OF_A_RUN}
 
     def stylize(
-        self, samples: Sequence[Sample], progress: Callable[[int, int], None] = lambda done, step: None
+        self, samples: Sequence[Sample], progress: Callable[[int, int, int], None] = lambda done, batch, step: None
     ) -> list[Outcome]:
         """One outcome for every sample, in the same order; a sample that fails does not touch the others.
 
-        `progress` is called with the number of samples finished and the step of the batch in hand.
+        `progress` is called with the number of samples finished, and size and step of the batch in hand.
         """
         outcomes: list[Outcome | None] = [None] * len(samples)
         items: dict[int, _Item] = {}
@@ -100,11 +100,11 @@ class Stylizer:
                 outcomes[index] = _failed(known, error)
         done = len(samples) - len(items)
         for batch in self._batches(items):
-            results = self._run([items[index] for index in batch], partial(progress, done))
+            results = self._run([items[index] for index in batch], partial(progress, done, len(batch)))
             for index, outcome in zip(batch, results, strict=True):
                 outcomes[index] = outcome
             done += len(batch)
-            progress(done, 0)
+            progress(done, 0, 0)
         return [outcome for outcome in outcomes if outcome is not None]
 
     def _known(self, sample: Sample) -> Outcome:

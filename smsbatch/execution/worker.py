@@ -6,6 +6,7 @@ import socket
 import threading
 from collections.abc import Collection
 from dataclasses import dataclass
+from functools import partial
 from time import perf_counter
 from typing import TYPE_CHECKING
 
@@ -29,7 +30,7 @@ class Cancelled(Exception):
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a worker is: `done` of `samples` in its unit, `step` of `steps` of the at most `batch` it computes now."""
+    """Where a worker is: `done` of `samples` in its unit, `step` of `steps` of the `batch` it computes now."""
 
     worker: str
     unit: str | None
@@ -100,18 +101,15 @@ class Worker:
         samples = [item for item in read.values() if isinstance(item, Sample)]
         assert self._stylizer is not None, "setup() first"
         with self._compute:
-            self._show(unit, len(samples), 0, 0)
-            stylized = iter(
-                self._stylizer.stylize(samples, lambda done, step: self._show(unit, len(samples), done, step))
-            )
+            self._show(unit, len(samples), 0, 0, 0)
+            stylized = iter(self._stylizer.stylize(samples, partial(self._show, unit, len(samples))))
             self._progress = Progress(self.name, None)
         return [next(stylized) if isinstance(item, Sample) else item for item in read.values()]
 
-    def _show(self, unit: Unit, samples: int, done: int, step: int) -> None:
+    def _show(self, unit: Unit, samples: int, done: int, batch: int, step: int) -> None:
         if self._cancelled.is_set():
             raise Cancelled
-        batch, steps = self.manifest.compute.batch_size, self.manifest.objective.steps
-        self._progress = Progress(self.name, unit.name, done, samples, batch, step, steps)
+        self._progress = Progress(self.name, unit.name, done, samples, batch, step, self.manifest.objective.steps)
 
     def _read(self, entry: Entry) -> Sample | Outcome:
         try:
