@@ -75,10 +75,20 @@ def test_status_for_people(job: Path) -> None:
     assert "finished" in shown
 
 
-def test_plan_says_what_run_would_do(job: Path) -> None:
-    shown = smsbatch("plan", str(job), "--limit", "3").stdout
+def test_plan_says_what_run_would_do(job: Path, tmp_path: Path) -> None:
+    options = ["--set", f"output.path={tmp_path / 'new'}", "--limit", "3"]
+    shown = smsbatch("plan", str(job), *options).stdout
     assert "1 shard, 2 units, 3 images of 2 steps each" in shown
-    assert f"smsbatch run {job}" in shown
+    assert f"smsbatch run {job} {' '.join(options)}" in shown
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.usefixtures("done")
+def test_plan_sees_the_run_that_stands(job: Path) -> None:
+    assert "3 of 3 units are done" in smsbatch("plan", str(job)).stdout
+    changed = smsbatch("plan", str(job), "--set", "seed=7")
+    assert changed.returncode == 2
+    assert "seed (0 then, 7 now)" in changed.stderr
 
 
 @pytest.mark.parametrize(

@@ -125,7 +125,7 @@ class Store:
         with storage_errors("list", self.url):
             try:
                 found = self.fs.ls(self.root, detail=False)
-            except FileNotFoundError:
+            except (FileNotFoundError, NotADirectoryError):
                 return []
             return sorted(path.rstrip("/").rpartition("/")[2] for path in found)
 
