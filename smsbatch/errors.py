@@ -63,7 +63,8 @@ class RunError(SmsbatchError):
 class SampleError(SmsbatchError):
     """One sample's failure. `code` is stable and goes to the row's `error_code`, the message to `error_message`.
 
-    Codes: read_error, bad_caption, decode_error, too_small, too_large, diverged, oom, encode_error, worker_lost.
+    Codes: read_error, timeout, bad_caption, decode_error, too_small, too_large, diverged, oom, encode_error,
+    worker_lost.
     """
 
     def __init__(self, code: str, message: str) -> None:

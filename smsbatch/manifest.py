@@ -24,12 +24,31 @@ __all__ = [
     "Objective",
     "Output",
     "Source",
+    "Storage",
     "Style",
 ]
+
+# What opens a door by itself: a password in a URL, a signed URL, an AWS access key.
+_SECRET = re.compile(
+    r"://[^/@\s]*:[^/@\s]*@|[?&](x-amz-signature|x-amz-security-token|signature|sig|token)=|\b(AKIA|ASIA)[0-9A-Z]{16}\b",
+    re.IGNORECASE,
+)
 
 
 class _Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, populate_by_name=True)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_secret(cls, value: Any) -> Any:
+        """A manifest is stored with the run, for everybody to read."""
+        for item in value if isinstance(value, list | tuple) else (value,):
+            if isinstance(item, str) and _SECRET.search(item):
+                raise ValueError(
+                    "holds a secret, which a manifest must not: credentials come from the environment "
+                    "(AWS_PROFILE, ~/.aws, the machine's role); signed URLs belong in a table"
+                )
+        return value
 
 
 def _or_one(schema: dict[str, Any]) -> None:
@@ -37,17 +56,34 @@ def _or_one(schema: dict[str, Any]) -> None:
     schema["anyOf"] = [{"type": "string"}, {"type": schema.pop("type"), "items": schema.pop("items")}]
 
 
+class Columns(_Section):
+    """Which columns of a table mean what."""
+
+    image: str = "url"
+    """Where the picture is: a path (relative ones start at the table's folder), `http(s)://` or `s3://`."""
+    caption: str | None = None
+    """Its caption; without one the prompt is the style alone."""
+    key: str | None = None
+    """Its key, unique in the run; without one keys are made of the table's name and the row's number."""
+
+
 class Source(_Section):
     """Where the samples come from."""
 
-    format: Literal["webdataset", "folder"]
-    """`webdataset`: tar files; `folder`: a tree of image files with captions beside them."""
+    format: Literal["webdataset", "folder", "table"]
+    """`webdataset`: tar files; `folder`: a tree of image files with captions beside them; `table`: csv, tsv, jsonl or
+    parquet files whose rows name pictures."""
     urls: tuple[str, ...] = Field(json_schema_extra=_or_one)
-    """Tar files or folders: one or a list; tars take globs and brace ranges (`{00000..00499}.tar`)."""
+    """Tars, folders or tables: one or a list; tars and tables take globs and brace ranges (`{00000..00499}.tar`)."""
     images: tuple[str, ...] = Field(("jpg", "jpeg", "png", "webp"), json_schema_extra=_or_one)
     """Extensions that are the picture, in order of preference."""
     caption: tuple[str, ...] = Field(("txt", "json:caption"), json_schema_extra=_or_one)
-    """Where the caption is: an extension, or `extension:key` of a JSON object. The first that exists, else none."""
+    """Where the caption is: an extension, or `extension:key` of a JSON object. The first that exists, else none.
+    Of tables see `columns`."""
+    columns: Columns = Columns()
+    """Of tables."""
+    max_bytes: int = Field(100_000_000, ge=1)
+    """A picture's file with more bytes is a failed row (`too_large`), and is never read or downloaded whole."""
     limit: int | None = Field(None, ge=1)
     """Take only so many samples, the first. `--limit N` sets it."""
 
@@ -224,6 +260,8 @@ class Output(_Section):
     """Samples of one output tar."""
     samples_per_unit: int = Field(64, ge=1)
     """Samples a worker takes, finishes and commits at once: the grain of retry and resume."""
+    seconds_per_unit: float | None = Field(None, gt=0)
+    """Size units by time instead: as many samples as one worker does in so many seconds, by a probe before planning."""
     format: Literal["webp", "png", "jpg"] = "webp"
     """Of the result's pictures."""
     quality: int = Field(95, ge=1, le=100)
@@ -265,11 +303,31 @@ class Compute(_Section):
         return value
 
 
+class Storage(_Section):
+    """How object stores and web servers are reached. Credentials come from where every tool finds them (AWS_PROFILE,
+    ~/.aws, the machine's role, ...) and never from here."""
+
+    endpoint: str | None = None
+    """Of an S3-compatible store; default: AWS, or AWS_ENDPOINT_URL."""
+    profile: str | None = None
+    """Of the AWS configuration files."""
+    region: str | None = None
+    """Of the bucket."""
+    anonymous: bool = False
+    """Use no credentials, for public buckets."""
+    timeout_s: float = Field(30.0, gt=0)
+    """Seconds to wait for a connection or for more bytes; a picture at an http(s) URL may take so long in all."""
+    retries: int = Field(6, ge=0)
+    """Further tries after throttling, server and connection errors, with exponential backoff and jitter."""
+
+
 class Errors(_Section):
-    """How many failures a run may have and still be called done."""
+    """How many failures a run may have. Beyond that it stops, with all commits kept, and the exit code is 1."""
 
     max_failed_fraction: float = Field(0.01, ge=0, le=1)
-    """Failed samples over all samples; above it the exit code is 1."""
+    """Failed samples over all planned samples."""
+    max_failed_fraction_per_unit: float = Field(1.0, ge=0, le=1)
+    """Failed samples of one unit over its samples: what is wrong with all at once should not go on for long."""
 
 
 class Manifest(_Section):
@@ -290,6 +348,7 @@ class Manifest(_Section):
     metrics: tuple[Literal["lpips"], ...] = ("lpips",)
     """Computed for every sample at the result's size, one column each."""
     compute: Compute = Compute()
+    storage: Storage = Storage()
     errors: Errors = Errors()
 
     def dump(self) -> dict[str, Any]:
@@ -312,7 +371,7 @@ class Manifest(_Section):
         """SHA-256 of all that results depend on: not where they lie, who computes them and how many may fail."""
         plain = self.dump()
         plain["compute"] = plain["compute"]["precision"]
-        del plain["errors"], plain["output"]["path"]
+        del plain["errors"], plain["storage"], plain["output"]["path"]
         return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
 
 

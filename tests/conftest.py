@@ -14,6 +14,7 @@ import pytest
 import torch
 from models import save_lora, save_model
 
+pytest_plugins = ["s3server"]
 torch.set_num_threads(1)
 
 

@@ -84,7 +84,7 @@ def test_prompts() -> None:
         ("model: {", "modell: {", "manifest.yaml:6: modell: no such key; did you mean model?"),
         ("name: test", "name: 2020-13-45", "not valid YAML: month must be in 1..12"),
         ("  prompt: oil", "  promt: oil", "manifest.yaml:9: style.promt: no such key; did you mean prompt?"),
-        ("format: folder", "format: zip", "manifest.yaml:4: source.format: input should be 'webdataset' or 'folder'"),
+        ("format: folder", "format: zip", "manifest.yaml:4: source.format: input should be 'webdataset', 'folder' or"),
         ("  urls: photos\n", "", "manifest.yaml:3: source.urls: is missing"),
         ("urls: photos", "urls: []", "manifest.yaml:5: source.urls: names no file or folder"),
         ("path: tiny", "path: [", "not valid YAML"),
@@ -188,3 +188,36 @@ def test_manifests_of_the_repository_are_valid() -> None:
         plain = yaml.safe_load(path.read_text())
         assert plain["source"]["urls"].startswith("tiny:")
         jsonschema.validate(plain, Manifest.model_json_schema())
+
+
+SECRETS = [
+    ("source.urls", "https://user:hunter2@example.org/a.tar"),
+    ("source.urls", "[data/a.tar, 's3://AKIA0123456789ABCDEF:hunter2@bucket/a.tar']"),
+    ("storage.endpoint", "http://minio:hunter2@localhost:9000"),
+    ("style.lora", "https://example.org/x.safetensors?X-Amz-Signature=hunter2"),
+    ("output.path", "s3://bucket/AKIA0123456789ABCDEF"),
+]
+
+
+@pytest.mark.parametrize(("key", "value"), SECRETS)
+def test_a_secret_is_refused_and_not_repeated(key: str, value: str, file: Path) -> None:
+    """The resolved manifest is stored with the run, for everybody to read."""
+    message = fails(file, f"{key}={value}")
+    assert "holds a secret" in message
+    assert "hunter2" not in message
+    assert "AKIA" not in message
+
+
+def test_a_secret_in_the_file_is_named_by_its_line(file: Path) -> None:
+    file.write_text(GOOD + "storage: {endpoint: 'http://minio:hunter2@localhost:9000'}\n")
+    assert "manifest.yaml:12: storage.endpoint: holds a secret" in fails(file)
+
+
+@pytest.mark.parametrize("url", ["https://example.org:8080/a.tar?version=3&page=a@b", "s3://bucket/sig=1/{0..3}.tar"])
+def test_an_ordinary_url_is_no_secret(url: str, file: Path) -> None:
+    assert sb.load(file, [f"source.urls='{url}'"]).source.urls == (url,)
+
+
+def test_how_storage_is_reached_changes_no_result(file: Path) -> None:
+    moved = sb.load(file, ["storage.endpoint=http://localhost:9000", "storage.retries=1"])
+    assert moved.identity == sb.load(file).identity

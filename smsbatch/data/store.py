@@ -1,34 +1,35 @@
-"""The one door to file systems: a run's rooted store, and ranged reads of source objects anywhere.
+"""A `Store` is the root of a run's output: named objects that appear whole or not at all.
 
-What a `Store` writes is whole or absent, never part of a file: on disk a fsynced temporary file is renamed (`put`) or
-hard-linked (`create`) into place, elsewhere a single conditional upload is. `create` succeeds for exactly one of any
-number of writers; the ledger is built on that. A refusal of the file system is a `StorageError` for the run and a
-`SampleError` for one sample's bytes.
+No reader ever sees a part of an object: on disk a fsynced temporary file is renamed (`put`) or hard-linked (`create`)
+into place, elsewhere a single upload is, on S3 with `If-None-Match: *` to create. `create` succeeds for exactly one of
+any number of writers; the ledger is built on that, and `supports_create` tells whether a store keeps it. A refusal of
+the store is a `StorageError`, after the retries of `remote`.
 """
 
 from __future__ import annotations
 
+import builtins
 import errno
 import os
 import shutil
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from datetime import datetime
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
-import fsspec
-from fsspec.implementations.local import LocalFileSystem
+from smsbatch.data.remote import Door, RemoteError, locate, redact
+from smsbatch.errors import RequestError, StorageError
+from smsbatch.manifest import Storage
 
-from smsbatch import tiny
-from smsbatch.data.sample import Span
-from smsbatch.errors import RequestError, SampleError, StorageError
-
-__all__ = ["Store", "expand", "list_files", "open_url", "read_span", "storage_errors"]
+__all__ = ["Store", "storage_errors"]
 
 # Beside the ledger and not beside the files: what a killed process leaves must not look like a shard to anyone who
 # globs for them.
 TEMPORARY = "_smsbatch/tmp"
+READERS = 16  # requests at once of `read_all`: small files, whose time is the way there and back
 
 ADVICE = {
     errno.ENOSPC: "free some space and run again, what is committed is kept",
@@ -48,18 +49,27 @@ def storage_errors(action: str, where: str | Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        advice = ADVICE.get(error.errno or 0, "check the storage and run again")
-        raise StorageError(f"cannot {action} {where}: {error.strerror or error}; {advice}") from error
+        default = ADVICE.get(error.errno or 0, "check the storage and run again")
+        advice = error.advice if isinstance(error, RemoteError) else default
+        raise StorageError(f"cannot {action} {redact(str(where))}: {error.strerror or error}; {advice}") from error
 
 
 class Store:
-    """A rooted file system. Paths are relative to the root, with '/'; `options` go to fsspec (endpoint, profile)."""
+    """A rooted file system. Paths are relative to the root, with '/'.
 
-    def __init__(self, url: str | Path, **options: Any) -> None:
-        self.fs, root = _locate(os.fspath(url), **options)
-        self.is_local = isinstance(self.fs, LocalFileSystem)
-        self.root: str = str(Path(root).absolute()) if self.is_local else root.rstrip("/")
-        self.url: str = self.root if self.is_local else self.fs.unstrip_protocol(self.root)
+    Without `conditional` the store is taken for one whose uploads cannot be create-only: `create` then looks and
+    writes, which is right for a single writer alone.
+    """
+
+    def __init__(self, url: str | Path, storage: Storage | None = None, *, conditional: bool = True) -> None:
+        self.storage = storage or Storage()
+        self.conditional = conditional
+        door, root = locate(url, self.storage)
+        self.is_local = door.is_local
+        if door.is_web:
+            raise RequestError(f"{redact(str(url))}: web servers are only read; choose a folder or s3://bucket/prefix")
+        self.root: str = root.rstrip("/") or ("/" if door.is_local else "")
+        self.url: str = door.url_of(self.root)
 
     def __repr__(self) -> str:
         return f"Store({self.url!r})"
@@ -69,37 +79,47 @@ class Store:
         return f"{self.url}/{path}"
 
     def open_read(self, path: str) -> IO[bytes]:
-        """The object as a seekable file, to be closed by the caller."""
+        """The object as a seekable file, to be closed by the caller. Its reads raise OSErrors."""
         with storage_errors("read", self.locate(path)):
-            file: IO[bytes] = self.fs.open(self._full(path), "rb")
-            return file
+            return self._door.open(self._full(path))
 
     def read(self, path: str) -> bytes:
         with storage_errors("read", self.locate(path)):
-            data: bytes = self.fs.cat_file(self._full(path))
-            return data
+            return self._door.get(self._full(path)).data
+
+    def read_range(self, path: str, start: int, stop: int) -> bytes:
+        """Bytes [start, stop), fewer if the object ends before."""
+        with storage_errors("read", self.locate(path)):
+            return self._door.get(self._full(path), start, stop).data
+
+    def read_all(self, paths: Iterable[str]) -> dict[str, bytes]:
+        """Whole objects by path, in the order asked, read in parallel; absent ones are left out."""
+        paths = list(dict.fromkeys(paths))
+        with ThreadPoolExecutor(max(1, min(READERS, len(paths)))) as pool:
+            return {
+                path: data
+                for path, data in zip(paths, pool.map(self._read_if_there, paths), strict=True)
+                if data is not None
+            }
 
     def fetch(self, path: str, target: Path) -> None:
         """Copy the whole object to a local file."""
         with (
-            storage_errors(f"copy to {target}", self.locate(path)),
             self.open_read(path) as source,
+            storage_errors(f"copy to {target}", self.locate(path)),
             target.open("wb") as file,
         ):
-            shutil.copyfileobj(source, file, 1 << 20)
+            shutil.copyfileobj(source, file, 16 << 20)
 
     def put(self, path: str, source: bytes | Path) -> None:
         """Write the whole object, replacing what was there in one step."""
         with storage_errors("write", self.locate(path)):
             if self.is_local:
-                target = Path(self._full(path))
-                with self._staged(source, target) as staged:
-                    staged.replace(target)
-                    _fsync(target.parent)
-            elif isinstance(source, bytes):
-                self.fs.pipe_file(self._full(path), source)
-            else:
-                self.fs.put_file(str(source), self._full(path))
+                self._replace(path, source)
+                return
+            self._door.upload(self._full(path), source)
+            if isinstance(source, Path):  # a note of bytes may have been replaced by somebody's newer one already
+                self._check_arrival(path, source)
 
     def create(self, path: str, source: bytes | Path) -> bool:
         """Write the whole object only if there is none: True for the one writer who did, False for all others."""
@@ -110,62 +130,113 @@ class Store:
                     with self._staged(source, target) as staged:
                         os.link(staged, target)  # fails if the name is taken, which rename does not
                         _fsync(target.parent)
-                elif isinstance(source, bytes):
-                    self.fs.pipe_file(self._full(path), source, mode="create")
-                else:
-                    self.fs.put_file(str(source), self._full(path), mode="create")
+                    return True
+                door = self._door
+                atomic = self.conditional and door.can_create
+                if not atomic and door.find(self._full(path)):
+                    return False
+                door.upload(self._full(path), source, create=atomic)
             except FileExistsError:
-                if self.size(path) is None:  # it was a folder of the path that exists, as a file
+                if self.is_local and self.size(path) is None:  # it was a folder of the path that exists, as a file
                     raise
                 return False
+            self._check_arrival(path, source)
             return True
+
+    def copy(self, path: str, target: str) -> None:
+        """Another object of the same bytes, replacing what was there in one step; done by the store itself."""
+        with storage_errors(f"copy to {self.locate(target)}", self.locate(path)):
+            if self.is_local:
+                self._replace(target, Path(self._full(path)))
+            else:
+                self._door.copy(self._full(path), self._full(target))
 
     def entries(self) -> list[str]:
         """The names right below the root, sorted; none if it does not exist."""
         with storage_errors("list", self.url):
-            try:
-                found = self.fs.ls(self.root, detail=False)
-            except (FileNotFoundError, NotADirectoryError):
-                return []
-            return sorted(path.rstrip("/").rpartition("/")[2] for path in found)
+            return sorted(self._door.names(self.root))
 
-    def list(self, prefix: str = "") -> Sequence[str]:
+    def list(self, prefix: str = "") -> builtins.list[str]:
         """All objects below a folder, sorted; none if it does not exist."""
+        return list(self.sizes(prefix))
+
+    def sizes(self, prefix: str = "") -> dict[str, int]:
+        """All objects below a folder by path, sorted, with their bytes: one listing."""
         with storage_errors("list", self.locate(prefix)):
-            found = self.fs.find(self._full(prefix))
-            return sorted(path.removeprefix(self._full("")).lstrip("/") for path in found)
+            start = len(self.root.rstrip("/")) + 1
+            return dict(sorted((found.path[start:], found.size) for found in self._door.walk(self._full(prefix))))
 
     def size(self, path: str) -> int | None:
         """The object's size in bytes, None if there is none."""
         with storage_errors("read", self.locate(path)):
-            try:
-                info = self.fs.info(self._full(path))
-            except (FileNotFoundError, NotADirectoryError):
-                return None
-            return None if info["type"] == "directory" else int(info["size"])
+            found = self._door.find(self._full(path))
+            return None if found is None else found.size
 
     def exists(self, path: str) -> bool:
         return self.size(path) is not None
 
+    def modified(self, path: str) -> datetime:
+        """When the object was written, by the clock of the store, in UTC."""
+        with storage_errors("read", self.locate(path)):
+            return self._door.modified(self._full(path))
+
     def delete(self, path: str) -> None:
         """Remove an object; it is no error if it is gone already."""
         with storage_errors("delete", self.locate(path)):
-            try:
-                self.fs.rm_file(self._full(path))
-            except FileNotFoundError:
-                return
+            self._door.delete(self._full(path))
 
     def check_writable(self) -> None:
         """Create and delete a probe, as the ledger will: a StorageError now and not after the first hour of work."""
-        probe = f"{TEMPORARY}/probe-{uuid.uuid4().hex}"
-        try:
+        with self._probe() as probe:
             self.create(probe, b"smsbatch looks whether it can write here")
-            self.delete(probe)
-        except StorageError as error:  # the user knows the folder, not the probe
-            raise StorageError(str(error).replace(self.locate(probe), self.url)) from error
+
+    def supports_create(self) -> bool:
+        """Whether the store keeps `create`'s promise, by trying: the second one of a name must fail."""
+        if not self._door.can_create:
+            return False
+        with self._probe() as probe:
+            try:
+                return self.create(probe, b"the first") and not self.create(probe, b"the second")
+            except StorageError as error:
+                if isinstance(error.__cause__, OSError) and error.__cause__.errno in {errno.ENOSYS, errno.EINVAL}:
+                    return False
+                raise
+
+    @property
+    def _door(self) -> Door:
+        return locate(self.url, self.storage)[0]  # not kept: a store travels to other processes
 
     def _full(self, path: str) -> str:
-        return f"{self.root}/{path}" if path else self.root
+        return f"{self.root.rstrip('/')}/{path}" if path else self.root
+
+    def _read_if_there(self, path: str) -> bytes | None:
+        with storage_errors("read", self.locate(path)):
+            try:
+                return self._door.get(self._full(path)).data
+            except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+                return None
+
+    def _check_arrival(self, path: str, source: bytes | Path) -> None:
+        sent = len(source) if isinstance(source, bytes) else source.stat().st_size
+        found = self.size(path)
+        if found != sent:
+            raise StorageError(f"cannot write {self.locate(path)}: {sent} bytes were sent, it has {found}; run again")
+
+    @contextmanager
+    def _probe(self) -> Iterator[str]:
+        """The name of an object to be tried on, removed at the end."""
+        probe = f"{TEMPORARY}/probe-{uuid.uuid4().hex}"
+        try:
+            yield probe
+            self.delete(probe)
+        except StorageError as error:  # the user knows the folder, not the probe
+            raise StorageError(str(error).replace(self.locate(probe), self.url)) from error.__cause__
+
+    def _replace(self, path: str, source: bytes | Path) -> None:
+        target = Path(self._full(path))
+        with self._staged(source, target) as staged:
+            staged.replace(target)
+            _fsync(target.parent)
 
     @contextmanager
     def _staged(self, source: bytes | Path, target: Path) -> Iterator[Path]:
@@ -202,67 +273,3 @@ def _make_folder(folder: Path) -> None:
         _make_folder(folder.parent)
         folder.mkdir(exist_ok=True)
         _fsync(folder.parent)
-
-
-def _locate(url: str, **options: Any) -> tuple[fsspec.AbstractFileSystem, str]:
-    try:
-        fs, path = fsspec.url_to_fs(tiny.resolve(url), use_listings_cache=False, **options)
-    except (ValueError, ImportError) as error:
-        raise RequestError(f"{url}: {error}; this version works with local paths") from error
-    return fs, path
-
-
-def open_url(url: str, **options: Any) -> IO[bytes]:
-    """A source object as a seekable file; OSErrors are the caller's to name."""
-    fs, path = _locate(url, **options)
-    file: IO[bytes] = fs.open(path, "rb")
-    return file
-
-
-def expand(pattern: str, **options: Any) -> list[str]:
-    """The objects that a path or URL with or without `*`, `?`, `[]` names, sorted; none if there are none.
-
-    Local paths come back absolute, because a worker's working folder is another; `tiny:` names as they are, because the
-    same run on another machine has the same ones.
-    """
-    fs, path = _locate(pattern, **options)
-    if fs.exists(path):
-        return [pattern if pattern.startswith("tiny:") else _url(fs, path)]
-    return sorted(_url(fs, found) for found in fs.glob(path)) if set("*?[") & set(path) else []
-
-
-def list_files(folder: str, **options: Any) -> Iterator[tuple[str, str, int]]:
-    """(relative path, URL, size) of every regular file below a folder, sorted by path; OSError if it is none."""
-    fs, root = _locate(folder, **options)
-    if not fs.isdir(root):
-        kind = NotADirectoryError if fs.exists(root) else FileNotFoundError
-        raise kind(folder)
-    prefix = folder.rstrip("/") if folder.startswith("tiny:") else _url(fs, root).rstrip("/")
-    found: dict[str, dict[str, Any]] = fs.find(root, detail=True)
-    for path in sorted(found):
-        info = found[path]
-        # fsspec calls a link "other", and also a pipe, whose reading would never end.
-        if info["type"] == "file" or (isinstance(fs, LocalFileSystem) and Path(path).is_file()):
-            relative = path.removeprefix(root).lstrip("/")
-            yield relative, f"{prefix}/{relative}", int(info["size"])
-
-
-def read_span(span: Span, **options: Any) -> bytes:
-    """The bytes of a span; SampleError('read_error') if they are missing, fewer than planned, or of another file."""
-    try:
-        fs, path = _locate(span.url, **options)
-        if span.offset == 0 and fs.size(path) > span.length:  # a whole file; what a tar holds never begins at 0
-            raise SampleError("read_error", f"{span.url}: larger than when it was planned: it was replaced")
-        data: bytes = fs.cat_file(path, start=span.offset, end=span.offset + span.length) if span.length else b""
-    except OSError as error:
-        raise SampleError("read_error", f"{span.url}: {error.strerror or error}") from error
-    if len(data) != span.length:
-        missing = span.length - len(data)
-        raise SampleError(
-            "read_error", f"{span.url}: cut off, {missing} of {span.length} bytes at {span.offset} are missing"
-        )
-    return data
-
-
-def _url(fs: fsspec.AbstractFileSystem, path: str) -> str:
-    return str(Path(path).absolute()) if isinstance(fs, LocalFileSystem) else str(fs.unstrip_protocol(path))

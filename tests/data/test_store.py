@@ -1,4 +1,4 @@
-"""The store's promises, on disk and in memory: whole or absent, one creator, clear refusals."""
+"""The store's promises, on disk, in memory and on S3: whole or absent, one creator, clear refusals."""
 
 from __future__ import annotations
 
@@ -7,19 +7,38 @@ import os
 import pickle
 import uuid
 from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
 from making import leftovers
 
-from smsbatch.data.sample import Span
-from smsbatch.data.store import Store, read_span
-from smsbatch.errors import SampleError, StorageError
+from smsbatch.data.remote import redact
+from smsbatch.data.store import Store
+from smsbatch.errors import RequestError, StorageError
+
+ODD_NAMES = [
+    "a b+c.txt",
+    "ü/日本.txt",
+    "100%.txt",
+    "%41.txt",
+    "what?.txt",
+    "a#b.txt",
+    "[0-9]*.txt",
+    "{1,2}.txt",
+    "a&b=c;d,e'f.txt",
+    "~/x",
+]
 
 
-@pytest.fixture(params=["disk", "memory"])
+@pytest.fixture(params=["disk", "memory", "s3", "bucket"])
 def store(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
-    return Store(tmp_path / "run" if request.param == "disk" else f"memory://run-{uuid.uuid4().hex}")
+    if request.param == "disk":
+        return Store(tmp_path / "run")
+    if request.param == "memory":
+        return Store(f"memory://run-{uuid.uuid4().hex}")
+    s3 = request.getfixturevalue("s3")
+    return Store(f"s3://{s3.bucket()}" + ("/some/run/" if request.param == "s3" else ""), s3.storage)
 
 
 def test_put_read_list_size_delete(store: Store, tmp_path: Path) -> None:
@@ -54,10 +73,9 @@ def test_create_only_creates(store: Store, tmp_path: Path) -> None:
     assert leftovers(store) == []
 
 
-def test_one_of_many_creators_wins(tmp_path: Path) -> None:
-    store = Store(tmp_path)
+def test_one_of_many_creators_wins(store: Store) -> None:
     with ThreadPoolExecutor(8) as pool:
-        for round in range(20):
+        for round in range(20 if store.is_local else 5):
             won = list(
                 pool.map(lambda name, round=round: store.create(f"{round}", name), [b"%d" % n for n in range(8)])
             )
@@ -75,6 +93,10 @@ def test_addresses_are_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.chdir(tmp_path)
     assert Store("out/x/").locate("run.json") == f"{tmp_path}/out/x/run.json"
     assert Store("memory://out").locate("run.json") == "memory:///out/run.json"
+    assert Store(f"file://{tmp_path}/out").locate("run.json") == f"{tmp_path}/out/run.json"
+    for url in ("s3://bucket/a b/run", "s3://bucket/a b/run/"):
+        assert Store(url).locate("run.json") == "s3://bucket/a b/run/run.json"
+    assert Store("s3://bucket").locate("run.json") == "s3://bucket/run.json"
 
 
 def test_a_store_that_can_be_written_is_left_as_it_was(store: Store) -> None:
@@ -126,14 +148,102 @@ def test_a_full_disk_leaves_the_old_object_and_nothing_else(
     assert store.read("old") == b"old"
 
 
-def test_a_span_is_read_exactly_or_fails(store: Store) -> None:
+def test_parts_and_many_are_read(store: Store) -> None:
     store.put("data", b"0123456789")
-    url = store.locate("data")
-    assert read_span(Span(url, 2, 3)) == b"234"
-    assert read_span(Span(url, 10, 0)) == b""
-    for offset, length, missing in ((8, 5, 3), (20, 5, 5)):
-        with pytest.raises(SampleError, match=f"data: cut off, {missing} of {length} bytes at {offset} are missing"):
-            read_span(Span(url, offset, length))
-    with pytest.raises(SampleError) as caught:
-        read_span(Span(store.locate("gone"), 0, 1))
-    assert caught.value.code == "read_error"
+    store.put("empty", b"")
+    assert store.read_range("data", 2, 5) == b"234"
+    assert store.read_range("data", 8, 20) == b"89"
+    assert [store.read_range("data", *ends) for ends in ((3, 3), (10, 12), (50, 60))] == [b"", b"", b""]
+    assert store.read("empty") == store.read_range("empty", 0, 5) == b""
+    with pytest.raises(StorageError, match=rf"^cannot read {store.url}/gone: .*"):
+        store.read_range("gone", 0, 5)
+    store.put("folder/x", b"")
+    assert store.read_all(["gone", "empty", "data", "folder", "data"]) == {"empty": b"", "data": b"0123456789"}
+    assert store.read_all([]) == {}
+    assert store.sizes() == {"data": 10, "empty": 0, "folder/x": 0}
+    assert store.sizes("folder") == {"folder/x": 0}
+    assert [name for name in store.entries() if name != "_smsbatch"] == ["data", "empty", "folder"]
+
+
+def test_a_file_can_be_sought_in(store: Store) -> None:
+    content = bytes(range(256)) * 10_000
+    store.put("data", content)
+    with store.open_read("data") as file:
+        assert file.seek(0, os.SEEK_END) == len(content)
+        assert file.read(10) == b""
+        file.seek(-3, os.SEEK_END)
+        assert file.read() == content[-3:]
+        for at, length in ((0, 512), (70_000, 512), (1 << 20, 3), (70_003, 2_000_000)):
+            file.seek(at)
+            assert (file.tell(), file.read(length)) == (at, content[at : at + length])
+
+
+def test_a_copy_replaces_its_target_and_keeps_its_source(store: Store) -> None:
+    store.put("a/one", b"one")
+    store.put("b/two", b"before")
+    store.copy("a/one", "b/two")
+    store.copy("a/one", "c/new")
+    assert store.read_all(["a/one", "b/two", "c/new"]) == dict.fromkeys(["a/one", "b/two", "c/new"], b"one")
+    with pytest.raises(StorageError, match=rf"^cannot copy to {store.url}/d {store.url}/gone: "):
+        store.copy("gone", "d")
+    assert not store.exists("d")
+    assert leftovers(store) == []
+
+
+def test_when_it_was_written(store: Store) -> None:
+    before = datetime.now(UTC) - timedelta(seconds=2)
+    store.put("a", b"1")
+    assert before < store.modified("a") < before + timedelta(minutes=1)
+    with pytest.raises(StorageError, match=rf"^cannot read {store.url}/gone: .*"):
+        store.modified("gone")
+
+
+@pytest.mark.parametrize("name", ODD_NAMES)
+def test_names_mean_themselves(store: Store, name: str) -> None:
+    assert store.create(name, b"1")
+    assert not store.create(name, b"2")
+    store.put("0.txt", b"another")
+    store.copy(name, f"copies/{name}")
+    assert store.list() == sorted(["0.txt", name, f"copies/{name}"])
+    assert (store.read(name), store.size(name)) == (b"1", 1)
+    assert store.read_range(f"copies/{name}", 0, 1) == b"1"
+    store.delete(name)
+    assert store.list() == sorted(["0.txt", f"copies/{name}"])
+
+
+def test_a_name_is_no_folder_of_longer_names(store: Store) -> None:
+    store.put("run", b"1")
+    store.put("run2/a", b"1")
+    assert store.list("run") == []
+    assert store.list("ru") == []
+    assert not store.exists("run2")
+
+
+def test_a_store_that_keeps_the_promise_of_create_says_so(store: Store) -> None:
+    assert store.supports_create()
+    assert store.list() == []
+
+
+def test_a_single_writer_may_go_without_conditions(store: Store, tmp_path: Path) -> None:
+    single = Store(store.url, store.storage, conditional=False)
+    (tmp_path / "local").write_bytes(b"2")
+    assert single.create("a", b"1")
+    assert not single.create("a", tmp_path / "local")
+    assert single.read("a") == b"1"
+    assert pickle.loads(pickle.dumps(single)).conditional is False
+
+
+def test_no_driver_is_a_wrong_request() -> None:
+    with pytest.raises(RequestError, match=r"^gs://: .*gcsfs"):
+        Store("gs://bucket/run")
+    with pytest.raises(RequestError, match=r"^what://: nothing is known"):
+        Store("what://bucket/run")
+    with pytest.raises(RequestError, match=r"web servers are only read") as caught:
+        Store("https://me:secret@host/run")
+    assert "secret" not in str(caught.value)
+
+
+def test_no_secret_is_shown() -> None:
+    signed = "https://user:pass@host/a.jpg?x=1&X-Amz-Signature=abc&X-Amz-Security-Token=def&sig=ghi&y=2\nnext"
+    shown = "https://***@host/a.jpg?x=1&X-Amz-Signature=***&X-Amz-Security-Token=***&sig=***&y=2 next"
+    assert redact(signed) == shown
