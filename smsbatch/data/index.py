@@ -1,93 +1,375 @@
-"""The stored plan of a run, written once, then only read: `plan/samples.parquet` and `plan/units.parquet`.
+"""The stored plan of a run, written once, then only read: `plan/{samples,objects,units}.parquet`.
 
-Both are create-only: of two drivers that plan at once the first one's stands, and the other obeys it.
+Where the user lets inputs change under a run, the rows stay what they are and their bytes are looked up anew, in
+`samples.1.parquet` and `objects.1.parquet`, `.2` and so on, of which the last counts.
+
+An index is an Arrow table from the scan of an object to the file; only the rows a unit reads become entries. All three
+files are create-only: of two drivers that plan at once the first one's stand, and the other obeys them.
 """
 
 from __future__ import annotations
 
-import tempfile
-from collections.abc import Iterable, Iterator
-from itertools import islice
+import hashlib
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import accumulate
 from pathlib import Path
+from typing import Any, NamedTuple
 
+import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from smsbatch.data.sample import Entry, Span, Unit
 from smsbatch.data.store import Store, storage_errors
+from smsbatch.errors import SourceError
 
-__all__ = ["SAMPLES", "UNITS", "index_size", "read_index", "read_units", "write_index", "write_units"]
+__all__ = [
+    "INDEX_SCHEMA",
+    "OBJECTS",
+    "SAMPLES",
+    "UNITS",
+    "Built",
+    "Part",
+    "build_index",
+    "find_key",
+    "from_table",
+    "index_size",
+    "move_index",
+    "read_index",
+    "read_objects",
+    "read_units",
+    "to_table",
+    "write_index",
+    "write_moved",
+    "write_objects",
+    "write_units",
+]
 
 SAMPLES = "plan/samples.parquet"
+OBJECTS = "plan/objects.parquet"
 UNITS = "plan/units.parquet"
 
 # A worker reads the groups its unit touches: small enough to be cheap, large enough that ten million rows have a short
 # footer. Files are read without Arrow's threads: one that holds a Python file when the interpreter ends aborts it.
 ROWS_PER_GROUP = 8192
 
-_FIELD = pa.struct([("extension", pa.string()), ("url", pa.string()), ("offset", pa.int64()), ("length", pa.int64())])
-_INDEX_SCHEMA = pa.schema([("key", pa.string()), ("image", pa.string()), ("fields", pa.list_(_FIELD))])
+
+def _schema(repeated: pa.DataType) -> pa.Schema:
+    field = pa.struct(
+        [
+            pa.field("extension", pa.string()),
+            pa.field("url", repeated),
+            pa.field("offset", pa.int64()),
+            pa.field("length", pa.int64()),  # null: the whole object, whose size nobody has asked
+            pa.field("etag", repeated),
+        ]
+    )
+    texts = [pa.field(name, pa.string()) for name in ("key", "original_key", "image", "caption")]
+    return pa.schema([*texts, pa.field("fields", pa.list_(field))])
+
+
+INDEX_SCHEMA = _schema(pa.dictionary(pa.int32(), pa.string()))
+"""Of an index on its way: all of a tar's spans name the same object."""
+# Parquet finds the repetitions itself, and Arrow cannot read dictionaries inside of lists back.
+_STORED_SCHEMA = _schema(pa.string())
 _UNIT_SCHEMA = pa.schema([(name, pa.int64()) for name in ("id", "shard", "start", "stop")])
+_OBJECT_SCHEMA = pa.schema([("format", pa.string()), ("url", pa.string()), ("size", pa.int64()), ("etag", pa.string())])
 
 
-def write_index(store: Store, entries: Iterable[Entry]) -> int:
-    """Store the entries, in their order; returns how many are stored: these, or those of who was first."""
-    remaining = iter(entries)
-    with tempfile.TemporaryDirectory(prefix="smsbatch-") as folder:
-        path = Path(folder, "samples.parquet")
-        with storage_errors("write", path), pq.ParquetWriter(path, _INDEX_SCHEMA, compression="zstd") as writer:
-            while batch := list(islice(remaining, ROWS_PER_GROUP)):
-                table = pa.Table.from_pylist([_to_row(entry) for entry in batch], schema=_INDEX_SCHEMA)
-                writer.write_table(table, row_group_size=ROWS_PER_GROUP)
-        store.create(SAMPLES, path)
-    return index_size(store)
+class Part(NamedTuple):
+    """An object that is indexed on its own: a tar, a table, or a folder with all its files.
+
+    Of a folder `size` is the bytes of all files and `etag` the digest of its listing.
+    """
+
+    format: str
+    url: str
+    size: int
+    etag: str
+
+
+class Built(NamedTuple):
+    """What `build_index` wrote: entries, the bytes of all their fields as far as known, and a digest.
+
+    `sha256` covers every key, caption and place of bytes, in order, and not how they were chunked or stored.
+    """
+
+    samples: int
+    bytes: int
+    sha256: str
+
+
+def to_table(entries: Sequence[Entry]) -> pa.Table:
+    """The entries as a table of `INDEX_SCHEMA`."""
+    spans = [span for entry in entries for span in entry.fields.values()]
+    fields = pa.StructArray.from_arrays(
+        [
+            pa.array([name for entry in entries for name in entry.fields], pa.string()),
+            pa.array([span.url for span in spans], pa.string()).dictionary_encode(),
+            pa.array([span.offset for span in spans], pa.int64()),
+            pa.array([span.length for span in spans], pa.int64()),
+            pa.array([span.etag for span in spans], pa.string()).dictionary_encode(),
+        ],
+        fields=list(INDEX_SCHEMA.field("fields").type.value_type),
+    )
+    offsets = pa.array(accumulate((len(entry.fields) for entry in entries), initial=0), pa.int32())
+    columns: list[pa.Array] = [
+        pa.array([getattr(entry, name) for entry in entries], pa.string())
+        for name in ("key", "original_key", "image", "caption")
+    ]
+    return pa.Table.from_arrays([*columns, pa.ListArray.from_arrays(offsets, fields)], schema=INDEX_SCHEMA)
+
+
+def from_table(table: pa.Table) -> list[Entry]:
+    """The entries in a table, which may be a stored one."""
+    return [
+        Entry(
+            row["key"],
+            row["image"],
+            {
+                field["extension"]: Span(field["url"], field["offset"], field["length"], field["etag"])
+                for field in row["fields"]
+            },
+            row["caption"],
+            row["original_key"],
+        )
+        for row in table.to_pylist()
+    ]
+
+
+def build_index(target: Path, tables: Iterable[pa.Table], limit: int | None = None) -> Built:
+    """Stream tables into one Parquet file, at most `limit` rows of them.
+
+    In memory are a few tables and eight bytes per key.
+
+    Raises:
+        SourceError: keys stand twice; the message has the first of them with both places, and their number.
+    """
+    digest, hashes, size = _Digest(), [], 0
+    with storage_errors("write", target), _writer(target) as writer:
+        waiting: list[pa.Table] = []
+        for table in _first(tables, limit):
+            stored = table.cast(_STORED_SCHEMA)
+            hashes.append(np.fromiter(map(hash, stored["key"].to_pylist()), np.int64, len(stored)))
+            size += digest.update(stored)
+            waiting.append(stored)
+            if sum(map(len, waiting)) >= ROWS_PER_GROUP:
+                joined = pa.concat_tables(waiting)
+                whole = len(joined) // ROWS_PER_GROUP * ROWS_PER_GROUP
+                writer.write_table(joined.slice(0, whole), row_group_size=ROWS_PER_GROUP)
+                waiting = [joined.slice(whole)]
+        if waiting:
+            writer.write_table(pa.concat_tables(waiting), row_group_size=ROWS_PER_GROUP)
+    keys = np.concatenate([np.empty(0, np.int64), *hashes])
+    _check_unique(target, keys)
+    return Built(len(keys), size, digest.hexdigest())
+
+
+def write_index(store: Store, path: Path) -> bool:
+    """Store what `build_index` wrote; False if another driver was first, whose index then stands."""
+    return store.create(SAMPLES, path)
 
 
 def index_size(store: Store) -> int:
     """How many entries the stored index has."""
-    with store.open_read(SAMPLES) as file:
-        return int(pq.ParquetFile(file, pre_buffer=False).metadata.num_rows)
+    with _opened(store) as file:
+        return int(file.metadata.num_rows)
 
 
-def read_index(store: Store, start: int = 0, stop: int | None = None) -> list[Entry]:
-    """Entries [start, stop) of the stored index; only the row groups that hold them are read."""
-    with store.open_read(SAMPLES) as file, storage_errors("read", store.locate(SAMPLES)):
-        return list(_rows(pq.ParquetFile(file, pre_buffer=False), start, stop))
+def read_index(source: Store | Path, start: int = 0, stop: int | None = None) -> list[Entry]:
+    """Entries [start, stop) of an index, stored or just built; only the row groups that hold them are read."""
+    found: list[Entry] = []
+    with _opened(source, _latest(source, SAMPLES) if isinstance(source, Store) else SAMPLES) as file:
+        for group, first, count in _groups(file):
+            low, high = max(start, first), first + count if stop is None else min(stop, first + count)
+            if low < high:
+                found += from_table(file.read_row_group(group, use_threads=False).slice(low - first, high - low))
+    return found
+
+
+def find_key(store: Store, key: str) -> int | None:
+    """The row of a key, None if it is not planned."""
+    with _opened(store) as file:
+        for group, first, _ in _groups(file):
+            bounds = file.metadata.row_group(group).column(0).statistics
+            if bounds is not None and bounds.has_min_max and not bounds.min <= key <= bounds.max:
+                continue
+            row = pc.index(file.read_row_group(group, columns=["key"], use_threads=False)["key"], key).as_py()
+            if row >= 0:
+                return first + int(row)
+    return None
+
+
+def move_index(store: Store, found: Path, target: Path) -> tuple[int, int]:
+    """The stored index with its keys' bytes where `found`, an index of the source as it is now, has them.
+
+    Rows whose key is gone stay as they are, and fail when they are read. In memory are all rows of `found`.
+
+    Returns:
+        How many keys are gone, and how many new ones are left out.
+    """
+    with _opened(found) as file:
+        now = file.read(use_threads=False)
+    gone = 0
+    with _opened(store) as planned, storage_errors("write", target), _writer(target) as writer:
+        keys = planned.read(columns=["key"], use_threads=False)["key"]
+        rows = pc.index_in(keys, value_set=now["key"])
+        for group, first, count in _groups(planned):
+            old = planned.read_row_group(group, use_threads=False)
+            stays = pa.array(np.arange(len(now), len(now) + count), pa.int64())
+            moved = rows.slice(first, count)
+            gone += moved.null_count
+            places = pc.coalesce(moved.cast(pa.int64()), stays)
+            writer.write_table(pa.concat_tables([now, old]).take(places), row_group_size=ROWS_PER_GROUP)
+    return gone, len(now) - (len(keys) - gone)
+
+
+def write_moved(store: Store, path: Path, parts: Sequence[Part]) -> None:
+    """Store what `move_index` wrote, and the objects it was made of, beside those that were planned."""
+    number = 1 + _latest_number(store, OBJECTS)
+    store.put(_numbered(SAMPLES, number), path)  # first, and over what a driver left who died before the second
+    store.create(_numbered(OBJECTS, number), _parquet(parts, _OBJECT_SCHEMA))
+
+
+def write_objects(store: Store, parts: Sequence[Part]) -> list[Part]:
+    """Store what was indexed; returns what is stored: this, or that of whoever was first."""
+    store.create(OBJECTS, _parquet(parts, _OBJECT_SCHEMA))
+    return read_objects(store)
+
+
+def read_objects(store: Store) -> list[Part]:
+    with _opened(store, _latest(store, OBJECTS)) as file:
+        return [Part(**row) for row in file.read(use_threads=False).to_pylist()]
 
 
 def write_units(store: Store, units: Iterable[Unit]) -> list[Unit]:
     """Store the units; returns those that are stored: these, or those of whoever was first."""
-    rows = [{"id": unit.id, "shard": unit.shard, "start": unit.start, "stop": unit.stop} for unit in units]
-    sink = pa.BufferOutputStream()
-    pq.write_table(pa.Table.from_pylist(rows, schema=_UNIT_SCHEMA), sink, compression="zstd")
-    store.create(UNITS, sink.getvalue().to_pybytes())
+    store.create(UNITS, _parquet(list(units), _UNIT_SCHEMA))
     return read_units(store)
 
 
 def read_units(store: Store) -> list[Unit]:
-    with store.open_read(UNITS) as file, storage_errors("read", store.locate(UNITS)):
-        return [Unit(**row) for row in pq.ParquetFile(file, pre_buffer=False).read(use_threads=False).to_pylist()]
+    with _opened(store, UNITS) as file:
+        return [Unit(**row) for row in file.read(use_threads=False).to_pylist()]
 
 
-def _rows(file: pq.ParquetFile, start: int, stop: int | None) -> Iterator[Entry]:
+class _Digest:
+    """A SHA-256 per column, of its values and of their lengths, so that no chunk's edge leaves a trace.
+
+    etags are not in it: they tell versions of an object apart, and `objects.parquet` has them.
+    """
+
+    def __init__(self) -> None:
+        self._streams: dict[str, Any] = {}
+
+    def update(self, table: pa.Table) -> int:
+        """Take in a table; returns the bytes that its fields have."""
+        size = 0
+        for batch in table.to_batches():
+            for name in ("key", "original_key", "image", "caption"):
+                self._texts(name, batch[name])
+            self._numbers("fields", batch["fields"].value_lengths())
+            fields = batch["fields"].flatten()
+            self._texts("extension", fields.field("extension"))
+            self._texts("url", fields.field("url"))
+            self._numbers("offset", fields.field("offset"))
+            self._numbers("length", fields.field("length"))
+            size += pc.sum(fields.field("length")).as_py() or 0
+        return size
+
+    def hexdigest(self) -> str:
+        parts = (name.encode() + stream.digest() for name, stream in sorted(self._streams.items()))
+        return hashlib.sha256(b"".join(parts)).hexdigest()
+
+    def _texts(self, name: str, array: pa.Array) -> None:
+        self._numbers(f"{name}.length", pc.binary_length(array))
+        array = array.fill_null("")
+        _, offsets, data = array.buffers()
+        places = np.frombuffer(offsets, np.int32)[array.offset : array.offset + len(array) + 1]
+        self._take(name, b"" if data is None else memoryview(data)[places[0] : places[-1]])
+
+    def _numbers(self, name: str, array: pa.Array) -> None:
+        self._take(name, array.cast(pa.int64()).fill_null(-1).to_numpy().astype("<i8").tobytes())
+
+    def _take(self, name: str, data: bytes | memoryview) -> None:
+        self._streams.setdefault(name, hashlib.sha256()).update(data)
+
+
+def _first(tables: Iterable[pa.Table], limit: int | None) -> Iterator[pa.Table]:
+    if limit is None:
+        yield from tables
+        return
+    for table in tables:
+        yield table.slice(0, limit)
+        limit -= len(table)
+        if limit <= 0:
+            return
+
+
+def _check_unique(path: Path, hashes: npt.NDArray[np.int64]) -> None:
+    """Keys of one hash are read again and compared; all but never does that find anything."""
+    ordered = np.sort(hashes)
+    again = np.unique(ordered[1:][ordered[1:] == ordered[:-1]])
+    for begin in range(0, len(again), 1000):  # of a source that is listed twice all keys are here
+        seen: dict[str, str] = {}
+        with _opened(path) as file:
+            for group, first, count in _groups(file):
+                rows = np.flatnonzero(np.isin(hashes[first : first + count], again[begin : begin + 1000]))
+                for entry in from_table(file.read_row_group(group, use_threads=False).take(rows)) if len(rows) else ():
+                    if entry.key in seen:
+                        origin = "" if entry.original_key is None else f" (made of {entry.original_key!r})"
+                        number = f"; {len(again):,} keys stand twice" if len(again) > 1 else ""
+                        raise SourceError(
+                            f"{entry.url}: key {entry.key!r}{origin} is also in {seen[entry.key]}; "
+                            f"keys must be unique, rename one of them{number}"
+                        )
+                    seen[entry.key] = entry.url
+
+
+def _writer(path: Path) -> pq.ParquetWriter:
+    # Every reader of a unit reads the footer first, which has the statistics: only of what `find_key` asks for.
+    return pq.ParquetWriter(path, _STORED_SCHEMA, compression="zstd", write_statistics=["key"])
+
+
+@contextmanager
+def _opened(source: Store | Path, name: str = SAMPLES) -> Iterator[pq.ParquetFile]:
+    where = source.locate(name) if isinstance(source, Store) else source
+    with (
+        storage_errors("read", where),
+        source.open_read(name) if isinstance(source, Store) else source.open("rb") as file,
+    ):
+        yield pq.ParquetFile(file, pre_buffer=False)
+
+
+def _latest(store: Store, name: str) -> str:
+    return _numbered(name, _latest_number(store, name))
+
+
+def _latest_number(store: Store, name: str) -> int:
+    stem = name.removesuffix("parquet")
+    numbers = (path.removeprefix(stem).removesuffix(".parquet") for path in store.list("plan") if path != name)
+    return max((int(number) for number in numbers if number.isdigit()), default=0)
+
+
+def _numbered(name: str, number: int) -> str:
+    return name if number == 0 else f"{name.removesuffix('parquet')}{number}.parquet"
+
+
+def _groups(file: pq.ParquetFile) -> Iterator[tuple[int, int, int]]:
+    """(number, first row, rows) of each row group."""
     first = 0
     for group in range(file.metadata.num_row_groups):
         count = file.metadata.row_group(group).num_rows
-        low, high = max(start, first), first + count if stop is None else min(stop, first + count)
-        if low < high:
-            yield from map(
-                _from_row, file.read_row_group(group, use_threads=False).slice(low - first, high - low).to_pylist()
-            )
+        yield group, first, count
         first += count
 
 
-def _to_row(entry: Entry) -> dict[str, object]:
-    fields = [{"extension": extension, **span._asdict()} for extension, span in entry.fields.items()]
-    return {"key": entry.key, "image": entry.image, "fields": fields}
-
-
-def _from_row(row: dict[str, object]) -> Entry:
-    spans = row["fields"]
-    assert isinstance(spans, list)
-    fields = {span["extension"]: Span(span["url"], span["offset"], span["length"]) for span in spans}
-    return Entry(str(row["key"]), str(row["image"]), fields)
+def _parquet(rows: Sequence[Any], schema: pa.Schema) -> bytes:
+    sink = pa.BufferOutputStream()
+    columns = [pa.array([getattr(row, name) for row in rows], schema.field(name).type) for name in schema.names]
+    pq.write_table(pa.Table.from_arrays(columns, schema=schema), sink, compression="zstd")
+    data: bytes = sink.getvalue().to_pybytes()
+    return data

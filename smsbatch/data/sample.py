@@ -19,23 +19,31 @@ __all__ = ["ROW_SCHEMA", "Entry", "Outcome", "Sample", "Span", "Unit", "row_sche
 
 
 class Span(NamedTuple):
-    """Bytes [offset, offset + length) of the object at `url`: an absolute path, a URL or a `tiny:` name."""
+    """Bytes [offset, offset + length) of the object at `url`: an absolute path, a URL or a `tiny:` name.
+
+    Of a table's pictures nobody has asked the size yet: `length` None is the whole object, however long. `etag` is what
+    the object's version was called when it was planned, '' if that is not known.
+    """
 
     url: str
-    offset: int
-    length: int
+    offset: int = 0
+    length: int | None = None
+    etag: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
     """One planned sample.
 
-    `fields` maps extensions ('jpg', 'txt', 'seg.png') to their bytes; `image` is the picture's, '' if none is.
+    `fields` maps extensions ('jpg', 'txt', 'seg.png') to their bytes; `image` is the picture's, '' if none is. A table
+    gives the `caption` itself. `original_key` is what the source calls it, where that could not be the key.
     """
 
     key: str
     image: str
     fields: Mapping[str, Span]
+    caption: str | None = None
+    original_key: str | None = None
 
     @property
     def url(self) -> str:
@@ -56,6 +64,7 @@ class Sample:
     image_field: str
     caption: str
     fields: Mapping[str, bytes]
+    original_key: str | None = None
 
     @property
     def sha256(self) -> str:
@@ -84,7 +93,8 @@ class Outcome:
     """What became of one sample: success when there is an `image`, else failed, with `error_code` and `error_message`.
 
     `image` is the encoded result and `image_field` its extension; `fields` are the source's others, passed through.
-    Unit, shard, attempt and worker are not here: the ledger stamps them on the row when the unit is committed.
+    `attempts` counts how often it was tried. Unit, shard, generation, attempt and worker are not here: the ledger
+    stamps them on the row when the unit is committed.
     """
 
     key: str
@@ -103,6 +113,8 @@ class Outcome:
     seed: int | None = None
     steps: int | None = None
     seconds: float | None = None
+    original_key: str | None = None
+    attempts: int = 1
     metrics: Mapping[str, float] = field(default_factory=dict)
     fields: Mapping[str, bytes] = field(default_factory=dict)
 
@@ -116,7 +128,7 @@ class Outcome:
     def succeeded(self) -> bool:
         return self.image is not None
 
-    def row(self, unit: Unit, attempt: str, worker: str, metrics: Sequence[str]) -> dict[str, Any]:
+    def row(self, unit: Unit, attempt: str, worker: str, metrics: Sequence[str], generation: int = 0) -> dict[str, Any]:
         """The row of `row_schema(metrics)`; a metric that was not measured is null."""
         columns = {name: getattr(self, name) for name in _OF_OUTCOME}
         return columns | {
@@ -124,6 +136,7 @@ class Outcome:
             "sha256": None if self.image is None else hashlib.sha256(self.image).hexdigest(),
             "unit": unit.id,
             "shard": unit.shard,
+            "generation": generation,
             "attempt": attempt,
             "worker": worker,
             **{name: self.metrics.get(name) for name in metrics},
@@ -139,9 +152,11 @@ class Outcome:
 ROW_SCHEMA = pa.schema(
     [
         pa.field("key", pa.string(), nullable=False),
+        pa.field("original_key", pa.string()),
         pa.field("status", pa.string(), nullable=False),  # success | failed
         pa.field("error_code", pa.string()),
         pa.field("error_message", pa.string()),
+        pa.field("attempts", pa.int32(), nullable=False),  # how often the sample was tried
         pa.field("caption", pa.string()),
         pa.field("prompt", pa.string()),
         pa.field("width", pa.int32()),
@@ -156,13 +171,14 @@ ROW_SCHEMA = pa.schema(
         pa.field("seconds", pa.float64()),
         pa.field("unit", pa.int64(), nullable=False),
         pa.field("shard", pa.int64(), nullable=False),
+        pa.field("generation", pa.int32(), nullable=False),  # 0, and one more with every retry of failed samples
         pa.field("attempt", pa.string(), nullable=False),
         pa.field("worker", pa.string(), nullable=False),
     ]
 )
-_OF_LEDGER = {"status", "sha256", "unit", "shard", "attempt", "worker"}
+_OF_LEDGER = {"status", "sha256", "unit", "shard", "generation", "attempt", "worker"}
 _OF_OUTCOME = [name for name in ROW_SCHEMA.names if name not in _OF_LEDGER]
-_PROVENANCE = [name for name in _OF_OUTCOME if name not in {"error_code", "error_message", "seconds"}]
+_PROVENANCE = [name for name in _OF_OUTCOME if name not in {"error_code", "error_message", "attempts", "seconds"}]
 
 
 def row_schema(metrics: Sequence[str] = ()) -> pa.Schema:

@@ -1,105 +1,216 @@
-"""Where samples come from: `index` lists a source's entries without reading them, `load_sample` reads one.
+"""Where samples come from: `parts` lists a source's objects, `scan` indexes one, `load_sample` reads one sample.
 
 Every sample of the source becomes an entry, also one without a picture, which fails when it is read and so ends as a
-row. What makes the whole request doubtful, a missing file, nothing at all, two samples of one key, is a SourceError
+row. What makes the whole request doubtful, a missing file, a broken table, two samples of one key, is a SourceError
 before anything starts; what can be worked around, such as a cut tar, is a line in `notices`.
 
     webdataset   key = a member's path up to the first dot of its basename, extension = the rest in lower case
     folder       key = relative path without suffix, '/' -> '__', '.' -> '_'; `a/b.txt`, `a/b.json` belong to `a/b.jpg`
+    table        see tables.py
+
+Whatever these make of hostile names goes through the key rule of keys.py.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import tarfile
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from itertools import chain, product
-from unicodedata import category
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import chain, islice, product
+from typing import NamedTuple
 
+import pyarrow as pa
+
+from smsbatch.data.index import INDEX_SCHEMA, Part, to_table
+from smsbatch.data.keys import is_extension, map_key
+from smsbatch.data.objects import Listed, Reader, expand, list_files, open_url, stat
 from smsbatch.data.sample import Entry, Sample, Span
-from smsbatch.data.store import expand, list_files, open_url, read_span
+from smsbatch.data.tables import read_table
 from smsbatch.data.tars import Members, split_name
-from smsbatch.errors import SampleError, SourceError
+from smsbatch.errors import RequestError, SampleError, SourceError
+from smsbatch.manifest import Source, Storage
 
-__all__ = ["SOURCES", "caption_of", "index", "load_sample"]
+__all__ = [
+    "LONGEST_CAPTION",
+    "SOURCES",
+    "Part",
+    "Scanned",
+    "caption_of",
+    "load_sample",
+    "nothing_found",
+    "parts",
+    "scan",
+]
 
-# What a USTAR name holds without its prefix field, which not every reader joins.
-LONGEST_NAME = 100
+LONGEST_CAPTION = 65536
 SIDECARS = ("txt", "json")
+ROWS_AT_ONCE = 8192
+# Storage answers slowly and much at a time.
+REQUESTS_AT_ONCE = 32
 
 
-def index(format: str, urls: str | Sequence[str], images: Sequence[str], notices: list[str]) -> Iterator[Entry]:
-    """The entries of a source, in its order; `images` are the extensions of pictures, the preferred first."""
-    urls = [urls] if isinstance(urls, str) else urls
-    seen: dict[str, str] = {}
-    for entry in SOURCES[format](urls, images, notices):
-        _check_key(entry)
-        if entry.key in seen:
-            raise SourceError(
-                f"{entry.url}: key {entry.key!r} is also in {seen[entry.key]}; keys must be unique, rename one of them"
-            )
-        seen[entry.key] = entry.url
-        yield entry
-    if not seen:
-        found = f" ({'; '.join(notices)})" if notices else ""
-        raise SourceError(
-            f"{', '.join(urls)}: no samples found{found}; expected pictures ({', '.join(images)}) in a {format} source"
-        )
+class Scanned(NamedTuple):
+    """The index of one part, and what was passed over in it."""
+
+    table: pa.Table
+    notices: list[str]
 
 
-def webdataset(urls: Sequence[str], images: Sequence[str], notices: list[str]) -> Iterator[Entry]:
-    """Tars by path or URL, with `{000..499}`, `{a,b}` and globs. Fields of one sample need not be adjacent."""
-    seen: set[str] = set()
-    for url in chain.from_iterable(map(_tars, urls)):
-        if url in seen:
+def parts(source: Source, storage: Storage) -> list[Part]:
+    """The objects that a source names, in its order, with size and etag as they are now; none of them is opened.
+
+    Raises:
+        SourceError: one is missing, cannot be listed, or is named twice.
+    """
+    if source.format == "folder":
+        found = [_folder_part(url, storage) for url in source.urls]
+    else:
+        names = list(chain.from_iterable(map(_braces, source.urls)))
+        with ThreadPoolExecutor(REQUESTS_AT_ONCE) as threads:
+            expanded = threads.map(lambda name: _expand(name, source, storage), names)
+            found = list(chain.from_iterable(expanded))
+    for url, times in Counter(part.url for part in found).items():
+        if times > 1:
             raise SourceError(f"{url}: listed twice in source.urls; name it once")
-        seen.add(url)
-        yield from _tar_entries(url, images, notices)
+    return found
 
 
-def folder(urls: Sequence[str], images: Sequence[str], notices: list[str]) -> Iterator[Entry]:
-    """Every picture below the folders but hidden ones. Two pictures of one stem are a clash, not a choice."""
-    for url in urls:
-        try:
-            files = {path: Span(at, 0, size) for path, at, size in list_files(url) if not _hidden(path)}
-        except FileNotFoundError as error:
-            raise SourceError(f"{url}: no such folder; check source.urls") from error
-        except NotADirectoryError as error:
-            raise SourceError(f"{url}: a file, not a folder; for tars set source.format to webdataset") from error
-        except OSError as error:
-            raise SourceError(f"{url}: {error.strerror or error}; check source.urls") from error
-        parts = {path: path.rpartition(".") for path in files}
-        sidecars = {(stem, suffix.lower()): files[path] for path, (stem, _, suffix) in parts.items()}
-        for path, (stem, _, suffix) in parts.items():
-            image = suffix.lower()
-            if stem and image in images:
-                others = {name: sidecars[stem, name] for name in SIDECARS if (stem, name) in sidecars}
-                yield Entry(stem.replace("/", "__").replace(".", "_"), image, {image: files[path], **others})
-        left = Counter(suffix.lower() for _, _, suffix in parts.values() if suffix.lower() not in {*images, *SIDECARS})
-        if left:
-            kinds = ", ".join(f"{number} {suffix}" for suffix, number in sorted(left.items()))
-            notices.append(f"{url}: files left out: {kinds}; source.images names what is taken")
+def scan(part: Part, source: Source, storage: Storage) -> Scanned:
+    """The index of one part; any process may do it.
+
+    Raises:
+        SourceError: it cannot be read, is not what `source.format` says, or has clashing names.
+    """
+    notices: list[str] = []
+    entries = SOURCES[part.format](part, source, storage, notices)
+    tables = [INDEX_SCHEMA.empty_table()]
+    while batch := list(islice(entries, ROWS_AT_ONCE)):  # of a table with ten million rows few are Python objects
+        tables.append(to_table(batch))
+    return Scanned(pa.concat_tables(tables), notices)
 
 
-SOURCES: dict[str, Callable[[Sequence[str], Sequence[str], list[str]], Iterator[Entry]]] = {
-    "webdataset": webdataset,
-    "folder": folder,
+def nothing_found(source: Source, notices: Sequence[str]) -> SourceError:
+    """What to raise when all scans together have no sample."""
+    found = f" ({'; '.join(notices)})" if notices else ""
+    wanted = f"expected pictures ({', '.join(source.images)}) in a {source.format} source"
+    return SourceError(f"{', '.join(source.urls)}: no samples found{found}; {wanted}")
+
+
+def _webdataset(part: Part, source: Source, storage: Storage, notices: list[str]) -> Iterator[Entry]:
+    """Fields of one sample need not be adjacent."""
+    samples: dict[str, dict[str, Span]] = {}
+    odd: list[str] = []
+    try:
+        with open_url(part.url, storage) as file:
+            members = Members(file)
+            for name, offset, length in members:
+                split = split_name(name)
+                if split is None:
+                    continue
+                key, extension = split
+                if not is_extension(extension):
+                    odd.append(name)
+                    continue
+                fields = samples.setdefault(key, {})
+                if extension in fields:
+                    raise SourceError(
+                        f"{part.url}: two members are {f'{key}.{extension}'!r}; keys must be unique, rename one of them"
+                    )
+                fields[extension] = Span(part.url, offset, length, part.etag)
+    except tarfile.ReadError as error:
+        raise SourceError(f"{part.url}: not an uncompressed tar ({error}); unpack or decompress it first") from error
+    except OSError as error:
+        raise _refused(part.url, error) from error
+    if members.damage:
+        notices.append(f"{part.url}: {members.damage}; samples found: {len(samples)}")
+    if members.special:
+        notices.append(f"{part.url}: links, devices or sparse files passed over: {members.special}")
+    if odd:
+        notices.append(f"{part.url}: members with unusable extensions passed over: {len(odd)}, first {odd[0][:99]!r}")
+    if not samples and not members.damage:
+        notices.append(f"{part.url}: no samples in it")
+    for name, fields in samples.items():
+        key, original = map_key(name, fields)
+        image = next((extension for extension in source.images if extension in fields), "")
+        yield Entry(key, image, fields, original_key=original)
+
+
+def _folder(part: Part, source: Source, storage: Storage, notices: list[str]) -> Iterator[Entry]:
+    """Every picture below the folder but hidden ones. Two pictures of one stem are a clash, not a choice."""
+    listed = [file for file in _list(part.url, storage) if not _hidden(file.path)]
+    files = {file.path: Span(file.url, 0, file.size, file.etag) for file in listed if _is_utf8(file.url)}
+    if len(files) < len(listed):
+        notices.append(f"{part.url}: files whose names are not UTF-8 left out: {len(listed) - len(files)}; rename them")
+    split = {path: path.rpartition(".") for path in files}
+    sidecars = {(stem, suffix.lower()): files[path] for path, (stem, _, suffix) in split.items()}
+    for path, (stem, _, suffix) in split.items():
+        image = suffix.lower()
+        if stem and image in source.images:
+            others = {name: sidecars[stem, name] for name in SIDECARS if (stem, name) in sidecars}
+            fields = {image: files[path], **others}
+            key, original = map_key(stem.replace("/", "__").replace(".", "_"), fields, stem)
+            yield Entry(key, image, fields, original_key=original)
+    known = {*source.images, *SIDECARS}
+    left = Counter(suffix.lower() for _, _, suffix in split.values() if suffix.lower() not in known)
+    if left:
+        kinds = ", ".join(f"{number} {suffix}" for suffix, number in sorted(left.items()))
+        notices.append(f"{part.url}: files left out: {kinds}; source.images names what is taken")
+
+
+def _table(part: Part, source: Source, storage: Storage, notices: list[str]) -> Iterator[Entry]:
+    rows = 0
+    try:
+        with open_url(part.url, storage) as file:
+            for entry in read_table(file, part.url, source):
+                rows += 1
+                yield entry
+    except OSError as error:
+        raise _refused(part.url, error) from error
+    if not rows:
+        notices.append(f"{part.url}: no rows in it")
+
+
+SOURCES: dict[str, Callable[[Part, Source, Storage, list[str]], Iterator[Entry]]] = {
+    "webdataset": _webdataset,
+    "folder": _folder,
+    "table": _table,
 }
 
 
-def load_sample(entry: Entry, images: Sequence[str], captions: Sequence[str]) -> Sample:
-    """Read an entry's fields. SampleError: read_error (no picture, or bytes missing), bad_caption."""
+def load_sample(entry: Entry, source: Source, reader: Reader) -> Sample:
+    """Read an entry's fields.
+
+    Raises:
+        SampleError: read_error (no picture, or what `reader` says of missing bytes), timeout, too_large, bad_caption.
+    """
+    if not entry.image and source.format == "table":
+        raise SampleError("read_error", f"no image in column {source.columns.image!r} of its row in {entry.url}")
     if not entry.image:
-        wanted, got = ", ".join(images), ", ".join(entry.fields)
+        wanted, got = ", ".join(source.images), ", ".join(entry.fields)
         raise SampleError("read_error", f"no image ({wanted}) among its fields: {got}")
-    image = read_span(entry.fields[entry.image])
-    others = {name: read_span(span) for name, span in entry.fields.items() if name != entry.image}
-    return Sample(entry.key, entry.url, image, entry.image, caption_of(others, captions), others)
+    rule = next((rule for rule in source.caption if rule.partition(":")[0] in entry.fields), "")
+    length = entry.fields[rule].length if rule in entry.fields else None
+    if length is not None and length > LONGEST_CAPTION:  # nothing of it is read
+        raise _too_long(f"its .{rule}", length)
+    try:
+        image = reader.read(entry.fields[entry.image])
+    except RequestError as error:  # a row may hold any address, also one of a kind that nobody knows
+        raise SampleError("read_error", str(error)) from error
+    others = {name: reader.read(span) for name, span in entry.fields.items() if name != entry.image}
+    if source.format != "table":
+        caption = caption_of(others, source.caption)
+    elif entry.caption is None:
+        raise SampleError("bad_caption", f"column {source.columns.caption!r} of its row is not a text")
+    else:
+        caption = _short_enough(entry.caption, f"column {source.columns.caption!r} of its row")
+    return Sample(entry.key, entry.url, image, entry.image, caption, others, entry.original_key)
 
 
-def caption_of(fields: dict[str, bytes], rules: Sequence[str]) -> str:
+def caption_of(fields: Mapping[str, bytes], rules: Sequence[str]) -> str:
     """The caption by the first rule that finds one, else ''.
 
     `txt` is a field's text, `json:caption` a key of a JSON field. SampleError: bad_caption.
@@ -115,7 +226,7 @@ def caption_of(fields: dict[str, bytes], rules: Sequence[str]) -> str:
                 "bad_caption", f"its .{name} is not UTF-8: {error.reason} at byte {error.start}"
             ) from error
         if not key:
-            return text.strip()
+            return _short_enough(text.strip(), f"its .{name}")
         try:
             value = json.loads(text)
         except (json.JSONDecodeError, RecursionError) as error:
@@ -125,27 +236,75 @@ def caption_of(fields: dict[str, bytes], rules: Sequence[str]) -> str:
         if value.get(key) is None:
             continue
         # JSON can spell half a surrogate pair, which is no character and cannot be written anywhere.
-        if not isinstance(value[key], str) or any("\ud800" <= letter <= "\udfff" for letter in value[key]):
+        if not isinstance(value[key], str) or not _is_utf8(value[key]):
             raise SampleError("bad_caption", f"{key!r} in its .{name} is not a text")
-        return str(value[key]).strip()
+        return _short_enough(value[key].strip(), f"{key!r} in its .{name}")
     return ""
 
 
-def _tars(url: str) -> Iterator[str]:
-    for name in _braces(url):
-        try:
-            found = expand(name)
-        except OSError as error:
-            raise SourceError(f"{name}: {error.strerror or error}; check source.urls") from error
-        if not found:
-            raise SourceError(f"{name}: no such file; check source.urls")
-        yield from found
+def _short_enough(text: str, what: str) -> str:
+    size = len(text.encode())
+    if size > LONGEST_CAPTION:
+        raise _too_long(what, size)
+    return text
+
+
+def _too_long(what: str, size: int) -> SampleError:
+    return SampleError("bad_caption", f"{what} has {size:,} bytes; a caption has at most {LONGEST_CAPTION:,}")
+
+
+def _expand(name: str, source: Source, storage: Storage) -> list[Part]:
+    try:
+        found = [(url, stat(url, storage)) for url in expand(name, storage)]
+    except OSError as error:
+        raise _refused(name, error) from error
+    if not found:
+        raise _missing(name, storage)
+    expanded = []
+    for url, known in found:
+        if known is None:
+            raise _missing(url, storage)
+        if not _is_utf8(url):
+            raise SourceError(f"{url!r}: its name is not UTF-8; rename it")
+        expanded.append(Part(source.format, url, known.size, known.etag))
+    return expanded
+
+
+def _missing(name: str, storage: Storage) -> SourceError:
+    try:
+        next(list_files(name, storage), None)
+    except OSError:
+        return SourceError(f"{name}: no such file; check source.urls")
+    return SourceError(f"{name}: a folder, not a file; name the files in it, such as {name.rstrip('/')}/*.tar")
+
+
+def _folder_part(url: str, storage: Storage) -> Part:
+    digest, size = hashlib.sha256(), 0
+    for file in _list(url, storage):
+        digest.update(f"{file.path}\0{file.size}\0{file.etag}\0".encode("utf-8", "surrogatepass"))
+        size += file.size
+    return Part("folder", url, size, digest.hexdigest())
+
+
+def _list(url: str, storage: Storage) -> Iterator[Listed]:
+    try:
+        yield from list_files(url, storage)
+    except FileNotFoundError as error:
+        raise SourceError(f"{url}: no such folder; check source.urls") from error
+    except NotADirectoryError as error:
+        raise SourceError(f"{url}: a file, not a folder; for tars set source.format to webdataset") from error
+    except OSError as error:
+        raise _refused(url, error) from error
+
+
+def _refused(url: str, error: OSError) -> SourceError:
+    return SourceError(f"{url}: {error.strerror or error}; check source.urls")
 
 
 def _braces(pattern: str) -> list[str]:
     """`{0..12}`, `{000..012}` and `{a,b}`, any number of them, as a shell does; other braces stay as they are."""
-    parts = re.split(r"\{([^{}]*,[^{}]*|\d+\.\.\d+)\}", pattern)
-    choices = [_choices(part) if place % 2 else [part] for place, part in enumerate(parts)]
+    pieces = re.split(r"\{([^{}]*,[^{}]*|\d+\.\.\d+)\}", pattern)
+    choices = [_choices(piece) if place % 2 else [piece] for place, piece in enumerate(pieces)]
     return ["".join(choice) for choice in product(*choices)]
 
 
@@ -158,53 +317,9 @@ def _choices(inside: str) -> list[str]:
     return [f"{number:0{width}d}" for number in range(int(first), int(last) + step, step)]
 
 
-def _tar_entries(url: str, images: Sequence[str], notices: list[str]) -> Iterator[Entry]:
-    samples: dict[str, dict[str, Span]] = {}
-    try:
-        with open_url(url) as file:
-            members = Members(file)
-            for name, offset, length in members:
-                split = split_name(name)
-                if split is None:
-                    continue
-                key, extension = split
-                fields = samples.setdefault(key, {})
-                if extension in fields:
-                    raise SourceError(
-                        f"{url}: two members are {key}.{extension}; keys must be unique, rename one of them"
-                    )
-                fields[extension] = Span(url, offset, length)
-    except tarfile.ReadError as error:
-        raise SourceError(f"{url}: not an uncompressed tar ({error}); unpack or decompress it first") from error
-    except OSError as error:
-        raise SourceError(f"{url}: {error.strerror or error}; check source.urls") from error
-    if members.damage:
-        notices.append(f"{url}: {members.damage}; samples found: {len(samples)}")
-    if members.special:
-        notices.append(f"{url}: links or devices passed over: {members.special}")
-    if not samples and not members.damage:
-        notices.append(f"{url}: no samples in it")
-    for key, fields in samples.items():
-        yield Entry(key, next((name for name in images if name in fields), ""), fields)
-
-
 def _hidden(path: str) -> bool:
     return any(part.startswith(".") for part in path.split("/"))
 
 
-def _check_key(entry: Entry) -> None:
-    """A key becomes file names in someone's folder and tar: refuse what could leave that folder or not fit."""
-    key, url = entry.key, entry.url
-    names = [f"{key}.{extension}" for extension in (*entry.fields, "json", "webp")]
-    try:
-        length = max(len(name.encode()) for name in names)
-    except UnicodeEncodeError as error:
-        raise SourceError(f"{url}: key {key!r} is not UTF-8; rename the file") from error
-    if key.startswith("/") or ".." in key.split("/"):
-        raise SourceError(f"{url}: key {key!r} points outside of its archive; rename the member")
-    if any(category(letter) == "Cc" for letter in "".join(names)):
-        raise SourceError(f"{url}: key {key!r} has control characters; rename the file")
-    if length > LONGEST_NAME:
-        raise SourceError(
-            f"{url}: key {key!r} with its longest extension has {length} bytes, a tar takes {LONGEST_NAME}; shorten it"
-        )
+def _is_utf8(text: str) -> bool:
+    return not any("\ud800" <= letter <= "\udfff" for letter in text)

@@ -20,6 +20,9 @@ END_OF_ARCHIVE = 2 * BLOCK
 _NAME = re.compile(r"((?:.*/|)[^.]+)[.]([^/]*)", re.DOTALL)
 _META = re.compile(r"__[^/]*__($|/)")
 
+# What tarfile raises on damaged headers, by experience and by its source; all of it means the same to us.
+_DAMAGE = (tarfile.TarError, ValueError, LookupError, OverflowError, RecursionError)
+
 
 class Member(NamedTuple):
     """A regular file of an archive; its bytes are [offset, offset + length) of the archive."""
@@ -43,8 +46,9 @@ def split_name(name: str) -> tuple[str, str] | None:
 class Members:
     """Iterate once over the regular files of an uncompressed tar, reading headers only.
 
-    Folders, links and devices are passed over. Once exhausted, `special` counts the latter two, `end` is where the
-    last member ends and `damage` what is wrong there, '' if nothing is. What is no tar at all raises tarfile.ReadError.
+    Folders, links, devices and sparse files are passed over. Once exhausted, `special` counts them but for folders,
+    `end` is where the last member ends and `damage` what is wrong there, '' if nothing is. What is no tar at all raises
+    tarfile.ReadError.
     """
 
     def __init__(self, file: IO[bytes]) -> None:
@@ -59,18 +63,24 @@ class Members:
             self.damage = "an empty file"
             return
         self.file.seek(0)
-        with tarfile.open(fileobj=self.file, mode="r:", encoding="utf-8") as tar:
+        with _opened(self.file) as tar:
+            before = -1
             while True:
                 try:
                     member = tar.next()
-                except tarfile.ReadError as error:
+                except _DAMAGE as error:
                     self.damage = f"{error} at byte {tar.offset}"
                     return
                 if member is None:
                     break
+                # A negative size leads tarfile backwards, and round and round; a huge one leads nowhere.
+                if member.size < 0 or not before < tar.offset < 1 << 62:
+                    self.damage = f"a member of {member.size} bytes at byte {member.offset}"
+                    return
+                before = tar.offset
                 # tarfile keeps all it has seen, for lookups by name that nobody makes here.
                 tar.members = []  # type: ignore[attr-defined]
-                if member.isreg():
+                if member.isreg() and not member.issparse():
                     yield Member(member.name, member.offset_data, member.size)
                 elif not member.isdir():
                     self.special += 1
@@ -81,3 +91,10 @@ class Members:
             self.damage = f"damaged header at byte {self.end}, nothing after it can be read"
         elif len(tail) < END_OF_ARCHIVE:
             self.damage = "no end-of-archive blocks, perhaps cut"
+
+
+def _opened(file: IO[bytes]) -> tarfile.TarFile:
+    try:
+        return tarfile.open(fileobj=file, mode="r:", encoding="utf-8")
+    except _DAMAGE as error:  # it reads the first header at once
+        raise tarfile.ReadError(str(error)) from error

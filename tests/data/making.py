@@ -1,19 +1,44 @@
-"""What the data tests make: tars with any headers, pictures, outcomes."""
+"""What the data tests make: tars with any headers, pictures, indexed sources, outcomes."""
 
 from __future__ import annotations
 
 import io
 import tarfile
+import tempfile
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from smsbatch.data import pixels
-from smsbatch.data.sample import Outcome, Unit
+from smsbatch.data.index import build_index, read_index
+from smsbatch.data.objects import Reader
+from smsbatch.data.sample import Entry, Outcome, Sample, Unit
+from smsbatch.data.sources import load_sample, nothing_found, parts, scan
 from smsbatch.data.store import Store
+from smsbatch.manifest import Source, Storage
 
-IMAGES = ("jpg", "jpeg", "png", "webp")
+STORAGE = Storage(timeout_s=1, retries=0)
+
+
+def source_of(format: str, *urls: object, **options: Any) -> Source:
+    return Source.model_validate({"format": format, "urls": [str(url) for url in urls], **options})
+
+
+def indexed(source: Source, storage: Storage = STORAGE) -> tuple[list[Entry], list[str]]:
+    """All a run would plan of a source, through the index file, and the notices."""
+    scans = [scan(part, source, storage) for part in parts(source, storage)]
+    notices = [notice for scanned in scans for notice in scanned.notices]
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "samples.parquet")
+        if not build_index(path, (scanned.table for scanned in scans), source.limit).samples:
+            raise nothing_found(source, notices)
+        return read_index(path), notices
+
+
+def loaded(entry: Entry, source: Source, storage: Storage = STORAGE) -> Sample:
+    return load_sample(entry, source, Reader(storage, source.max_bytes))
 
 
 def make_tar(

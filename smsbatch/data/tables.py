@@ -1,0 +1,170 @@
+"""Tables of pictures: one entry per row of a csv, tsv, jsonl or parquet file, read as a stream.
+
+    picture   `columns.image`: a URL, an absolute path, or one relative to the table's folder. Its extension is the
+              path's if `source.images` has it, else the first of those. A row that names none is an entry without one.
+    caption   `columns.caption`: a text, or nothing, which is ''. What is neither is None: a row's `bad_caption`.
+    key       `columns.key`: a text or a whole number, by the key rule; else `<table's stem>-<row, nine digits>`.
+
+A table that is broken anywhere, or lacks a column, is a SourceError with its file and, where known, its line.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from reprlib import repr as short
+from typing import IO, Any
+from urllib.parse import urljoin
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from smsbatch.data.keys import map_key, sanitize
+from smsbatch.data.sample import Entry, Span
+from smsbatch.errors import SourceError
+from smsbatch.manifest import Source
+
+__all__ = ["read_table"]
+
+ROWS_AT_ONCE = 8192
+# "line 17", and its cells of the picture, the caption and the key; None where the manifest names no column.
+_Row = tuple[str, Sequence[Any]]
+
+_ABSOLUTE = re.compile(r"[a-z][a-z0-9+.-]*://|tiny:|/", re.IGNORECASE)
+_WEB = re.compile(r"https?://", re.IGNORECASE)
+
+
+def read_table(file: IO[bytes], url: str, source: Source) -> Iterator[Entry]:
+    """The entries of the table at `url`, which `file` reads."""
+    path = re.split(r"[?#]", url)[0] if _WEB.match(url) else url
+    stem, _, suffix = path.rpartition("/")[2].rpartition(".")
+    if suffix.lower() not in _READERS:
+        raise SourceError(f"{url}: not a table by its name; expected one of .{', .'.join(_READERS)}")
+    # 64 bytes are enough to know a table by, and leave room for the number.
+    stem = sanitize(stem).encode()[:64].decode(errors="ignore")
+    columns = source.columns
+    rows = _READERS[suffix.lower()](file, url, (columns.image, columns.caption, columns.key))
+    for number, (where, (picture, caption, key)) in enumerate(rows):
+        if _is_text(picture) and picture.strip() and "\0" not in picture:
+            at = _resolve(url, picture.strip())
+            extension = _extension(at, source.images)
+            image, fields = extension, {extension: Span(at)}
+        else:
+            image, fields = "", {suffix.lower(): Span(url)}
+        wish = f"{stem}-{number:09d}" if columns.key is None else _key(key, url, where)
+        name, original = map_key(wish, fields)
+        text = "" if caption is None else caption.strip() if _is_text(caption) else None
+        yield Entry(name, image, fields, text, original)
+
+
+def _csv(file: IO[bytes], url: str, names: Sequence[str | None], delimiter: str) -> Iterator[_Row]:
+    # Cells of more than 128 KiB are an error of the csv module: nearly always a quote that is never closed.
+    rows = csv.reader((line for _, line in _lines(file, url)), delimiter=delimiter, strict=True)
+    try:
+        header = next(rows, [])
+        _check_columns(url, names, header)
+        places = [None if name is None else header.index(name) for name in names]
+        for row in rows:
+            if row and len(row) != len(header):
+                raise SourceError(f"{url}: line {rows.line_num}: {len(row)} cells, the header has {len(header)}")
+            if row:
+                yield f"line {rows.line_num}", [None if place is None else row[place] for place in places]
+    except csv.Error as error:
+        raise SourceError(f"{url}: line {rows.line_num}: {error}") from error
+
+
+def _jsonl(file: IO[bytes], url: str, names: Sequence[str | None]) -> Iterator[_Row]:
+    met: set[str] = set()
+    for number, line in _lines(file, url):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise SourceError(f"{url}: line {number}: not JSON: {error}") from error
+        if not isinstance(row, dict):
+            raise SourceError(f"{url}: line {number}: not a JSON object")
+        _check_columns(f"{url}: line {number}", (None, None, names[2]), list(row))  # others may be left out, keys not
+        met |= row.keys()
+        yield f"line {number}", [None if name is None else row.get(name) for name in names]
+    _check_columns(url, names, sorted(met))
+
+
+def _parquet(file: IO[bytes], url: str, names: Sequence[str | None]) -> Iterator[_Row]:
+    read = 0
+    try:
+        table = pq.ParquetFile(file, pre_buffer=False)
+        schema = table.schema_arrow
+        _check_columns(url, names, schema.names)
+        for name, also in zip(names, ("", "", "int"), strict=True):
+            kind = None if name is None else schema.field(name).type
+            text = getattr(kind, "value_type", kind)  # of a dictionary
+            if kind is not None and not re.match(
+                rf"(large_)?string(_view)?$|null$|u?{also or 'string'}\d*$", str(text)
+            ):
+                raise SourceError(f"{url}: column {name!r} has {short(str(kind))}, expected text")
+        wanted = sorted({name for name in names if name is not None})
+        # Without Arrow's threads: see index.py.
+        for batch in table.iter_batches(ROWS_AT_ONCE, columns=wanted, use_threads=False):
+            columns = [[None] * len(batch) if name is None else batch[name].to_pylist() for name in names]
+            for cells in zip(*columns, strict=True):
+                read += 1
+                yield f"row {read}", cells
+    except (pa.ArrowException, UnicodeDecodeError) as error:
+        raise SourceError(f"{url}: after row {read}: not a sound parquet file: {_line(error)}") from error
+
+
+_READERS: dict[str, Callable[[IO[bytes], str, Sequence[str | None]], Iterator[_Row]]] = {
+    "csv": partial(_csv, delimiter=","),
+    "tsv": partial(_csv, delimiter="\t"),
+    "jsonl": _jsonl,
+    "parquet": _parquet,
+}
+
+
+def _lines(file: IO[bytes], url: str) -> Iterator[tuple[int, str]]:
+    """Numbered lines, decoded one by one, so that a bad byte has a line."""
+    for number, line in enumerate(file, 1):
+        try:
+            yield number, line.decode("utf-8-sig" if number == 1 else "utf-8")
+        except UnicodeDecodeError as error:
+            raise SourceError(f"{url}: line {number}: not UTF-8 ({error.reason}); save the table as UTF-8") from error
+
+
+def _check_columns(where: str, names: Sequence[str | None], there: Sequence[str]) -> None:
+    for role, name in zip(("image", "caption", "key"), names, strict=True):
+        if name is not None and name not in there:
+            found = ", ".join(there) or "none"
+            raise SourceError(f"{where}: no column {name!r}; set source.columns.{role} to one it has: {found}")
+
+
+def _key(value: object, url: str, where: str) -> str:
+    if isinstance(value, str) and value:
+        return value
+    if isinstance(value, int) and not isinstance(value, bool):
+        return str(value)
+    raise SourceError(f"{url}: {where}: {short(value)} is no key; expected a text or a whole number")
+
+
+def _is_text(value: object) -> bool:
+    """JSON can spell half a surrogate pair, which is no character and cannot be written anywhere."""
+    return isinstance(value, str) and not any("\ud800" <= letter <= "\udfff" for letter in value)
+
+
+def _resolve(table: str, place: str) -> str:
+    if _WEB.match(table) and not re.match(r"[a-z0-9+.-]+:", place, re.IGNORECASE):
+        return urljoin(table, place)  # a server's table names the server's files, never this machine's
+    return place if _ABSOLUTE.match(place) else f"{table.rpartition('/')[0]}/{place}"
+
+
+def _extension(place: str, images: Sequence[str]) -> str:
+    path = re.split(r"[?#]", place)[0] if _WEB.match(place) else place
+    suffix = path.rpartition("/")[2].rpartition(".")[2].lower()
+    return suffix if suffix in images else images[0]
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())
