@@ -7,6 +7,7 @@ source's own, untouched, else our provenance), and the source's other fields as 
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import io
 import os
@@ -19,13 +20,25 @@ from typing import IO, Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from smsbatch.data.sample import Outcome, Unit, row_schema
+from smsbatch.data.sample import ROW_SCHEMA, Outcome, row_schema
 from smsbatch.data.tars import END_OF_ARCHIVE, Member, Members, split_name
 from smsbatch.errors import StorageError
 
-__all__ = ["check_tar", "concat_rows", "concat_tars", "digest", "read_rows", "read_tar", "write_rows", "write_tar"]
+__all__ = [
+    "check_tar",
+    "concat_rows",
+    "concat_tars",
+    "count_rows",
+    "digest",
+    "read_outcomes",
+    "read_rows",
+    "read_tar",
+    "write_rows",
+    "write_tar",
+]
 
 CHUNK = 1 << 20
+OUTCOME_COLUMNS = [column.name for column in dataclasses.fields(Outcome) if column.name in ROW_SCHEMA.names]
 
 
 def write_tar(path: Path, outcomes: Iterable[Outcome]) -> None:
@@ -82,17 +95,8 @@ def check_tar(path: Path) -> list[str]:
     return [key for key, _ in groupby(_split(member.name)[0] for member in members)]
 
 
-def write_rows(
-    path: Path,
-    outcomes: Iterable[Outcome],
-    unit: Unit,
-    attempt: str,
-    worker: str,
-    metrics: Sequence[str],
-    tar_sha256: str,
-) -> None:
-    """Write one row per outcome, durably; the file's metadata names the tar it belongs to."""
-    rows = [outcome.row(unit, attempt, worker, metrics) for outcome in outcomes]
+def write_rows(path: Path, rows: Sequence[Mapping[str, Any]], metrics: Sequence[str], tar_sha256: str) -> None:
+    """Write rows of `row_schema(metrics)`, durably; the file's metadata names the tar it belongs to."""
     _write_table(path, pa.Table.from_pylist(rows, schema=row_schema(metrics)), tar_sha256)
 
 
@@ -105,6 +109,40 @@ def read_rows(source: Path | IO[bytes]) -> list[dict[str, Any]]:
     """All rows of a shard or an attempt."""
     rows: list[dict[str, Any]] = pq.ParquetFile(source, pre_buffer=False).read(use_threads=False).to_pylist()
     return rows
+
+
+def count_rows(file: IO[bytes]) -> int:
+    """How many rows a shard or an attempt has, from its footer alone; ValueError if that is damaged or missing."""
+    rows: int = pq.read_metadata(file).num_rows
+    return rows
+
+
+def read_outcomes(tar: Path, parquet: Path) -> list[Outcome]:
+    """The outcomes that an attempt's files were written from, as far as they hold them.
+
+    A result is known by the digest in its row. The other members all come back as `fields`, those that we made too, so
+    that writing the outcomes gives the same tar.
+    """
+    with tar.open("rb") as file:
+        members, _ = _whole(file, tar)
+        fields: dict[str, dict[str, bytes]] = {}
+        for name, offset, length in members:
+            key = _split(name)[0]
+            file.seek(offset)
+            fields.setdefault(key, {})[name.removeprefix(f"{key}.")] = file.read(length)
+    return [_outcome(row, fields.get(row["key"], {})) for row in read_rows(parquet)]
+
+
+def _outcome(row: Mapping[str, Any], fields: dict[str, bytes]) -> Outcome:
+    columns = {name: row[name] for name in OUTCOME_COLUMNS}
+    measured = {name: value for name, value in row.items() if name not in ROW_SCHEMA.names and value is not None}
+    if row["status"] != "success":
+        return Outcome(**columns, metrics=measured)
+    of_image = [name for name, data in fields.items() if hashlib.sha256(data).hexdigest() == row["sha256"]]
+    if not of_image:
+        raise StorageError(f"{row['key']}: the tar has not the picture of its row; run smsbatch repair")
+    image = fields.pop(of_image[0])
+    return Outcome(**columns, image=image, image_field=of_image[0], metrics=measured, fields=fields)
 
 
 def digest(path: Path) -> str:

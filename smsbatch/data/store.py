@@ -124,21 +124,22 @@ class Store:
     def create(self, path: str, source: bytes | Path) -> bool:
         """Write the whole object only if there is none: True for the one writer who did, False for all others."""
         with storage_errors("write", self.locate(path)):
-            try:
-                if self.is_local:
-                    target = Path(self._full(path))
-                    with self._staged(source, target) as staged:
+            if self.is_local:
+                target = Path(self._full(path))
+                with self._staged(source, target) as staged:
+                    try:
                         os.link(staged, target)  # fails if the name is taken, which rename does not
-                        _fsync(target.parent)
-                    return True
-                door = self._door
-                atomic = self.conditional and door.can_create
-                if not atomic and door.find(self._full(path)):
-                    return False
+                    except FileExistsError:
+                        return False
+                    _fsync(target.parent)
+                return True
+            door = self._door
+            atomic = self.conditional and door.can_create
+            if not atomic and door.find(self._full(path)):
+                return False
+            try:
                 door.upload(self._full(path), source, create=atomic)
             except FileExistsError:
-                if self.is_local and self.size(path) is None:  # it was a folder of the path that exists, as a file
-                    raise
                 return False
             self._check_arrival(path, source)
             return True
@@ -219,7 +220,7 @@ class Store:
     def _check_arrival(self, path: str, source: bytes | Path) -> None:
         sent = len(source) if isinstance(source, bytes) else source.stat().st_size
         found = self.size(path)
-        if found != sent:
+        if found not in (sent, None):  # gone: somebody who replaces it was faster
             raise StorageError(f"cannot write {self.locate(path)}: {sent} bytes were sent, it has {found}; run again")
 
     @contextmanager

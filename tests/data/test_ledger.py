@@ -5,6 +5,9 @@
 3. a commit, once there, stands; who loses the race gets the winner's
 4. nothing half-written can look done, and nothing temporary stays behind a failure
 5. the published tar is a function of the outcomes alone: not of attempts, workers or the size of units
+6. a retry replaces what it retried in one decision, and keeps it
+
+`test_ledger_model.py` holds the first four under random schedules.
 """
 
 from __future__ import annotations
@@ -14,17 +17,17 @@ import hashlib
 import itertools
 import multiprocessing
 import os
-import random
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from making import leftovers, outcome, outcomes_of
 
 from smsbatch.data.ledger import Commit, FileProof, Ledger, Published, new_attempt
-from smsbatch.data.sample import Unit
+from smsbatch.data.sample import Outcome, Unit
 from smsbatch.data.shards import read_rows, read_tar
 from smsbatch.data.store import Store
 from smsbatch.errors import StorageError
@@ -96,9 +99,9 @@ def test_commit_and_publish(tmp_path: Path) -> None:
 
 def test_records_survive_json() -> None:
     files = {"tar": FileProof("ab", 1), "parquet": FileProof("cd", 2)}
-    commit = Commit(1, "a", "wörker", 3, 1, 2, {"oom": 2}, 1.5, "2026-01-01T00:00:00+00:00", files)
+    commit = Commit(1, 2, "a", "wörker", 3, 1, 2, {"oom": 2}, 1.5, "2026-01-01T00:00:00+00:00", files)
     assert Commit.from_json(commit.to_json()) == commit
-    published = Published(1, ["a", "b"], 3, 1, 2, files)
+    published = Published(1, 2, ["a", "b"], 3, 1, 2, {"oom": 2}, 1.5, files)
     assert Published.from_json(published.to_json()) == published
 
 
@@ -298,7 +301,10 @@ def test_an_attempt_that_is_not_what_was_committed_is_not_published(tmp_path: Pa
     path.unlink()
     if damage != "gone":
         path.write_bytes(data[:-512] if damage == "cut" else data[:600] + bytes([data[600] ^ 1]) + data[601:])
-    with pytest.raises(StorageError, match=r"is not what was committed; delete .*/commits/000000\.json and run again"):
+    with pytest.raises(
+        StorageError,
+        match=r"(is not what was committed|is gone, .* collected by gc); delete .*/commits/000000\.json and run again",
+    ):
         ledger.publish(0, [UNIT])
     assert store.list("shards") == store.list("metrics") == []
     store.delete("_smsbatch/commits/000000.json")  # the advice
@@ -310,65 +316,226 @@ def test_an_attempt_that_is_not_what_was_committed_is_not_published(tmp_path: Pa
 def test_a_commit_of_another_making_is_named(tmp_path: Path, data: bytes) -> None:
     store = Store(tmp_path)
     store.put("_smsbatch/commits/000000.json", data)
-    with pytest.raises(StorageError, match=r"commits/000000\.json is no record of this version"):
+    with pytest.raises(StorageError, match=r"commits/000000\.json is empty, cut or of another version .*; delete it"):
         Ledger(store).commits()
 
 
-# --- a model: crashes, zombies and races in any order ---
+def test_a_damaged_commit_is_never_published(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    ledger = Ledger(store)
+    units = cut(6, 3, 6)
+    for unit in units:
+        ledger.commit(unit, outcomes_of(unit), worker="w", seconds=1.0)
+    os.truncate(tmp_path / "_smsbatch" / "commits" / "000001.json", 0)
+    assert ledger.done() == {0, 1}  # names alone
+    for act in (ledger.commits, lambda: ledger.committed(1), lambda: ledger.publish(0, units)):
+        with pytest.raises(StorageError, match=r"commits/000001\.json is empty, cut or of another version"):
+            act()
+    assert store.list("shards") == []
+    store.delete("_smsbatch/commits/000001.json")  # the advice
+    finish(ledger, units)
+    check_published(store, units)
 
 
-class Crash(BaseException):
-    """The process died here; nothing of ours may catch it."""
+def test_a_damaged_record_of_a_shard_is_written_anew(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    ledger = Ledger(store)
+    finish(ledger, [UNIT])
+    record = ledger.published(0)
+    os.truncate(tmp_path / "_smsbatch" / "published" / "000000.json", 40)
+    assert ledger.published(0) is None
+    assert ledger.publications() == {}
+    assert ledger.publish(0, [UNIT]) == record
+    assert ledger.publications() == {0: record}
 
 
-class Unreliable(Store):
-    """Before and after each write the process may die, or be overtaken by another that works on the same units."""
+def test_published_bytes_that_were_changed_are_replaced_when_asked(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    ledger = Ledger(store)
+    finish(ledger, [UNIT])
+    tar = tmp_path / "shards" / "000000.tar"
+    data = tar.read_bytes()
+    tar.write_bytes(data[:600] + bytes([data[600] ^ 1]) + data[601:])
+    ledger.publish(0, [UNIT])
+    assert tar.read_bytes() != data  # as long as it was
+    ledger.publish(0, [UNIT], again=True)
+    assert tar.read_bytes() == data
+    check_published(store, [UNIT])
 
-    def __init__(self, url: str, chance: random.Random, others: list[Callable[[], None]]) -> None:
-        super().__init__(url)
-        self.chance, self.others = chance, others
 
-    def _interrupted(self) -> None:
-        if self.chance.random() < 0.12:
-            raise Crash
-        if self.others and self.chance.random() < 0.15:
-            other = self.others.pop()
-            with suppress(Crash):
-                other()
+def test_publications_need_no_look_at_each_shard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = Store(tmp_path)
+    ledger = Ledger(store)
+    units = cut(24, 2, 4)
+    finish(ledger, units)
+    (tmp_path / "shards" / "000001.tar").unlink()
+    os.truncate(tmp_path / "metrics" / "000002.parquet", 10)
+    one_by_one = {shard: record for shard in range(6) if (record := ledger.published(shard)) is not None}
+    monkeypatch.setattr(Store, "size", None)
+    assert ledger.publications() == one_by_one
+    assert list(one_by_one) == [0, 3, 4, 5]
+    assert one_by_one[0].errors == {"decode_error": 1}
+    assert one_by_one[0].seconds == 2.0
 
-    def put(self, path: str, source: bytes | Path) -> None:
-        self._interrupted()
-        super().put(path, source)
-        self._interrupted()
+
+# --- generations ---
+
+
+def retried(ledger: Ledger, unit: Unit, salt: str) -> list[Outcome]:
+    """The outcomes of a unit with the failed ones stylized after all."""
+    standing = ledger.committed(unit.id)
+    assert standing is not None
+    return [
+        item if item.succeeded else replace(outcome(int(item.key[4:]), salt), attempts=item.attempts + 1)
+        for item in ledger.outcomes(standing)
+    ]
+
+
+def retry(ledger: Ledger, unit: Unit, salt: str = "retried") -> Commit:
+    standing = ledger.committed(unit.id)
+    assert standing is not None
+    return ledger.commit(
+        unit, retried(ledger, unit, salt), worker="later", seconds=2.0, generation=standing.generation + 1
+    )
+
+
+@pytest.mark.parametrize("fields", [{}, {"Seg.png": b"mask", "json": b"{ }", "txt": b"\xff", "webp": b"the source"}])
+def test_outcomes_come_back_as_they_were_committed(tmp_path: Path, fields: dict[str, bytes]) -> None:
+    store = Store(tmp_path)
+    ledger = Ledger(store, metrics=["lpips", "clip"])
+    good = Outcome(
+        "ä", "s3://b/a.tar", b"x", "webp", caption="c", prompt="p", width=8, height=9, seed=2**64 - 1, seconds=1.5,
+        source_sha256="ab", steps=3, original_key="Ä", attempts=2, metrics={"lpips": 0.1}, fields=fields,
+    )  # fmt: skip
+    same = replace(good, key="b", fields={"png": b"x"})  # a field of the very bytes of the result
+    unit = Unit(3, 0, 0, 3)
+    first = ledger.commit(unit, [good, same, outcome(1, failed=True)], worker="w", seconds=1.0)
+    found = ledger.outcomes(first)
+    assert [item.key for item in found] == ["ä", "b", "key-0001"]
+    assert found[0].metrics == pytest.approx({"lpips": 0.1})
+    again = ledger.attempt(unit, found, worker="v", seconds=1.0, generation=1)
+    assert again.files["tar"] == first.files["tar"]
+    tables = []
+    for commit in (first, again):
+        with store.open_read(f"_smsbatch/attempts/000003/{commit.attempt}.parquet") as file:
+            tables.append(read_rows(file))
+    for old, new in zip(*tables, strict=True):
+        assert new == old | {"attempt": again.attempt, "worker": "v", "generation": 1}
+
+
+def test_a_retry_is_published_under_the_same_names_and_the_old_files_are_kept(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    ledger = Ledger(store)
+    units = cut(12, 3, 6)
+    finish(ledger, units)
+    old = {name: store.read(name) for name in ("shards/000000.tar", "metrics/000000.parquet")}
+    records = ledger.publications()
+    commit = retry(ledger, units[1])
+    assert (commit.generation, commit.failed, commit.worker) == (1, 0, "later")
+    assert ledger.committed(1) == ledger.commits()[1] == commit
+    assert ledger.done() == {0, 1, 2, 3}
+    assert ledger.published(0) == records[0]  # until it is replaced
+    assert not records[0].made_of([ledger.commits()[unit.id] for unit in units[:2]])
+    finish(ledger, units)
+    check_published(store, units)
+    assert (ledger.publications()[0].generation, ledger.publications()[1]) == (1, records[1])
+    assert {name: store.read(f"_smsbatch/generations/0/{name}") for name in old} == old
+    assert Published.from_json(store.read("_smsbatch/generations/0/published/000000.json")) == records[0]
+    with store.open_read("metrics/000000.parquet") as file:
+        rows = read_rows(file)
+    assert [row["generation"] for row in rows] == [0, 0, 0, 1, 1, 1]
+    assert [row["attempts"] for row in rows] == [1, 1, 1, 2, 1, 1]  # key 3 alone had failed
+    assert leftovers(store) == []
+    assert len(store.list("_smsbatch/generations")) == 3
+
+
+def test_of_racing_retries_one_wins_and_an_older_one_changes_nothing(tmp_path: Path) -> None:
+    ledger = Ledger(Store(tmp_path))
+    finish(ledger, [UNIT])
+    first = ledger.attempt(UNIT, retried(ledger, UNIT, "one"), worker="one", seconds=1.0, generation=1)
+    second = ledger.attempt(UNIT, retried(ledger, UNIT, "two"), worker="two", seconds=1.0, generation=1)
+    late = ledger.attempt(UNIT, outcomes_of(UNIT), worker="late", seconds=1.0)
+    assert ledger.decide(second) == second == ledger.decide(first) == ledger.decide(late)
+    with pytest.raises(StorageError, match=r"commits/000000\.g2\.json is gone"):
+        ledger.decide(replace(first, generation=3))
+    finish(ledger, [UNIT])
+    check_published(ledger.store, [UNIT])
+
+
+def test_an_attempt_that_was_collected_is_not_decided(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    ledger = Ledger(store)
+    late = ledger.attempt(UNIT, outcomes_of(UNIT), worker="late", seconds=1.0)
+    store.delete(f"_smsbatch/attempts/000000/{late.attempt}.tar")
+    with pytest.raises(StorageError, match=r"\.tar is gone or cut; run again"):
+        ledger.decide(late)
+    assert ledger.done() == set()
+    finish(ledger, [UNIT])
+    assert ledger.decide(late) == ledger.committed(0)
+
+
+def test_outcomes_that_were_collected_are_named(tmp_path: Path) -> None:
+    ledger = Ledger(Store(tmp_path))
+    commit = ledger.commit(UNIT, outcomes_of(UNIT), worker="w", seconds=1.0)
+    ledger.store.delete(f"_smsbatch/attempts/000000/{commit.attempt}.tar")
+    with pytest.raises(StorageError, match=r"\.tar is gone, deleted or collected by gc; delete .*000000\.json"):
+        ledger.outcomes(commit)
+
+
+class Zombie(Store):
+    """Falls asleep before one of its writes to a name, wakes when others have published anew, and may then die."""
+
+    def __init__(self, root: Path, name: str, meanwhile: Callable[[], object], dies: bool) -> None:
+        super().__init__(root)
+        self.name, self.meanwhile, self.dies = name, meanwhile, dies
+
+    def _sleep(self, path: str) -> bool:
+        if path != self.name:
+            return False
+        self.name = ""
+        self.meanwhile()
+        return self.dies
 
     def create(self, path: str, source: bytes | Path) -> bool:
-        self._interrupted()
+        dies = self._sleep(path)
         created = super().create(path, source)
-        self._interrupted()
+        if dies:
+            raise InterruptedError
         return created
 
+    def delete(self, path: str) -> None:
+        dies = self._sleep(path)
+        super().delete(path)
+        if dies:
+            raise InterruptedError
 
-@pytest.mark.parametrize("seed", range(20))
-def test_any_schedule_ends_with_every_row_once(seed: int, tmp_path: Path) -> None:
-    chance = random.Random(seed)
-    url = f"memory://ledger-{seed}-{os.getpid()}-{tmp_path.name}"
-    units = cut(18, 3, 9)
-    seen: dict[int, Commit] = {}
 
-    def worker(name: str, others: list[Callable[[], None]]) -> None:
-        ledger = Ledger(Unreliable(url, chance, others))
-        for unit in chance.sample(units, len(units)):
-            commit = ledger.commit(unit, outcomes_of(unit, name), worker=name, seconds=1.0)
-            assert seen.setdefault(unit.id, commit) == commit  # guarantee 3
-            ledger.publish(unit.shard, by_shard(units)[unit.shard])
+@pytest.mark.parametrize("dies", [False, True])
+@pytest.mark.parametrize("name", ["shards/000000.tar", "metrics/000000.parquet", "_smsbatch/published/000000.json"])
+@pytest.mark.parametrize("begun", [False, True])
+def test_a_publisher_that_wakes_after_a_newer_one_leaves_no_lie(
+    begun: bool, name: str, dies: bool, tmp_path: Path
+) -> None:
+    """`begun`: the zombie replaces a publication itself, and so may delete what it finds."""
+    ledger = Ledger(Store(tmp_path))
+    ledger.commit(UNIT, outcomes_of(UNIT, "first"), worker="w", seconds=1.0)
+    if begun:
+        ledger.publish(0, [UNIT])
+        unsettled = retried(ledger, UNIT, "again")[:-1]
+        unsettled.append(Outcome("key-0003", "src.tar", error_code="oom"))
+        ledger.commit(UNIT, unsettled, worker="w", seconds=1.0, generation=1)
 
-    for round in range(200):
-        others = [lambda name=f"zombie-{round}-{n}": worker(name, []) for n in range(3)]
-        try:
-            worker(f"worker-{round}", others)
-        except Crash:
-            continue
-        break
-    store = Store(url)
-    assert Ledger(store).commits() == {unit.id: seen[unit.id] for unit in units}
-    check_published(store, units)
+    def meanwhile() -> None:
+        retry(ledger, UNIT)
+        assert ledger.publish(0, [UNIT]) is not None
+
+    zombie = Ledger(Zombie(tmp_path, name, meanwhile, dies))
+    with suppress(StorageError, InterruptedError):
+        zombie.publish(0, [UNIT])
+    if ledger.published(0) is not None:
+        check_published(ledger.store, [UNIT])
+    else:
+        assert dies
+        assert begun
+    finish(ledger, [UNIT])
+    check_published(ledger.store, [UNIT])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import tarfile
 from pathlib import Path
@@ -15,7 +16,18 @@ from making import make_tar, outcome, outcomes_of
 from webdataset.tariterators import group_by_keys, tar_file_iterator
 
 from smsbatch.data.sample import ROW_SCHEMA, Outcome, Unit, row_schema
-from smsbatch.data.shards import check_tar, concat_rows, concat_tars, digest, read_rows, read_tar, write_rows, write_tar
+from smsbatch.data.shards import (
+    check_tar,
+    concat_rows,
+    concat_tars,
+    count_rows,
+    digest,
+    read_outcomes,
+    read_rows,
+    read_tar,
+    write_rows,
+    write_tar,
+)
 from smsbatch.errors import StorageError
 
 key = st.text(st.characters(exclude_categories=["Cs", "Cc"], exclude_characters="./_"), min_size=1, max_size=12)
@@ -123,9 +135,8 @@ def test_a_tar_of_others_is_not_read_as_a_shard(tmp_path: Path) -> None:
 
 
 def rows_file(path: Path, unit: Unit, metrics: tuple[str, ...] = ("lpips",), attempt: str = "a1") -> Path:
-    write_rows(
-        path, outcomes_of(unit), unit=unit, attempt=attempt, worker="w", metrics=metrics, tar_sha256=f"of {attempt}"
-    )
+    rows = [item.row(unit, attempt, "w", metrics) for item in outcomes_of(unit)]
+    write_rows(path, rows, metrics, tar_sha256=f"of {attempt}")
     return path
 
 
@@ -158,6 +169,22 @@ def test_joined_rows_keep_order_and_schema(tmp_path: Path) -> None:
 def test_all_failed_rows_still_have_the_metric_columns(tmp_path: Path) -> None:
     rows_file(tmp_path / "a.parquet", Unit(0, 0, 3, 4), metrics=("lpips", "clip"))
     assert pq.read_schema(tmp_path / "a.parquet").names[-2:] == ["lpips", "clip"]
+
+
+def test_rows_are_counted_by_the_footer_alone(tmp_path: Path) -> None:
+    path = rows_file(tmp_path / "a.parquet", Unit(0, 0, 3, 9))
+    with path.open("rb") as file:
+        assert count_rows(file) == 6
+    for damaged in (b"", path.read_bytes()[:-9]):
+        with pytest.raises(ValueError, match="Parquet"):
+            count_rows(io.BytesIO(damaged))
+
+
+def test_outcomes_of_a_tar_without_their_picture_are_refused(tmp_path: Path) -> None:
+    rows = rows_file(tmp_path / "a.parquet", Unit(0, 0, 0, 1))
+    write_tar(tmp_path / "a.tar", [outcome(0, "another")])
+    with pytest.raises(StorageError, match="key-0000: the tar has not the picture of its row"):
+        read_outcomes(tmp_path / "a.tar", rows)
 
 
 def test_an_existing_file_is_never_written_into(tmp_path: Path) -> None:
