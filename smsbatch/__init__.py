@@ -26,9 +26,14 @@ if TYPE_CHECKING:
         StorageError,
         WeightsError,
     )
-    from smsbatch.execution.drive import Status, run, status
+    from smsbatch.execution.audit import Collected, Problem, Repaired, Verification, gc, repair, verify
+    from smsbatch.execution.doctor import Check, doctor
+    from smsbatch.execution.drive import run
+    from smsbatch.execution.failures import failures
     from smsbatch.execution.plan import Plan, plan
+    from smsbatch.execution.replay import Replayed, replay
     from smsbatch.execution.report import Report
+    from smsbatch.execution.status import Status, status
     from smsbatch.execution.stylizer import Stylizer
     from smsbatch.manifest import Manifest
     from smsbatch.manifest_file import load
@@ -47,18 +52,28 @@ _HOMES = {
     ),
     "smsbatch.manifest": ("Manifest",),
     "smsbatch.manifest_file": ("load",),
-    "smsbatch.execution.drive": ("Status", "run", "status"),
+    "smsbatch.execution.audit": ("Collected", "Problem", "Repaired", "Verification", "gc", "repair", "verify"),
+    "smsbatch.execution.doctor": ("Check", "doctor"),
+    "smsbatch.execution.drive": ("run",),
+    "smsbatch.execution.failures": ("failures",),
     "smsbatch.execution.plan": ("Plan", "plan"),
+    "smsbatch.execution.replay": ("Replayed", "replay"),
     "smsbatch.execution.report": ("Report",),
+    "smsbatch.execution.status": ("Status", "status"),
     "smsbatch.execution.stylizer": ("Stylizer",),
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names}
 
 __all__ = [
+    "Check",
+    "Collected",
     "DriftError",
     "Manifest",
     "ManifestError",
     "Plan",
+    "Problem",
+    "Repaired",
+    "Replayed",
     "Report",
     "RequestError",
     "RunError",
@@ -68,11 +83,18 @@ __all__ = [
     "Status",
     "StorageError",
     "Stylizer",
+    "Verification",
     "WeightsError",
+    "doctor",
+    "failures",
+    "gc",
     "load",
     "plan",
+    "repair",
+    "replay",
     "run",
     "status",
+    "verify",
 ]
 
 

@@ -1,7 +1,7 @@
 """The command line: parse, call, print. Everything it can do, `import smsbatch` can do too.
 
-Exit codes: 0 done; 1 finished with too many failures, or a unit lost; 2 the request was wrong; 3 storage;
-130 interrupted.
+Exit codes: 0 done; 1 finished with too many failures, a unit lost, or a problem found; 2 the request was wrong;
+3 storage; 130 interrupted.
 """
 
 from __future__ import annotations
@@ -9,19 +9,19 @@ from __future__ import annotations
 import json
 import shlex
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from time import monotonic
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from smsbatch.errors import SmsbatchError
+from smsbatch.errors import RequestError, SmsbatchError
 
 if TYPE_CHECKING:
-    from smsbatch.execution.drive import Status
-    from smsbatch.execution.report import Report
+    from smsbatch.manifest import Manifest
+    from smsbatch.terminal import Display
 
 app = typer.Typer(
     help="Stylize image datasets with Style Matching Score.",
@@ -32,6 +32,9 @@ app = typer.Typer(
 )
 
 ManifestFile = Annotated[Path, typer.Argument(help="The manifest, a YAML file.", metavar="MANIFEST")]
+Where = Annotated[
+    str, typer.Argument(help="A manifest, or the output path or URL of a run.", metavar="MANIFEST|OUTPUT")
+]
 Override = Annotated[
     list[str] | None,
     typer.Option(
@@ -43,68 +46,235 @@ Override = Annotated[
 Limit = Annotated[
     int | None, typer.Option(help="Take only the first N samples: --set source.limit=N.", min=1, metavar="N")
 ]
+AllowDrift = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--allow-drift",
+        help="Go on although this key of the manifest, `weights` or `inputs` changed; it is noted. Again for more.",
+        metavar="KEY",
+    ),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
-
-_INTERVAL_S = 10.0  # between two JSON lines where nobody watches
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Only say what would be done.")]
+Full = Annotated[bool, typer.Option("--full", help="Read every byte: digests, archives, rows, pictures.")]
 
 
 @app.command()
-def run(manifest: ManifestFile, set_: Override = None, limit: Limit = None, as_json: AsJson = False) -> None:
+def run(
+    manifest: ManifestFile,
+    set_: Override = None,
+    limit: Limit = None,
+    retry_failed: Annotated[
+        bool, typer.Option("--retry-failed", help="Try failed samples again too, and publish a new generation.")
+    ] = False,
+    code: Annotated[
+        list[str] | None,
+        typer.Option("--code", help="With --retry-failed: only this error code. Again for more.", metavar="CODE"),
+    ] = None,
+    allow_drift: AllowDrift = None,
+    as_json: AsJson = False,
+) -> None:
     """Plan if there is no plan, then work. Running it again goes on where it stopped."""
     import smsbatch as sb
+    from smsbatch import terminal
 
-    with _failures(as_json):
+    with _failures(as_json, "all commits are kept, the same command goes on from here"):
+        if code and not retry_failed:
+            raise RequestError("--code says what to retry, so it needs --retry-failed")
         loaded = sb.load(manifest, _overrides(set_, limit))
-        shown = _JsonLines(err=as_json) if as_json or not sys.stdout.isatty() else _Live()
-        with shown:
-            report = sb.run(loaded, shown.update)
-        if as_json:
-            _print_json(report.to_dict())
-        else:
-            _summary(report, shown.worked)
+        with _display(as_json) as shown:
+            report = sb.run(
+                loaded, shown.update, retry_failed=retry_failed, codes=code or (), allow_drift=allow_drift or ()
+            )
+        _show(as_json, report.to_dict, terminal.summary(report, shown.worked))
 
 
 @app.command()
-def plan(manifest: ManifestFile, set_: Override = None, limit: Limit = None, as_json: AsJson = False) -> None:
-    """Say what `run` would do. Writes nothing."""
+def plan(
+    manifest: ManifestFile,
+    set_: Override = None,
+    limit: Limit = None,
+    probe: Annotated[
+        int, typer.Option(help="Stylize N samples to estimate time and bytes; nothing is kept.", min=0, metavar="N")
+    ] = 0,
+    price_per_gpu_hour: Annotated[
+        float | None, typer.Option(help="With --probe: estimate the cost at this price.", min=0, metavar="PRICE")
+    ] = None,
+    allow_drift: AllowDrift = None,
+    as_json: AsJson = False,
+) -> None:
+    """Say what `run` would do, and what it would cost. Writes nothing."""
     import smsbatch as sb
+    from smsbatch import terminal
 
     with _failures(as_json):
-        planned = sb.plan(sb.load(manifest, _overrides(set_, limit)))
-        if as_json:
-            _print_json(planned.to_dict())
-            return
-        typer.echo(f"{planned} of {planned.manifest.objective.steps} steps each, to {planned.manifest.output.path}")
-        for notice in planned.notices:
-            typer.echo(f"note: {notice}")
+        planned = sb.plan(
+            sb.load(manifest, _overrides(set_, limit)),
+            probe=probe,
+            price_per_gpu_hour=price_per_gpu_hour,
+            allow_drift=allow_drift or (),
+        )
         options = [part for override in set_ or () for part in ("--set", override)]
         options += [] if limit is None else ["--limit", str(limit)]
-        typer.echo(f"Start it with: smsbatch run {shlex.join([str(manifest), *options])}")
+        options += [part for key in allow_drift or () for part in ("--allow-drift", key)]
+        start = f"Start it with: smsbatch run {shlex.join([str(manifest), *options])}"
+        _show(as_json, planned.to_dict, [*terminal.plan(planned), start])
 
 
 @app.command()
 def status(
-    output: Annotated[str, typer.Argument(help="A manifest, or the output path of a run.", metavar="MANIFEST|OUTPUT")],
+    where: Where,
     set_: Override = None,
+    watch: Annotated[bool, typer.Option("--watch", help="Go on showing it until the run is finished.")] = False,
+    interval: Annotated[float, typer.Option(help="With --watch: between two looks.", min=0.1, metavar="SECONDS")] = 5.0,
     as_json: AsJson = False,
 ) -> None:
     """Say how far a run is, from its storage alone."""
     import smsbatch as sb
+    from smsbatch import terminal
 
     with _failures(as_json):
-        is_manifest = output.endswith((".yaml", ".yml"))
-        found = sb.status(sb.load(output, set_ or ()).output.path if is_manifest else output)
-        if as_json:
-            _print_json(found.to_dict())
-        else:
-            typer.echo("\n".join(_lines(found)))
-            if not found.finished and not found.workers:
-                typer.echo("  nobody is at work on it; `smsbatch run` goes on")
+        found_at = _where(where, set_)
+        now = sb.status(found_at)
+        if watch:
+            try:
+                with terminal.Watch(as_json) as shown:
+                    shown.update(now)
+                    while not now.finished:
+                        time.sleep(interval)
+                        now = sb.status(found_at)
+                        shown.update(now)
+            except KeyboardInterrupt:
+                raise typer.Exit from None  # to leave is how one ends to watch
+            return
+        idle = [] if now.finished or any(driver.alive for driver in now.drivers) else [terminal.IDLE]
+        _show(as_json, now.to_dict, [*terminal.status(now, ages=True), *idle])
+
+
+@app.command()
+def errors(
+    where: Where,
+    set_: Override = None,
+    code: Annotated[str | None, typer.Option(help="Only this error code.", metavar="CODE")] = None,
+    limit: Annotated[int | None, typer.Option(help="At most N samples.", min=1, metavar="N")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """List the failed samples, and count them by error code. With --json a line for each row."""
+    import smsbatch as sb
+    from smsbatch import terminal
+
+    with _failures(as_json):
+        found_at = _where(where, set_)
+        shown = 0
+        for row in sb.failures(found_at, code, limit):
+            if as_json:
+                typer.echo(json.dumps(row, ensure_ascii=False))
+            else:
+                if not shown:
+                    typer.echo(terminal.FAILURE_HEAD)
+                typer.echo(terminal.failure(row))
+            shown += 1
+        if not as_json:
+            _print(terminal.failed(sb.status(found_at), shown))
+
+
+@app.command()
+def verify(where: Where, set_: Override = None, full: Full = False, as_json: AsJson = False) -> None:
+    """Check that a run's files are what they must be.
+
+    By names, sizes and counts; with --full by every byte. Changes nothing.
+    """
+    import smsbatch as sb
+    from smsbatch import terminal
+
+    with _failures(as_json):
+        with terminal.Shards(hidden=as_json or not sys.stdout.isatty()) as shown:
+            found = sb.verify(_where(where, set_), full, shown.progress)
+        _show(as_json, found.to_dict, terminal.verification(found, _again(where, set_)))
+        raise typer.Exit(0 if found.ok else 1)
+
+
+@app.command()
+def repair(
+    where: Where, set_: Override = None, full: Full = False, dry_run: DryRun = False, as_json: AsJson = False
+) -> None:
+    """Mend what `verify` finds.
+
+    A shard is published again from the attempts it was made of; units whose attempts are gone are computed again.
+    """
+    import smsbatch as sb
+    from smsbatch import terminal
+
+    with _failures(as_json, "the same command goes on from here"):
+        with _display(as_json) as shown:
+            result = sb.repair(_where(where, set_), shown.update, full=full, dry_run=dry_run)
+        _show(as_json, result.to_dict, terminal.repaired(result, _again(where, set_)))
+        raise typer.Exit(0 if result.ok or dry_run else 1)
+
+
+@app.command()
+def replay(
+    where: Where,
+    key: Annotated[str, typer.Argument(help="The sample's key.", metavar="KEY")],
+    set_: Override = None,
+    to: Annotated[
+        Path | None, typer.Option(help="Where to write it. Default: KEY.FORMAT here.", metavar="FILE|FOLDER")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Stylize one image of a run again, to a file. Says whether it is the run's."""
+    import smsbatch as sb
+    from smsbatch import terminal
+
+    with _failures(as_json):
+        result = sb.replay(_where(where, set_), key, to)
+        _show(as_json, result.to_dict, terminal.replayed(result))
+        if not result.succeeded:
+            _fail(f"{key}: {result.row['error_code']}: {result.row['error_message']}", 1)
+
+
+@app.command()
+def gc(
+    where: Where,
+    set_: Override = None,
+    dry_run: DryRun = False,
+    attempts: Annotated[
+        bool,
+        typer.Option("--attempts", help="Also those of published shards: half of what is stored, and the reserve."),
+    ] = False,
+    force: Annotated[bool, typer.Option("--force", help="Even while a driver seems to be at work.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Remove what nothing needs any more. Lost attempts, older generations, leftovers of the killed."""
+    import smsbatch as sb
+    from smsbatch import terminal
+
+    with _failures(as_json):
+        found = sb.gc(_where(where, set_), dry_run=dry_run, attempts=attempts, force=force)
+        _show(as_json, found.to_dict, terminal.collected(found, attempts))
+
+
+@app.command()
+def doctor(
+    where: Annotated[
+        str | None, typer.Argument(help="A manifest, or the output path or URL of a run.", metavar="[MANIFEST|OUTPUT]")
+    ] = None,
+    set_: Override = None,
+    as_json: AsJson = False,
+) -> None:
+    """Check this machine, storage, source, weights."""
+    import smsbatch as sb
+    from smsbatch import terminal
+
+    with _failures(as_json):
+        found = sb.doctor(None if where is None else _where(where, set_))
+        _show(as_json, lambda: [check.to_dict() for check in found], terminal.checks(found))
+        raise typer.Exit(1 if any(check.state == "fail" for check in found) else 0)
 
 
 @app.command()
 def schema(as_json: AsJson = True) -> None:
-    """Print the manifest's JSON Schema, with every key, default and explanation."""
+    """Print the JSON Schema of manifests. It has every key, default and explanation."""
     from smsbatch.manifest import Manifest
 
     del as_json  # it is JSON either way; the option is there because every verb has it
@@ -127,10 +297,7 @@ def init(
             _fail(f"{path} exists; choose another name", 2)
         except OSError as error:
             _fail(f"{path}: cannot write it: {error.strerror}", 3)
-    if as_json:
-        _print_json({"written": str(path)})
-    else:
-        typer.echo(f"{path} is written. Edit it, then: smsbatch run {path}")
+    _show(as_json, lambda: {"written": str(path)}, [f"{path} is written. Edit it, then: smsbatch run {path}"])
 
 
 @app.callback(invoke_without_command=True)
@@ -148,9 +315,38 @@ def _overrides(set_: list[str] | None, limit: int | None) -> list[str]:
     return [*(set_ or ()), *([] if limit is None else [f"source.limit={limit}"])]
 
 
+def _where(argument: str, set_: list[str] | None) -> str | Manifest:
+    """A manifest if it is a file, else an output, of which only the way there can be set: `storage` keys."""
+    import smsbatch as sb
+    from smsbatch.execution.standing import of_output
+
+    if Path(argument).is_file() or argument.endswith((".yaml", ".yml")):
+        return sb.load(argument, set_ or ())
+    options = dict(override.partition("=")[::2] for override in set_ or ())
+    if not options:
+        return argument
+    for key in options:
+        if not key.startswith("storage."):
+            raise RequestError(
+                f"--set {key}: {argument} is an output, whose manifest stands; only storage.* can be set"
+            )
+    return of_output(argument, {key.removeprefix("storage."): value for key, value in options.items()})
+
+
+def _again(where: str, set_: list[str] | None) -> str:
+    """The same arguments for another verb."""
+    return shlex.join([where, *(part for override in set_ or () for part in ("--set", override))])
+
+
+def _display(as_json: bool) -> Display:
+    from smsbatch import terminal
+
+    return terminal.Live() if sys.stdout.isatty() and not as_json else terminal.Plain(as_json)
+
+
 @contextmanager
-def _failures(as_json: bool = False) -> Iterator[None]:
-    """Errors on purpose become one line and an exit code; any other is a bug and keeps its traceback."""
+def _failures(as_json: bool = False, interrupted: str = "") -> Iterator[None]:
+    """Errors on purpose become lines and an exit code; any other is a bug and keeps its traceback."""
     try:
         yield
     except SmsbatchError as error:
@@ -158,118 +354,26 @@ def _failures(as_json: bool = False) -> Iterator[None]:
             _print_json({"error": type(error).__name__, "message": str(error), "exit_code": error.exit_code})
         _fail(str(error), error.exit_code)
     except KeyboardInterrupt:
-        _fail("interrupted; all commits are kept, the same command goes on from here", 130)
+        _fail(f"interrupted{'; ' if interrupted else ''}{interrupted}", 130)
 
 
 def _fail(message: str, code: int) -> None:
-    typer.echo(f"smsbatch: {message}", err=True)
+    for line in message.splitlines():
+        typer.echo(f"smsbatch: {line}", err=True)
     raise typer.Exit(code)
+
+
+def _show(as_json: bool, plain: Callable[[], Any], lines: Iterable[str]) -> None:
+    if as_json:
+        _print_json(plain())
+    else:
+        _print(lines)
+
+
+def _print(lines: Iterable[str]) -> None:
+    for line in lines:
+        typer.echo(line)
 
 
 def _print_json(value: Any) -> None:
     typer.echo(json.dumps(value, indent=2 if sys.stdout.isatty() else None, ensure_ascii=False))
-
-
-class _Display:
-    """What `run` shows while it works."""
-
-    worked = False
-
-    def __enter__(self) -> _Display:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        pass
-
-    def update(self, status: Status) -> None:
-        self.worked |= not status.finished and status.units_done < status.units
-
-
-class _JsonLines(_Display):
-    """One JSON line an interval, and one at the end; beside the output (`err`) when that is to be one JSON value."""
-
-    def __init__(self, err: bool) -> None:
-        self._err, self._next = err, 0.0
-
-    def update(self, status: Status) -> None:
-        super().update(status)
-        if status.finished or monotonic() >= self._next:
-            typer.echo(json.dumps(status.to_dict()), err=self._err)
-            self._next = monotonic() + _INTERVAL_S
-
-
-class _Live(_Display):
-    """A few lines that renew themselves."""
-
-    def __init__(self) -> None:
-        from rich.console import Console
-        from rich.live import Live
-        from rich.text import Text
-
-        self._text = Text  # plain: what looks like markup in a name is none
-        self._live = Live(console=Console(), refresh_per_second=4, transient=True)
-
-    def __enter__(self) -> _Live:
-        self._live.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._live.stop()
-
-    def update(self, status: Status) -> None:
-        super().update(status)
-        self._live.update(self._text("\n".join(_lines(status))))
-
-
-def _lines(status: Status) -> list[str]:
-    """A status as text."""
-    share = status.samples_done / status.samples if status.samples else 0.0
-    bar = "█" * round(30 * share) + "░" * (30 - round(30 * share))
-    lines = [
-        f"{status.name}  {bar}  {status.samples_done:,}/{status.samples:,} images  "
-        f"{status.units_done:,}/{status.units:,} units"
-    ]
-    for worker in status.workers:
-        if worker.unit is None:
-            lines.append(f"  {worker.worker}  waiting" if status.units_done else f"  {worker.worker}  starting")
-        else:
-            step = f"step {worker.step} of {worker.steps}" if worker.step else "between two batches"
-            lines.append(f"  {worker.worker}  unit {worker.unit}  {worker.done}/{worker.samples} images  {step}")
-    if status.errors:
-        codes = ", ".join(f"{count} {code}" for code, count in sorted(status.errors.items()))
-        lines.append(f"  {status.failed} failed: {codes}")
-    if status.finished:
-        lines.append("  finished")
-    elif status.rate and status.remaining_s is not None:
-        lines.append(f"  {3600 * status.rate:,.0f} images/h, about {_duration(status.remaining_s)} left")
-    return lines
-
-
-def _count(number: int, word: str) -> str:
-    return f"{number:,} {word}{'' if number == 1 else 's'}"
-
-
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    if hours:
-        return f"{hours} h {minutes:02d} min"
-    return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
-
-
-def _summary(report: Report, worked: bool) -> None:
-    """What there is now, and where. Whole lines: a path that is cut is of no use."""
-    images = f"{report.succeeded:,} stylized, {report.failed:,} failed, {report.planned:,} planned"
-    rows = [("run", report.name), ("images", images)]
-    rows += [("", f"{count:,} {code}") for code, count in sorted(report.errors.items())]
-    rows += [
-        (name, f"{values.mean:.3f} on average, {values.low:.3f} to {values.high:.3f}")
-        for name, values in report.metrics.items()
-    ]
-    each = report.seconds / max(report.planned, 1)
-    rows += [("computing", f"{_duration(report.seconds)} on {_count(report.workers, 'worker')}, {each:.1f} s an image")]
-    rows += [("note", notice) for notice in report.notices]
-    rows += list(report.paths.items())
-    if not worked:
-        typer.echo("Nothing to do: every unit is committed already.")
-    typer.echo("\n".join(f"{name:10} {value}" for name, value in rows))

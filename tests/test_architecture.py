@@ -21,7 +21,8 @@ LAYERS = {
     "diffusion": {"errors", "manifest", "tiny"},
     "metrics": {"errors", "manifest", "tiny"},
     "execution": {"errors", "manifest", "tiny", "data", "diffusion", "metrics"},
-    "cli": {"errors", "manifest", "execution", "smsbatch"},
+    "terminal": {"errors", "manifest", "execution"},
+    "cli": {"errors", "manifest", "execution", "smsbatch", "terminal"},
     "__main__": {"cli"},
     "__init__": {"errors", "manifest", "manifest_file", "execution"},
 }
@@ -31,16 +32,20 @@ DOORS = {
     "diffusers": {"diffusion.prior"},
     "transformers": {"diffusion.prior"},
     "huggingface_hub": {"diffusion.weights"},
-    "torch": {"diffusion", "metrics", "execution.stylizer"},
+    "torch": {"diffusion", "metrics", "execution.stylizer", "execution.doctor"},
     "safetensors": {"diffusion", "metrics"},
     "lpips": {"metrics"},
-    "fsspec": {"data.store"},
+    "fsspec": {"data.remote"},
+    "tenacity": {"data.remote"},
+    "botocore": {"data.s3"},
+    "aiohttp": {"data.s3", "data.web"},
+    "yarl": {"data.web"},
     "pyarrow": {"data"},
     "PIL": {"data.pixels"},
     "pydantic": {"manifest", "manifest_file"},
     "yaml": {"manifest_file"},
     "typer": {"cli"},
-    "rich": {"cli"},
+    "rich": {"terminal"},
 }
 
 

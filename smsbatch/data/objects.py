@@ -18,7 +18,7 @@ from smsbatch.data.sample import Span
 from smsbatch.errors import SampleError, StorageError
 from smsbatch.manifest import Storage
 
-__all__ = ["Listed", "Reader", "Stat", "expand", "list_files", "open_url", "stat"]
+__all__ = ["Listed", "Reader", "Stat", "expand", "list_files", "open_url", "public", "stat"]
 
 
 class Stat(NamedTuple):
@@ -117,6 +117,11 @@ class Reader:
 
     def _too_large(self, name: str, size: int) -> SampleError:
         return SampleError("too_large", f"{name}: {size} bytes or more, source.max_bytes is {self.max_bytes}")
+
+
+def public(url: str) -> str:
+    """A URL as anybody may read it: without passwords and the values of signatures."""
+    return redact(url) if "://" in url else url
 
 
 def _tiny(url: str) -> bool:

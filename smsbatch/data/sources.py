@@ -27,7 +27,7 @@ import pyarrow as pa
 
 from smsbatch.data.index import INDEX_SCHEMA, Part, to_table
 from smsbatch.data.keys import is_extension, map_key
-from smsbatch.data.objects import Listed, Reader, expand, list_files, open_url, stat
+from smsbatch.data.objects import Listed, Reader, expand, list_files, open_url, public, stat
 from smsbatch.data.sample import Entry, Sample, Span
 from smsbatch.data.tables import read_table
 from smsbatch.data.tars import Members, split_name
@@ -207,7 +207,7 @@ def load_sample(entry: Entry, source: Source, reader: Reader) -> Sample:
         raise SampleError("bad_caption", f"column {source.columns.caption!r} of its row is not a text")
     else:
         caption = _short_enough(entry.caption, f"column {source.columns.caption!r} of its row")
-    return Sample(entry.key, entry.url, image, entry.image, caption, others, entry.original_key)
+    return Sample(entry.key, public(entry.url), image, entry.image, caption, others, entry.original_key)
 
 
 def caption_of(fields: Mapping[str, bytes], rules: Sequence[str]) -> str:

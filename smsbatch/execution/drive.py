@@ -5,211 +5,156 @@ Started again it goes on where the commits end, and with nothing left to do it s
 
 from __future__ import annotations
 
-import json
-from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Mapping
+import random
+from collections.abc import Callable, Collection, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
-from datetime import UTC, datetime
 from itertools import groupby
-from time import monotonic
-from typing import Any
 
-from smsbatch.data.index import UNITS, read_units
 from smsbatch.data.ledger import Commit, Ledger
 from smsbatch.data.sample import Unit
 from smsbatch.data.store import Store
 from smsbatch.errors import RequestError, RunError
-from smsbatch.execution.plan import establish, read_run
+from smsbatch.execution.plan import establish, relocate
 from smsbatch.execution.pool import POOLS, Pool
+from smsbatch.execution.record import drivers_commit, inputs_changed, store_of
 from smsbatch.execution.report import SUCCESS, Report, is_reported, summarize, write_report
-from smsbatch.execution.worker import Progress
-from smsbatch.manifest import Manifest
+from smsbatch.execution.status import Heart, Status, Tally, drivers
+from smsbatch.execution.worker import Task
+from smsbatch.manifest import Errors, Manifest
 
-__all__ = ["Status", "run", "status"]
-
-HEARTBEAT = "_smsbatch/heartbeat.json"
-_HEARTBEAT_S = 10.0
-
-
-@dataclass(frozen=True)
-class Status:
-    """How far a run is.
-
-    Attributes:
-        samples_under_way: images' worth of work done in units that are not committed.
-        errors: failed samples by error code.
-        workers: what each worker does now; of `status`, what it did at the last heartbeat.
-        rate: images per second since this driver began, None before its first unit.
-        heartbeat_age_s: seconds since the driver's last sign of life; None without one, and while it is asked itself.
-    """
-
-    name: str
-    units: int
-    units_done: int
-    samples: int
-    samples_done: int
-    samples_under_way: float
-    errors: Mapping[str, int]
-    finished: bool
-    workers: tuple[Progress, ...] = ()
-    rate: float | None = None
-    heartbeat_age_s: float | None = None
-
-    @property
-    def failed(self) -> int:
-        return sum(self.errors.values())
-
-    @property
-    def remaining_s(self) -> float | None:
-        """Seconds left at the present rate."""
-        left = max(0.0, self.samples - self.samples_done - self.samples_under_way)
-        return left / self.rate if self.rate else None
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self) | {"failed": self.failed, "remaining_s": self.remaining_s}
-
-
-class _Tally:
-    """The driver's own count of a run, kept as commits come in."""
-
-    def __init__(self, name: str, units: Iterable[Unit], commits: Mapping[int, Commit]) -> None:
-        self.name = name
-        self.units = {unit.id: unit for unit in units}
-        self.samples = sum(map(len, self.units.values()))
-        self.done: set[int] = set()
-        self.samples_done = 0
-        self.errors: Counter[str] = Counter()
-        for commit in commits.values():
-            self.add(commit)
-        self._before, self._began = self.samples_done, 0.0
-
-    def add(self, commit: Commit) -> None:
-        self.done.add(commit.unit)
-        self.samples_done += commit.samples
-        self.errors.update(commit.errors)
-
-    def status(self, workers: Iterable[Progress] = (), finished: bool = False) -> Status:
-        # What a worker said last may be of a unit whose commit has come since.
-        workers = tuple(
-            Progress(worker.worker, None) if worker.unit and int(worker.unit) in self.done else worker
-            for worker in workers
-        )
-        under_way = sum(map(_worth, workers))
-        fresh = self.samples_done - self._before + under_way
-        if not self._began and any(worker.unit for worker in workers):
-            self._began = monotonic()  # the rate is that of the work, not of loading the models
-        return Status(
-            name=self.name,
-            units=len(self.units),
-            units_done=len(self.done),
-            samples=self.samples,
-            samples_done=self.samples_done,
-            samples_under_way=under_way,
-            errors=dict(self.errors),
-            finished=finished,
-            workers=workers,
-            rate=fresh / (monotonic() - self._began) if fresh and self._began else None,
-        )
-
-
-def _worth(worker: Progress) -> float:
-    """Images' worth of work in a unit that is not finished: whole ones, and the steps of the batch in hand."""
-    if worker.unit is None:
-        return 0.0
-    return worker.done + (worker.batch * worker.step / worker.steps if worker.steps else 0.0)
+__all__ = ["run"]
 
 
 def run(
     manifest: Manifest,
     progress: Callable[[Status], None] = lambda status: None,
+    *,
+    retry_failed: bool = False,
+    codes: Collection[str] = (),
+    allow_drift: Collection[str] = (),
 ) -> Report:
     """Plan if there is no plan, do what is not done, publish, report.
 
     Args:
         progress: called a few times a second.
+        retry_failed: try failed samples again too, and publish their shards as a new generation.
+        codes: only those that failed with one of these error codes.
+        allow_drift: keys of the manifest, `weights` or `inputs` that may have changed since the plan; noted with the
+            run, whose plan is obeyed nevertheless.
 
     Raises:
         RequestError: the manifest, source or weights are wrong, or not those of the run at `output.path`.
         StorageError: the output cannot be read or written; what is committed is kept.
-        RunError: more samples failed than `errors.max_failed_fraction`; everything is written nevertheless.
+        RunError: more samples failed than `errors` allows.
     """
-    pool = POOLS[manifest.compute.pool](manifest)
-    store = Store(manifest.output.path)
-    plan = establish(manifest, store)
-    ledger = Ledger(store, metrics=manifest.metrics)
-    shards = {shard: list(units) for shard, units in groupby(plan.units, lambda unit: unit.shard)}
-    tally = _Tally(manifest.name, plan.units, ledger.commits())
-    todo = [unit for unit in plan.units if unit.id not in tally.done]
-
-    progress(tally.status())
-    if todo:
-        _work(pool, store, ledger, tally, shards, todo, progress)
-    for shard, units in shards.items():
-        ledger.publish(shard, units)
-    report = write_report(store) if todo or not is_reported(store) else summarize(store)
+    if codes and not retry_failed:
+        raise RequestError("codes: they say what to retry, so they need --retry-failed")
+    store = store_of(manifest)
+    with POOLS[manifest.compute.pool](manifest) as pool:
+        plan = establish(manifest, store, pool, allow_drift)
+        ledger = Ledger(store, metrics=manifest.metrics)
+        tally = Tally(manifest.name, plan.units, ledger.commits())
+        todo = [Task(unit) for unit in plan.units if unit.id not in tally.commits]
+        if retry_failed:
+            todo += _again(tally, codes)
+        progress(tally.status())
+        if todo:
+            if inputs_changed(store, manifest, allow_drift):
+                relocate(manifest, store, pool)
+            if not retry_failed:
+                _check_budget(manifest.errors, store, tally)
+            _work(manifest, pool, store, ledger, tally, todo, progress, retry_failed)
+    changed = _publish(ledger, tally)
+    report = write_report(store) if todo or changed or not is_reported(store) else summarize(store)
     progress(tally.status(finished=True))
     allowed = manifest.errors.max_failed_fraction
     if report.failed > allowed * report.planned:
         raise RunError(
             f"{report.failed} of {report.planned} samples failed, more than errors.max_failed_fraction ({allowed:g}) "
-            f"allows; everything is written, see {store.locate('report.html')}; raise the limit if that is good enough"
+            f"allows; everything is written, see {store.locate('report.html')}; raise the limit if that is good "
+            "enough, or mend the cause and run with --retry-failed"
         )
     store.create(SUCCESS, b"")
     return report
 
 
+def _again(tally: Tally, codes: Collection[str]) -> list[Task]:
+    """What is to be tried again: units with failed samples, each as its next generation."""
+    tasks = []
+    for commit in tally.commits.values():
+        wanted = {code for code in commit.errors if not codes or code in codes}
+        if wanted:
+            tasks.append(Task(tally.units[commit.unit], commit.generation + 1, tuple(sorted(wanted))))
+    return tasks
+
+
 def _work(
+    manifest: Manifest,
     pool: Pool,
     store: Store,
     ledger: Ledger,
-    tally: _Tally,
-    shards: Mapping[int, list[Unit]],
-    todo: Collection[Unit],
+    tally: Tally,
+    todo: Sequence[Task],
     progress: Callable[[Status], None],
+    retry_failed: bool,
 ) -> None:
-    missing = {shard: {unit.id for unit in units} - tally.done for shard, units in shards.items()}
-    next_heartbeat = 0.0
-    with pool, ExitStack() as at_the_end:
-        at_the_end.callback(store.delete, HEARTBEAT)  # whoever leaves in order is no longer at work
+    heart, driver_commits = Heart(store), drivers_commit(store)
+    others = [driver for driver in drivers(store, bury=True) if driver.alive]
+    if others and driver_commits:
+        raise RequestError(
+            f"{store.url}: another driver, {others[0].name}, is at work (seen {others[0].age_s:.0f} s ago), and this "
+            "store has no create-only put, so that two cannot share a run; stop one, or try again in a minute"
+        )
+    if others:
+        todo = _shuffled(todo, heart.name)
+    with ExitStack() as at_the_end:
+        at_the_end.callback(heart.stop)  # whoever leaves in order is no longer at work
+        heart.beat(tally.status())
         for commit in pool.work(todo):
             if commit is not None:
+                if driver_commits:
+                    commit = ledger.decide(commit)
                 tally.add(commit)
-                shard = tally.units[commit.unit].shard
-                missing[shard].discard(commit.unit)
-                if not missing[shard]:
-                    ledger.publish(shard, shards[shard])
+                if len(tally.commits) < len(tally.units) and not retry_failed:
+                    _check_budget(manifest.errors, store, tally, commit)
             now = tally.status(pool.progress())
             progress(now)
-            if monotonic() >= next_heartbeat:
-                beat = now.to_dict() | {"time": datetime.now(UTC).isoformat()}
-                store.put(HEARTBEAT, json.dumps(beat).encode())
-                next_heartbeat = monotonic() + _HEARTBEAT_S
+            heart.beat(now)
 
 
-def status(output: str) -> Status:
-    """How far the run at a path or URL is, from what is stored there alone.
+def _shuffled(todo: Sequence[Task], seed: str) -> list[Task]:
+    """Shards in another order than the driver who is at work has: two meet seldom, and then waste a little."""
+    shards = [list(tasks) for _, tasks in groupby(todo, lambda task: task.unit.shard)]
+    random.Random(seed).shuffle(shards)
+    return [task for tasks in shards for task in tasks]
 
-    Raises:
-        RequestError: no run stands there.
-    """
-    store = Store(output)
-    recorded = read_run(store)
-    if recorded is None:
-        raise RequestError(f"{store.url}: no run here (no run.json); `smsbatch run` starts one")
-    units = read_units(store) if store.exists(UNITS) else []
-    tally = _Tally(recorded["name"], units, Ledger(store).commits())
-    counted = tally.status(finished=is_reported(store) and len(tally.done) == len(units))
-    if counted.finished or not store.exists(HEARTBEAT):
-        return counted
-    beat = json.loads(store.read(HEARTBEAT))
-    age_s = (datetime.now(UTC) - datetime.fromisoformat(beat["time"])).total_seconds()
-    if age_s > 6 * _HEARTBEAT_S:  # nobody is at work: what was in hand then is lost, and there is no rate
-        return replace(counted, heartbeat_age_s=age_s)
-    return replace(
-        counted,
-        rate=beat["rate"],
-        samples_under_way=beat["samples_under_way"],
-        workers=tuple(Progress(**worker) for worker in beat["workers"]),
-        heartbeat_age_s=age_s,
-    )
+
+def _check_budget(errors: Errors, store: Store, tally: Tally, latest: Commit | None = None) -> None:
+    """Stop a run that can no longer end well, or in which one unit fails as a whole: it would only cost more."""
+    done = f"{len(tally.commits)} of {len(tally.units)} units are committed"
+    advice = f"`smsbatch errors {store.url}` lists them; mend the cause and run with --retry-failed, or raise the limit"
+    worst = ", ".join(f"{count} {code}" for code, count in tally.errors.most_common())
+    if tally.failed > errors.max_failed_fraction * tally.samples:
+        raise RunError(
+            f"stopped: {tally.failed} of {tally.samples} samples have failed ({worst}), more than "
+            f"errors.max_failed_fraction ({errors.max_failed_fraction:g}) allows in all; {done}; {advice}"
+        )
+    if latest is not None and latest.failed > errors.max_failed_fraction_per_unit * latest.samples:
+        raise RunError(
+            f"stopped: {latest.failed} of the {latest.samples} samples of unit {latest.unit:06d} have failed ({worst} "
+            f"in all), more than errors.max_failed_fraction_per_unit ({errors.max_failed_fraction_per_unit:g}) allows; "
+            f"{done}; {advice}"
+        )
+
+
+def _publish(ledger: Ledger, tally: Tally) -> bool:
+    """Publish what no worker has: shards whose last unit was another's, or whose files are gone; whether any was."""
+    published = ledger.publications()
+    changed = False
+    for shard, grouped in groupby(tally.units.values(), lambda unit: unit.shard):
+        units: list[Unit] = list(grouped)
+        record = published.get(shard)
+        if record is None or list(record.attempts) != [tally.commits[unit.id].attempt for unit in units]:
+            ledger.publish(shard, units)
+            changed = True
+    return changed

@@ -7,44 +7,100 @@ carries the digest of the index, so whoever finds it alone can write the same pl
 
 from __future__ import annotations
 
-import hashlib
 import json
 import platform
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import suppress
+import tempfile
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
-from itertools import count, islice
+from itertools import count
+from pathlib import Path
 from typing import Any
 
-from smsbatch.data.index import UNITS, read_units, write_index, write_units
-from smsbatch.data.ledger import COMMITS
-from smsbatch.data.sample import Entry, Unit
-from smsbatch.data.sources import index
+from smsbatch.data.index import (
+    UNITS,
+    Built,
+    Part,
+    build_index,
+    move_index,
+    read_index,
+    read_units,
+    write_index,
+    write_moved,
+    write_objects,
+    write_units,
+)
+from smsbatch.data.ledger import Ledger
+from smsbatch.data.sample import Unit
+from smsbatch.data.sources import Scanned, nothing_found, parts, scan
 from smsbatch.data.store import Store
 from smsbatch.diffusion.weights import check_lora, digests
-from smsbatch.errors import DriftError, RequestError, StorageError
+from smsbatch.errors import DriftError, RequestError
+from smsbatch.execution.pool import POOLS, Pool
+from smsbatch.execution.record import RUN, check_request, read_run, store_of
+from smsbatch.execution.worker import Estimate
 from smsbatch.manifest import Manifest
 
-__all__ = ["RUN", "Plan", "cut", "establish", "plan", "read_run"]
+__all__ = ["Plan", "cut", "establish", "plan"]
 
-RUN = "run.json"
-_RECORDED = ("smsbatch", "torch", "torchvision", "diffusers", "transformers", "pyarrow", "pillow", "lpips", "ray")
+# fmt: off
+_RECORDED = (
+    "smsbatch", "torch", "torchvision", "diffusers", "transformers", "pyarrow", "pillow", "lpips", "fsspec", "s3fs",
+    "ray",
+)
+# fmt: on
+_PROBED = 8  # samples that are tried to size units by time
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What will be done. `str(plan)` is the line a user reads."""
+    """What will be done. `str(plan)` is the line a user reads.
+
+    Attributes:
+        bytes_in: of all fields of all samples, as far as known: nobody has asked for the sizes of a table's pictures.
+        samples_done: of the run that stands there already.
+        estimate: what a probe measured, if one was asked for.
+        price_per_gpu_hour: in whatever currency the user thinks.
+    """
 
     manifest: Manifest
     samples: int
     units: tuple[Unit, ...]
-    notices: tuple[str, ...]
+    notices: tuple[str, ...] = ()
+    bytes_in: int = 0
+    samples_done: int = 0
+    estimate: Estimate | None = None
+    price_per_gpu_hour: float | None = None
 
     @property
     def shards(self) -> int:
         return self.units[-1].shard + 1
+
+    @property
+    def seconds_per_image(self) -> float | None:
+        """Of one worker."""
+        return self.estimate.seconds_per_image if self.estimate else None
+
+    @property
+    def bytes_out(self) -> int | None:
+        """Of all results' pictures."""
+        return round(self.estimate.bytes_per_image * self.samples) if self.estimate else None
+
+    @property
+    def gpu_hours(self) -> float | None:
+        """Of what is not done yet; a worker without a GPU counts as one."""
+        share = self.manifest.compute.gpus_per_worker
+        gpus = 1.0 if share == "auto" else share or 1.0
+        left = self.samples - self.samples_done
+        return gpus * left * self.estimate.seconds_per_image / 3600 if self.estimate else None
+
+    @property
+    def cost(self) -> float | None:
+        hours, price = self.gpu_hours, self.price_per_gpu_hour
+        return None if hours is None or price is None else hours * price
 
     def __str__(self) -> str:
         counts = ((self.shards, "shard"), (len(self.units), "unit"), (self.samples, "image"))
@@ -57,7 +113,14 @@ class Plan:
             "shards": self.shards,
             "units": len(self.units),
             "samples": self.samples,
+            "samples_done": self.samples_done,
             "steps": self.manifest.objective.steps,
+            "bytes_in": self.bytes_in,
+            "bytes_out": self.bytes_out,
+            "seconds_per_image": self.seconds_per_image,
+            "device": self.estimate.device if self.estimate else None,
+            "gpu_hours": self.gpu_hours,
+            "cost": self.cost,
             "notices": list(self.notices),
         }
 
@@ -71,27 +134,48 @@ def cut(samples: int, samples_per_unit: int, samples_per_shard: int) -> Iterator
             yield Unit(next(number), shard, start, min(start + samples_per_unit, end))
 
 
-def plan(manifest: Manifest) -> Plan:
-    """The plan this manifest would get, nothing written.
+def plan(
+    manifest: Manifest,
+    *,
+    probe: int = 0,
+    price_per_gpu_hour: float | None = None,
+    allow_drift: Collection[str] = (),
+) -> Plan:
+    """The plan this manifest would get, or that of the run that stands there; nothing is written.
+
+    Args:
+        probe: stylize so many samples, spread over the source, to estimate time and bytes; on the manifest's pool.
+        price_per_gpu_hour: to estimate the cost, with a probe.
+        allow_drift: as for `run`.
 
     Raises:
         SourceError: the source is missing, empty or has clashing keys.
         WeightsError: a model or LoRA is missing.
         DriftError: another run stands at `output.path`.
+        SampleError: none of the probe's samples could be stylized.
     """
-    drafted = _draft(manifest)[0]
-    store = Store(manifest.output.path)
+    store = store_of(manifest)
     run = read_run(store)
-    if run is None:
-        _refuse_strangers(store)
-        return drafted
-    _check(store, run, manifest, digests(manifest))
-    done = len(store.list(COMMITS))
-    begun = f"{store.url} has this run already: {done} of {run['planned']['units']} units are done"
-    return replace(drafted, notices=(*drafted.notices, begun))
+    with POOLS[manifest.compute.pool](manifest) as pool:
+        if run is not None and store.exists(UNITS):
+            check_request(store, run, manifest, digests(manifest), allow_drift, note=False)
+            planned = _standing(manifest, store, run)
+            done = Ledger(store).done()
+            begun = f"{store.url} has this run already: {len(done)} of {len(planned.units)} units are done"
+            samples_done = sum(len(unit) for unit in planned.units if unit.id in done)
+            planned = replace(planned, samples_done=samples_done, notices=(*planned.notices, begun))
+            estimate = _measure(pool, store, planned.samples, probe)
+        else:
+            if run is not None:
+                check_request(store, run, manifest, digests(manifest), allow_drift, note=False)
+            else:
+                _refuse_strangers(store)
+            with _drafted(manifest, pool, probe) as draft:
+                planned, estimate = draft.plan, draft.plan.estimate
+    return replace(planned, estimate=estimate, price_per_gpu_hour=price_per_gpu_hour)
 
 
-def establish(manifest: Manifest, store: Store) -> Plan:
+def establish(manifest: Manifest, store: Store, pool: Pool, allow_drift: Collection[str] = ()) -> Plan:
     """The plan of the run at `store`: the one that stands there, or else a new one, written now.
 
     Raises:
@@ -99,24 +183,97 @@ def establish(manifest: Manifest, store: Store) -> Plan:
         SourceError, StorageError, WeightsError.
     """
     run, weights = read_run(store), digests(manifest)
-    if run is not None and store.exists(UNITS):
-        _check(store, run, manifest, weights)
-        return Plan(manifest, run["planned"]["samples"], tuple(read_units(store)), tuple(run["notices"]))
-
-    drafted, entries = _draft(manifest)
-    index_sha256 = _digest(entries)
-    if run is None:
+    if run is not None:
+        check_request(store, run, manifest, weights, allow_drift)
+        if store.exists(UNITS):
+            return _standing(manifest, store, run)
+    else:
         _refuse_strangers(store)
-        store.check_writable()
-        store.create(RUN, json.dumps(_record(drafted, weights, index_sha256), indent=2).encode())
-        run = read_run(store)  # ours, or that of a driver who was faster
-        assert run is not None
-    _check(store, run, manifest, weights)
-    if run["index_sha256"] != index_sha256:
-        raise DriftError(f"{store.url}: the source is not the one this run began with; choose another output.path")
-    write_index(store, entries)
-    write_units(store, drafted.units)
-    return drafted
+    with _drafted(manifest, pool, samples_per_unit=run["planned"]["samples_per_unit"] if run else None) as draft:
+        if run is None:
+            store.check_writable()
+            commits = "workers" if store.supports_create() else "driver"
+            store.create(RUN, json.dumps(_record(draft, weights, commits), indent=2).encode())
+            run = read_run(store)  # ours, or that of a driver who was faster
+            assert run is not None
+            check_request(store, run, manifest, weights)
+        if run["index_sha256"] != draft.built.sha256:
+            raise DriftError(f"{store.url}: the source is not the one this run began with; choose another output.path")
+        write_objects(store, draft.parts)
+        write_index(store, draft.index)
+        write_units(store, draft.plan.units)
+    return _standing(manifest, store, run)
+
+
+def relocate(manifest: Manifest, store: Store, pool: Pool) -> None:
+    """Look up the bytes of the planned samples anew, in a source that has changed; samples neither come nor go.
+
+    Raises:
+        SourceError: the source is missing, empty or has clashing keys.
+    """
+    with _indexed(manifest, pool, [], limit=None) as (listed, index, _):
+        moved = index.with_name("moved.parquet")
+        move_index(store, index, moved)
+        write_moved(store, moved, listed)
+
+
+@dataclass(frozen=True)
+class _Draft:
+    """A plan that is not written down, and its index in a temporary file."""
+
+    plan: Plan
+    parts: Sequence[Part]
+    index: Path
+    built: Built
+    samples_per_unit: int
+
+
+@contextmanager
+def _drafted(manifest: Manifest, pool: Pool, probe: int = 0, samples_per_unit: int | None = None) -> Iterator[_Draft]:
+    output, notices = manifest.output, check_lora(manifest)
+    with _indexed(manifest, pool, notices, manifest.source.limit) as (listed, index, built):
+        by_time = output.seconds_per_unit if samples_per_unit is None else None
+        estimate = _measure(pool, index, built.samples, max(probe, _PROBED if by_time else 0))
+        if samples_per_unit is None:
+            samples_per_unit = output.samples_per_unit
+            if by_time and estimate:
+                samples_per_unit = max(1, round(by_time / estimate.seconds_per_image))
+        units = tuple(cut(built.samples, samples_per_unit, output.samples_per_shard))
+        drafted = Plan(manifest, built.samples, units, tuple(notices), built.bytes, estimate=estimate)
+        yield _Draft(drafted, listed, index, built, samples_per_unit)
+
+
+@contextmanager
+def _indexed(
+    manifest: Manifest, pool: Pool, notices: list[str], limit: int | None
+) -> Iterator[tuple[Sequence[Part], Path, Built]]:
+    """The source's objects, and their index in a temporary file; what was passed over is added to `notices`."""
+    source, storage = manifest.source, manifest.storage
+    listed = parts(source, storage)
+    with tempfile.TemporaryDirectory(prefix="smsbatch-plan-") as folder:
+        index = Path(folder, "samples.parquet")
+        with closing(pool.map(partial(scan, source=source, storage=storage), listed)) as scanned:
+            built = build_index(index, (part.table for part in _heard(scanned, notices)), limit)
+        if built.samples == 0:
+            raise nothing_found(source, notices)
+        yield listed, index, built
+
+
+def _heard(scanned: Iterable[Scanned], notices: list[str]) -> Iterator[Scanned]:
+    for part in scanned:
+        notices += part.notices
+        yield part
+
+
+def _measure(pool: Pool, index: Store | Path, samples: int, wanted: int) -> Estimate | None:
+    """Try samples spread evenly over the source, so that one odd shard does not speak for all."""
+    rows = sorted({samples * number // wanted for number in range(wanted)})
+    return pool.measure([entry for row in rows for entry in read_index(index, row, row + 1)]) if rows else None
+
+
+def _standing(manifest: Manifest, store: Store, run: Mapping[str, Any]) -> Plan:
+    planned = run["planned"]
+    return Plan(manifest, planned["samples"], tuple(read_units(store)), tuple(run["notices"]), planned["bytes"])
 
 
 def _refuse_strangers(store: Store) -> None:
@@ -128,48 +285,24 @@ def _refuse_strangers(store: Store) -> None:
         )
 
 
-def read_run(store: Store) -> dict[str, Any] | None:
-    """`run.json`, or None where no run stands.
-
-    Raises:
-        StorageError: it is not a run.json of ours.
-    """
-    if not store.exists(RUN):
-        return None
-    try:
-        run = json.loads(store.read(RUN))
-    except ValueError as error:
-        raise StorageError(f"{store.locate(RUN)} is not JSON; it is not a run of smsbatch") from error
-    if not isinstance(run, dict) or "manifest_sha256" not in run:
-        raise StorageError(f"{store.locate(RUN)} is not a run of smsbatch; choose another output.path")
-    return run
-
-
-def _draft(manifest: Manifest) -> tuple[Plan, list[Entry]]:
-    source, output = manifest.source, manifest.output
-    notices = check_lora(manifest)
-    entries = list(islice(index(source.format, source.urls, source.images, notices), source.limit))
-    units = tuple(cut(len(entries), output.samples_per_unit, output.samples_per_shard))
-    return Plan(manifest, len(entries), units, tuple(notices)), entries
-
-
-def _digest(entries: Iterable[Entry]) -> str:
-    """SHA-256 of an index: every key and where all of its bytes are."""
-    digest = hashlib.sha256()
-    for entry in entries:
-        digest.update(json.dumps([entry.key, entry.image, sorted(entry.fields.items())]).encode())
-    return digest.hexdigest()
-
-
-def _record(plan: Plan, weights: Mapping[str, str], index_sha256: str) -> dict[str, Any]:
+def _record(draft: _Draft, weights: Mapping[str, str], commits: str) -> dict[str, Any]:
+    plan = draft.plan
     return {
         "smsbatch": version("smsbatch"),
         "name": plan.manifest.name,
         "manifest": plan.manifest.dump(),
         "manifest_sha256": plan.manifest.identity,
         "weights": dict(weights),
-        "index_sha256": index_sha256,
-        "planned": {"samples": plan.samples, "units": len(plan.units), "shards": plan.shards},
+        "index_sha256": draft.built.sha256,
+        "planned": {
+            "samples": plan.samples,
+            "units": len(plan.units),
+            "shards": plan.shards,
+            "bytes": plan.bytes_in,
+            "samples_per_unit": draft.samples_per_unit,
+            "seconds_per_image": plan.seconds_per_image,
+        },
+        "commits": commits,  # by workers, or by the driver alone where the store has no create-only put
         "notices": list(plan.notices),
         "versions": {"python": platform.python_version()} | _versions(),
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -182,32 +315,3 @@ def _versions() -> dict[str, str]:
         with suppress(PackageNotFoundError):  # ray is optional
             found[name] = version(name)
     return found
-
-
-def _check(store: Store, run: Mapping[str, Any], manifest: Manifest, weights: Mapping[str, str]) -> None:
-    """The run that stands was planned for the same results."""
-    changed = []
-    if run["manifest_sha256"] != manifest.identity:
-        before, now = _flat(run["manifest"]), _flat(manifest.dump())
-        changed += [
-            f"{key} ({before.get(key)!r} then, {now.get(key)!r} now)"
-            for key in sorted(before.keys() | now.keys())
-            if before.get(key) != now.get(key)
-            and (key == "compute.precision" or not key.startswith(("compute.", "errors.", "output.path")))
-        ]
-    changed += [
-        f"the file {name}"
-        for name in sorted(run["weights"].keys() | weights.keys())
-        if run["weights"].get(name) != weights.get(name)
-    ]
-    if changed:
-        begun = "undo the change, or choose another output.path"
-        advice = begun if store.list(COMMITS) else "nothing is committed there: delete the folder to begin anew"
-        raise DriftError(f"{store.url}: this run was planned differently; changed: {'; '.join(changed)}; {advice}")
-
-
-def _flat(section: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in section.items():
-        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {prefix + name: value}
-    return flat

@@ -1,8 +1,9 @@
 """What feeds workers: `LocalPool` in this process, `RayPool` on a cluster. The only room that knows Ray.
 
-A pool is a context manager; `work` yields a commit for every unit, in the order they finish, and None now and then so
+A pool is a context manager; `work` yields a commit for every task, in the order they finish, and None now and then so
 that the caller can look at `progress`. No worker has more than two units in flight: one it computes, one it reads.
-An exception out of a worker that is not its death (a full disk, say) ends the run.
+An exception out of a worker that is not its death (a full disk, say) ends the run. Workers are started by the first
+call that needs them, so that a pool with nothing to do costs nothing.
 """
 
 from __future__ import annotations
@@ -13,60 +14,89 @@ import os
 import warnings
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, TypeVar
 
 from smsbatch.data.ledger import Commit
-from smsbatch.data.sample import Unit
+from smsbatch.data.sample import Entry
 from smsbatch.errors import RequestError, RunError, SmsbatchError
-from smsbatch.execution.worker import Progress, Worker
+from smsbatch.execution.job import Job
+from smsbatch.execution.worker import Estimate, Progress, Task, Worker
 from smsbatch.manifest import Manifest
 
 __all__ = ["POOLS", "LocalPool", "Pool", "RayPool"]
 
 _TICK_S = 0.25
 _IN_FLIGHT = 2  # per worker: with one, it would wait for every read; with three, a lost worker would lose more
+_THREADS = 16  # for what mostly waits
+_FEW = 64  # things to do that are not worth starting a cluster for
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
 class Pool(AbstractContextManager["Pool"], ABC):
-    """Made before anything is planned, so that a pool that cannot be is refused; entered when there is work."""
+    """Made before anything is planned, so that a pool that cannot be is refused."""
 
     def __init__(self, manifest: Manifest) -> None:
         self.manifest = manifest
 
     @abstractmethod
-    def work(self, units: Iterable[Unit]) -> Iterator[Commit | None]:
-        """Do all units; leaving the iterator early, or the pool's context, drops what is in hand."""
+    def work(self, tasks: Iterable[Task]) -> Iterator[Commit | None]:
+        """Do all tasks; leaving the iterator early, or the pool's context, drops what is in hand."""
 
     @abstractmethod
     def progress(self) -> list[Progress]:
         """What every worker does now."""
 
+    @abstractmethod
+    def measure(self, entries: Sequence[Entry]) -> Estimate:
+        """What samples cost on one worker; SampleError if none could be stylized."""
+
+    def map(self, function: Callable[[Item], Result], items: Sequence[Item]) -> Generator[Result, None, None]:
+        """The function of every item, in their order, several at a time; without models. Closing it drops the rest."""
+        threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="smsbatch-map")
+        try:
+            futures = _ahead((threads.submit(function, item) for item in items), 2 * _THREADS)
+            yield from (future.result() for future in futures)
+        finally:
+            threads.shutdown(cancel_futures=True)
+
+
+def _ahead(started: Iterable[Item], ahead: int) -> Iterator[Item]:
+    """The same items, each taken from its source so many places before it is given."""
+    remaining = iter(started)
+    window = deque(islice(remaining, ahead))
+    while window:
+        yield window.popleft()
+        window.extend(islice(remaining, 1))
+
 
 class LocalPool(Pool):
     """One worker in this process."""
 
-    def __enter__(self) -> Self:
-        self._worker = Worker(self.manifest, "local")
-        self._worker.setup()
+    def __init__(self, manifest: Manifest) -> None:
+        super().__init__(manifest)
         self._threads = ThreadPoolExecutor(_IN_FLIGHT, thread_name_prefix="smsbatch")
-        return self
+        self._worker: Worker | None = None
 
     def __exit__(self, *_: object) -> None:
-        self._worker.cancel()
+        if self._worker is not None:
+            self._worker.cancel()
         self._threads.shutdown(cancel_futures=True)
 
-    def work(self, units: Iterable[Unit]) -> Iterator[Commit | None]:
-        remaining = iter(units)
+    def work(self, tasks: Iterable[Task]) -> Iterator[Commit | None]:
+        worker = self._ready()
+        remaining = iter(tasks)
         running: set[Future[Commit]] = set()
         while True:
-            for unit in islice(remaining, _IN_FLIGHT - len(running)):
-                running.add(self._threads.submit(self._worker.process, unit))
+            for task in islice(remaining, _IN_FLIGHT - len(running)):
+                running.add(self._threads.submit(worker.process, task))
             if not running:
                 return
             finished, running = wait(running, timeout=_TICK_S, return_when=FIRST_COMPLETED)
@@ -75,7 +105,17 @@ class LocalPool(Pool):
             yield None
 
     def progress(self) -> list[Progress]:
-        return [self._worker.progress()]
+        return [] if self._worker is None else [self._worker.progress()]
+
+    def measure(self, entries: Sequence[Entry]) -> Estimate:
+        return self._ready().measure(entries)
+
+    def _ready(self) -> Worker:
+        if self._worker is None:
+            worker = Worker(self.manifest, "local")
+            worker.setup()
+            self._worker = worker
+        return self._worker
 
 
 @contextmanager
@@ -92,52 +132,20 @@ def _quiet_stderr() -> Iterator[None]:
 
 
 @dataclass(eq=False)
-class _Job:
-    """A unit on its way through the cluster, and what is known of the deaths it was there for.
-
-    A unit whose workers keep dying is searched: `suspects` are ranges of its rows that are tried alone and halved when
-    they kill again, until single rows stand alone and are `lost`; then the unit is done without them.
-    """
-
-    unit: Unit
-    deaths: int = 0
-    searched: bool = False
-    suspects: deque[range] = field(default_factory=deque)
-    lost: list[int] = field(default_factory=list)
-
-    def died(self, retries: int) -> bool:
-        """Note one more death of its worker; False when there is nothing left to try."""
-        self.deaths += 1
-        if self.suspects:
-            rows = self.suspects.popleft()
-            middle = len(rows) // 2
-            if middle:
-                self.suspects.extendleft((rows[middle:], rows[:middle]))
-            else:
-                self.lost.append(rows[0])
-        elif self.searched:
-            return False
-        elif self.deaths > retries:
-            self.searched = True
-            self.suspects.append(range(self.unit.start, self.unit.stop))
-        return True
-
-
-@dataclass(eq=False)
 class _Actor:
     """A Ray actor and the jobs it has in hand."""
 
     handle: Any
     name: str
     ready: bool = False
-    jobs: list[_Job] = field(default_factory=list)
+    jobs: list[Job] = field(default_factory=list)
 
 
 class RayPool(Pool):
     """Actors on a Ray cluster, each pinned to its GPUs, with the models loaded once.
 
     Joins the cluster at `compute.address` (or RAY_ADDRESS); where none is named it starts one here and stops it at the
-    end. A dead actor is replaced, and its units are tried again (`_Job`).
+    end. A dead actor is replaced, and its units are tried again (`Job`).
     """
 
     _BARREN_DEATHS = 3  # actors in a row that died while loading the models: it is not the samples' fault
@@ -149,32 +157,35 @@ class RayPool(Pool):
                 "compute.pool: Ray is not installed; pip install 'smsbatch[ray]', or --set compute.pool=local"
             )
 
-    def __enter__(self) -> Self:
-        # Ray reads these at import; they only spare the user messages that are not for him.
-        os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-        import ray
-
         self._actors: list[_Actor] = []
         self._seen: dict[str, Progress] = {}
         self._spawned = self._barren = 0
-        self._started = not ray.is_initialized()
-        if self._started:
-            self._start()
-        try:
-            self._size_up()
-        except RequestError:
-            self.__exit__()
-            raise
-        return self
+        self._connected = self._started = False
 
     def __exit__(self, *_: object) -> None:
+        if not self._connected:
+            return
         import ray
 
         for actor in self._actors:
             ray.kill(actor.handle)
         if self._started:
             ray.shutdown()
+
+    def _connect(self) -> None:
+        """Be in a cluster, and know its size."""
+        if self._connected:
+            return
+        # Ray reads these at import; they only spare the user messages that are not for him.
+        os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        import ray
+
+        self._started = not ray.is_initialized()
+        if self._started:
+            self._start()
+        self._connected = True
+        self._size_up()
 
     def _start(self) -> None:
         """Join the cluster that is named, or start one here."""
@@ -220,13 +231,49 @@ class RayPool(Pool):
     def progress(self) -> list[Progress]:
         return [self._seen.get(actor.name, Progress(actor.name, None)) for actor in self._actors]
 
-    def work(self, units: Iterable[Unit]) -> Iterator[Commit | None]:
+    def map(self, function: Callable[[Item], Result], items: Sequence[Item]) -> Generator[Result, None, None]:
+        if len(items) <= _FEW:
+            yield from super().map(function, items)
+            return
+        self._connect()
         import ray
 
-        queue = deque(_Job(unit) for unit in units)
+        call = ray.remote(lambda item: function(item))  # Ray wants a function, not what can be called like one
+        ahead = 2 * int(ray.cluster_resources().get("CPU", 1))
+        yield from map(self._result, _ahead((call.remote(item) for item in items), ahead))
+
+    def measure(self, entries: Sequence[Entry]) -> Estimate:
+        self._connect()
+        actor = self._actors[0] if self._actors else self._spawn()
+        self._result(actor.handle.setup.remote())
+        actor.ready = True
+        measured: Estimate = self._result(actor.handle.measure.remote(list(entries)))
+        return measured
+
+    def _result(self, call: Any) -> Any:
+        """What a call gave; our own errors as they were, and a death as the run's."""
+        import ray
+
+        try:
+            return ray.get(call)
+        except ray.exceptions.RayTaskError as error:
+            if isinstance(error.cause, SmsbatchError):
+                raise error.cause from None
+            raise
+        except ray.exceptions.RayError as error:
+            reason = str(error).strip().splitlines()[0]
+            raise RunError(
+                f"a worker died before the work began ({reason}); look at the memory of the nodes"
+            ) from error
+
+    def work(self, tasks: Iterable[Task]) -> Iterator[Commit | None]:
+        self._connect()
+        import ray
+
+        queue = deque(Job(task) for task in tasks)
         hopeless: list[str] = []
-        calls: dict[Any, tuple[_Actor, _Job | None]] = {}  # a call without a job is an actor's setup
-        polls: dict[Any, _Actor] = {}
+        calls: dict[Any, tuple[_Actor, Job | None]] = {}  # a call without a job is an actor's setup
+        polls = {actor.handle.progress.remote(): actor for actor in self._actors}  # who has measured before
         while True:
             outstanding = len(queue) + sum(len(actor.jobs) for actor in self._actors)
             while len(self._actors) < min(self._size, outstanding):
@@ -289,7 +336,7 @@ class RayPool(Pool):
         self._actors.append(actor)
         return actor
 
-    def _deal(self, actor: _Actor, queue: deque[_Job], calls: dict[Any, tuple[_Actor, _Job | None]]) -> None:
+    def _deal(self, actor: _Actor, queue: deque[Job], calls: dict[Any, tuple[_Actor, Job | None]]) -> None:
         """Give an actor what it can take; a unit that saw a death has one for itself: the next then has one cause."""
         while actor.ready and queue and len(actor.jobs) < _IN_FLIGHT:
             idle = sum(not other.jobs for other in self._actors)
@@ -298,11 +345,11 @@ class RayPool(Pool):
             job = queue.popleft()
             actor.jobs.append(job)
             if job.suspects:
-                calls[actor.handle.probe.remote(job.unit, job.suspects[0])] = actor, job
+                calls[actor.handle.probe.remote(job.task.unit, job.suspects[0])] = actor, job
             else:
-                calls[actor.handle.process.remote(job.unit, tuple(job.lost))] = actor, job
+                calls[actor.handle.process.remote(job.task, tuple(job.lost), job.deaths)] = actor, job
 
-    def _bury(self, actor: _Actor, queue: deque[_Job], error: Exception) -> list[str]:
+    def _bury(self, actor: _Actor, queue: deque[Job], error: Exception) -> list[str]:
         """Take a dead actor out and put its jobs back; the names of units with nothing left to try."""
         import ray
 
@@ -319,11 +366,12 @@ class RayPool(Pool):
                     )
                 self._size -= 1  # others work: only this place is bad
         hopeless = []
+        preempted = getattr(error, "preempted", False)  # the machine was taken away: no sample's fault
         for job in reversed(actor.jobs):
-            if job.died(self.manifest.compute.retries):
+            if preempted or job.died(self.manifest.compute.retries):
                 queue.appendleft(job)
             else:
-                hopeless.append(job.unit.name)
+                hopeless.append(job.task.unit.name)
         return hopeless
 
     def _poll(self, polls: dict[Any, _Actor]) -> dict[Any, _Actor]:

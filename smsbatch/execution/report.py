@@ -24,14 +24,16 @@ import numpy as np
 from smsbatch.data import pixels
 from smsbatch.data.index import read_index, read_units
 from smsbatch.data.ledger import Commit, Ledger, Published
+from smsbatch.data.objects import Reader
 from smsbatch.data.sample import Unit
 from smsbatch.data.shards import read_rows
-from smsbatch.data.store import Store, read_span
+from smsbatch.data.store import Store
 from smsbatch.data.tars import Members
 from smsbatch.errors import RequestError, RunError, SampleError
-from smsbatch.execution.plan import RUN, read_run
+from smsbatch.execution.record import RUN, allowed_drift, read_run
 from smsbatch.execution.report_card import card
 from smsbatch.execution.report_page import render
+from smsbatch.manifest import Source, Storage
 
 __all__ = ["Distribution", "Failure", "Group", "Picture", "Report", "is_reported", "summarize", "write_report"]
 
@@ -215,13 +217,22 @@ def _summarize(store: Store) -> tuple[Report, _Tally]:
         settings=run["manifest"],
         weights=run["weights"],
         versions=run["versions"],
-        notices=run["notices"],
+        notices=[*run["notices"], *_drift(store)],
         paths={
             "shards": store.locate("shards"),
             "rows": store.locate("metrics"),
             "report": store.locate("report.html"),
         },
     ), tally
+
+
+def _drift(store: Store) -> list[str]:
+    """What the user allowed to differ from the plan, a notice each."""
+    return [
+        f"went on, as allowed, though changed since it was planned: {change['text']}"
+        for note in allowed_drift(store)
+        for change in note["changed"].values()
+    ]
 
 
 def _rows(store: Store, published: Published, units: Sequence[Unit]) -> list[dict[str, Any]]:
@@ -343,9 +354,11 @@ def _results(store: Store, rows: Iterable[Mapping[str, Any]], extension: str) ->
 def _picture(store: Store, report: Report, row: Mapping[str, Any], result: bytes) -> Picture:
     image = report.settings["image"]
     entry = read_index(store, row["position"], row["position"] + 1)[0]
+    storage = Storage.model_validate(report.settings.get("storage", {}))
+    reader = Reader(storage, Source.model_validate(report.settings["source"]).max_bytes)
     try:
         source = pixels.decode(
-            read_span(entry.fields[entry.image]), min_side=image["min_side"], max_pixels=image["max_pixels"]
+            reader.read(entry.fields[entry.image]), min_side=image["min_side"], max_pixels=image["max_pixels"]
         )
         before = pixels.thumbnail(pixels.fit(source, image["resolution"], image["fit"]), THUMBNAIL_SIDE)
     except SampleError:

@@ -75,8 +75,11 @@ class Stylizer:
         Raises:
             SampleError: it cannot be read, decoded or stylized.
         """
-        data = picture if isinstance(picture, bytes) else Path(picture).read_bytes()
         url = "" if isinstance(picture, bytes) else str(picture)
+        try:
+            data = picture if isinstance(picture, bytes) else Path(picture).read_bytes()
+        except OSError as error:
+            raise SampleError("read_error", f"{key}: {url}: {error.strerror or error}") from error
         (outcome,) = self.stylize([Sample(key, url, data, "", caption, {})])
         if outcome.image is None:
             raise SampleError(str(outcome.error_code), f"{key}: {outcome.error_message}")
@@ -118,6 +121,7 @@ class Stylizer:
             source_sha256=sample.sha256,
             seed=sample_seed(self.manifest.seed, sample.key),
             steps=self.manifest.objective.steps,
+            original_key=sample.original_key,
             fields=sample.fields,
         )
 
@@ -204,7 +208,7 @@ class Stylizer:
         return outcomes
 
 
-_OF_A_RUN = ("unit", "shard", "attempt", "worker")
+_OF_A_RUN = ("unit", "shard", "generation", "attempt", "attempts", "worker")
 
 
 def _to_tensor(picture: Picture) -> Tensor:

@@ -1,27 +1,33 @@
-"""What happens to a unit, in any pool: read, stylize, commit."""
+"""What happens to a unit, in any pool: read, stylize, commit, publish."""
 
 from __future__ import annotations
 
 import socket
 import threading
-from collections.abc import Collection
-from dataclasses import dataclass
-from functools import partial
+import time
+from collections.abc import Collection, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
+from itertools import groupby
 from time import perf_counter
 from typing import TYPE_CHECKING
 
-from smsbatch.data.index import read_index
+from smsbatch.data.index import read_index, read_units
 from smsbatch.data.ledger import Commit, Ledger
+from smsbatch.data.objects import Reader, public
 from smsbatch.data.sample import Entry, Outcome, Sample, Unit
 from smsbatch.data.sources import load_sample
-from smsbatch.data.store import Store
 from smsbatch.errors import SampleError
+from smsbatch.execution.record import drivers_commit, store_of
 from smsbatch.manifest import Manifest
 
 if TYPE_CHECKING:
     from smsbatch.execution.stylizer import Stylizer
 
-__all__ = ["Cancelled", "Progress", "Worker"]
+__all__ = ["Cancelled", "Estimate", "Progress", "Task", "Worker"]
+
+_READERS = 16  # threads that wait for a store or a web server
 
 
 class Cancelled(Exception):
@@ -29,8 +35,20 @@ class Cancelled(Exception):
 
 
 @dataclass(frozen=True)
+class Task:
+    """A unit to be done. As `generation` 0 all of it; as a later one only what failed with one of the `codes`."""
+
+    unit: Unit
+    generation: int = 0
+    codes: Collection[str] = ()
+
+
+@dataclass(frozen=True)
 class Progress:
-    """Where a worker is: `done` of `samples` in its unit, `step` of `steps` of the `batch` it computes now."""
+    """Where a worker is: `done` of `samples` in its unit, `step` of `steps` of the `batch` it computes now.
+
+    `seen` is when that was so, in seconds since 1970 by the worker's clock.
+    """
 
     worker: str
     unit: str | None
@@ -39,6 +57,17 @@ class Progress:
     batch: int = 0
     step: int = 0
     steps: int = 0
+    seen: float | None = None
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What samples cost, measured on a few: seconds of one worker, bytes of the results' pictures."""
+
+    images: int
+    seconds_per_image: float
+    bytes_per_image: float
+    device: str
 
 
 class Worker:
@@ -50,11 +79,12 @@ class Worker:
 
     def __init__(self, manifest: Manifest, name: str, device: str | None = None) -> None:
         self.manifest, self.name, self._device = manifest, f"{socket.gethostname()}-{name}", device
-        self._store = Store(manifest.output.path)
+        self._store = store_of(manifest)
         self._ledger = Ledger(self._store, metrics=manifest.metrics)
-        self._stylizer: Stylizer | None = None
+        self._readers = ThreadPoolExecutor(_READERS, thread_name_prefix="smsbatch-read")
         self._compute = threading.Lock()
         self._cancelled = threading.Event()
+        self._stylizer: Stylizer | None = None
         self._progress = Progress(self.name, None)
 
     def setup(self) -> None:
@@ -66,57 +96,126 @@ class Worker:
         self._stylizer = Stylizer(self.manifest, self._device)
 
     def progress(self) -> Progress:
-        return self._progress
+        return replace(self._progress, seen=time.time())
 
     def cancel(self) -> None:
         """Make `process` raise Cancelled at its next step; what is committed stays."""
         self._cancelled.set()
 
-    def process(self, unit: Unit, lost: Collection[int] = ()) -> Commit:
-        """Stylize and commit a unit.
+    def process(self, task: Task, lost: Collection[int] = (), deaths: int = 0) -> Commit:
+        """Stylize and commit a unit, and publish its shard if that was the last one missing.
 
         Args:
             lost: index rows that killed their workers; they become failed rows without being touched.
+            deaths: how many workers have died over this task.
 
         Returns:
-            The commit that stands, which is another worker's if that was faster.
+            The commit that stands, which is another worker's if that was faster; where only the driver may commit, one
+            that the driver has yet to decide.
         """
-        done = self._ledger.committed(unit.id)
-        if done is not None:
-            return done
+        unit = task.unit
+        stands = self._ledger.committed(unit.id)
+        if stands is not None and stands.generation >= task.generation:
+            return stands
         started = perf_counter()
-        outcomes = self._outcomes(unit, range(unit.start, unit.stop), lost)
-        return self._ledger.commit(unit, outcomes, worker=self.name, seconds=perf_counter() - started)
+        before = self._ledger.outcomes(stands) if stands is not None else None
+        outcomes = self._outcomes(unit, range(unit.start, unit.stop), lost, deaths, before, task.codes)
+        commit = self._ledger.attempt(
+            unit, outcomes, worker=self.name, seconds=perf_counter() - started, generation=task.generation
+        )
+        if self._driver_commits:
+            return commit
+        commit = self._ledger.decide(commit)
+        self._ledger.publish(unit.shard, self._shards[unit.shard])  # None while another unit is missing
+        return commit
 
     def probe(self, unit: Unit, rows: range) -> None:
         """Do the work on some rows of a unit and throw it away: to see whether they kill the worker."""
-        self._outcomes(unit, rows, ())
+        self._outcomes(unit, rows)
 
-    def _outcomes(self, unit: Unit, rows: range, lost: Collection[int]) -> list[Outcome]:
+    def measure(self, entries: Sequence[Entry]) -> Estimate:
+        """Stylize some samples, throw the results away and say what they cost.
+
+        Raises:
+            SampleError: none of them could be stylized; the first one's error.
+        """
+        started = perf_counter()
+        outcomes = self._stylize("probe", list(self._readers.map(self._reading(), entries)))
+        seconds = perf_counter() - started
+        pictures = [outcome.image for outcome in outcomes if outcome.image is not None]
+        if not pictures:
+            first = outcomes[0]
+            raise SampleError(str(first.error_code), f"{first.key}: {first.error_message}")
+        assert self._stylizer is not None
+        return Estimate(
+            images=len(pictures),
+            seconds_per_image=seconds / len(pictures),
+            bytes_per_image=sum(map(len, pictures)) / len(pictures),
+            device=self._stylizer.prior.device.type,
+        )
+
+    def _outcomes(
+        self,
+        unit: Unit,
+        rows: range,
+        lost: Collection[int] = (),
+        deaths: int = 0,
+        before: Sequence[Outcome] | None = None,
+        codes: Collection[str] = (),
+    ) -> list[Outcome]:
+        """What becomes of some rows of a unit; with what was `before`, only of those that failed by one of `codes`."""
         entries = read_index(self._store, rows.start, rows.stop)
-        read = {
-            row: self._lost(entry) if row in lost else self._read(entry)
-            for row, entry in zip(rows, entries, strict=True)
-        }
-        samples = [item for item in read.values() if isinstance(item, Sample)]
+        known = dict(zip(rows, before, strict=True)) if before is not None else {}
+        kept = {row for row, outcome in known.items() if outcome.error_code not in codes}
+        items: dict[int, Sample | Outcome] = {row: known[row] for row in kept}
+        items |= {row: self._lost(entry) for row, entry in zip(rows, entries, strict=True) if row in lost}
+        todo = {row: entry for row, entry in zip(rows, entries, strict=True) if row not in items}
+        items |= zip(todo, self._readers.map(self._reading(), todo.values()), strict=True)
+        outcomes = self._stylize(unit.name, [items[row] for row in rows])
+        return [
+            outcome
+            if row in kept
+            else replace(outcome, attempts=(known[row].attempts if row in known else 0) + deaths + 1)
+            for row, outcome in zip(rows, outcomes, strict=True)
+        ]
+
+    def _stylize(self, unit: str, items: Sequence[Sample | Outcome]) -> list[Outcome]:
+        samples = [item for item in items if isinstance(item, Sample)]
         assert self._stylizer is not None, "setup() first"
         with self._compute:
             self._show(unit, len(samples), 0, 0, 0)
             stylized = iter(self._stylizer.stylize(samples, partial(self._show, unit, len(samples))))
             self._progress = Progress(self.name, None)
-        return [next(stylized) if isinstance(item, Sample) else item for item in read.values()]
+        return [next(stylized) if isinstance(item, Sample) else item for item in items]
 
-    def _show(self, unit: Unit, samples: int, done: int, batch: int, step: int) -> None:
+    def _show(self, unit: str, samples: int, done: int, batch: int, step: int) -> None:
         if self._cancelled.is_set():
             raise Cancelled
-        self._progress = Progress(self.name, unit.name, done, samples, batch, step, self.manifest.objective.steps)
+        self._progress = Progress(self.name, unit, done, samples, batch, step, self.manifest.objective.steps)
 
-    def _read(self, entry: Entry) -> Sample | Outcome:
+    def _reading(self) -> partial[Sample | Outcome]:
+        """Reads one unit's entries, with what it learns of their objects on the way."""
+        return partial(self._read, Reader(self.manifest.storage, self.manifest.source.max_bytes))
+
+    def _read(self, reader: Reader, entry: Entry) -> Sample | Outcome:
         try:
-            return load_sample(entry, self.manifest.source.images, self.manifest.source.caption)
+            return load_sample(entry, self.manifest.source, reader)
         except SampleError as error:
-            return Outcome(entry.key, entry.url, error_code=error.code, error_message=str(error))
+            return _failed(entry, error.code, str(error))
 
     def _lost(self, entry: Entry) -> Outcome:
         message = f"its worker died {self.manifest.compute.retries + 1} times, and again on this sample alone"
-        return Outcome(entry.key, entry.url, error_code="worker_lost", error_message=message)
+        return _failed(entry, "worker_lost", message)
+
+    @cached_property
+    def _shards(self) -> dict[int, list[Unit]]:
+        return {shard: list(units) for shard, units in groupby(read_units(self._store), lambda unit: unit.shard)}
+
+    @cached_property
+    def _driver_commits(self) -> bool:
+        return drivers_commit(self._store)
+
+
+def _failed(entry: Entry, code: str, message: str) -> Outcome:
+    url = public(entry.url)
+    return Outcome(entry.key, url, error_code=code, error_message=message, original_key=entry.original_key)

@@ -6,6 +6,7 @@ import os
 import signal
 from pathlib import Path
 
+from smsbatch.data.objects import Reader
 from smsbatch.data.sample import Entry, Outcome, Sample
 from smsbatch.execution.worker import Worker
 
@@ -13,12 +14,12 @@ from smsbatch.execution.worker import Worker
 class DeadlyWorker(Worker):
     """Dies whenever it reads a sample named `killer...`, and once, in the whole test, when it reads `flaky`."""
 
-    def _read(self, entry: Entry) -> Sample | Outcome:
+    def _read(self, reader: Reader, entry: Entry) -> Sample | Outcome:
         died_before = Path(self.manifest.output.path).with_name("died-before")
         if entry.key.startswith("killer") or (entry.key == "flaky" and not died_before.exists()):
             died_before.touch()
             os.kill(os.getpid(), signal.SIGKILL)
-        return super()._read(entry)
+        return super()._read(reader, entry)
 
 
 class StillbornWorker(Worker):

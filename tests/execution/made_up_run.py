@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 
 from smsbatch.data import pixels
-from smsbatch.data.index import write_index, write_units
+from smsbatch.data.index import build_index, write_index, write_objects, write_units
 from smsbatch.data.ledger import Ledger
 from smsbatch.data.sample import Outcome
-from smsbatch.data.sources import index
+from smsbatch.data.sources import parts, scan
 from smsbatch.data.store import Store
 from smsbatch.execution.plan import cut
 from smsbatch.manifest import Manifest
@@ -68,7 +68,11 @@ def make_run(folder: Path, outcomes: Sequence[Outcome], commit: bool = True, **c
         | changes
     )
     store = Store(manifest.output.path)
-    planned = {"samples": len(outcomes), "units": -(-len(outcomes) // 4), "shards": -(-len(outcomes) // 8)}
+    listed = parts(manifest.source, manifest.storage)
+    tables = [scan(part, manifest.source, manifest.storage).table for part in listed]
+    built = build_index(folder / "samples.parquet", tables)
+    units, shards = -(-len(outcomes) // 4), -(-len(outcomes) // 8)
+    planned = {"samples": len(outcomes), "units": units, "shards": shards, "bytes": built.bytes, "samples_per_unit": 4}
     run = {
         "name": manifest.name,
         "manifest": manifest.dump(),
@@ -76,17 +80,20 @@ def make_run(folder: Path, outcomes: Sequence[Outcome], commit: bool = True, **c
         "weights": {"tiny/unet/model.safetensors": "a" * 64},
         "versions": {"python": "3.11.2", "smsbatch": "0.1.0"},
         "planned": planned,
+        "index_sha256": built.sha256,
+        "commits": "workers",
         "notices": ["photos.tar: no end-of-archive blocks, perhaps cut"],
     }
     store.put("run.json", json.dumps(run).encode())
-    write_index(store, index("folder", manifest.source.urls, manifest.source.images, []))
-    units = write_units(store, cut(len(outcomes), 4, 8))
+    write_objects(store, listed)
+    write_index(store, folder / "samples.parquet")
+    cuts = write_units(store, cut(len(outcomes), 4, 8))
     if commit:
         ledger = Ledger(store, metrics=manifest.metrics)
-        for unit in units:
+        for unit in cuts:
             ledger.commit(unit, outcomes[unit.start : unit.stop], worker="here-0", seconds=3.0)
-        for shard in {unit.shard for unit in units}:
-            ledger.publish(shard, [unit for unit in units if unit.shard == shard])
+        for shard in {unit.shard for unit in cuts}:
+            ledger.publish(shard, [unit for unit in cuts if unit.shard == shard])
     return store
 
 

@@ -20,7 +20,8 @@ from jobs import commits, make_photos, rows, tars, write_manifest
 import smsbatch as sb
 from smsbatch.data.sample import Unit
 from smsbatch.execution import pool
-from smsbatch.execution.pool import _Job
+from smsbatch.execution.job import Job
+from smsbatch.execution.worker import Task
 
 
 @pytest.fixture(scope="module")
@@ -81,6 +82,7 @@ class TestRayPool:
         assert report.errors == {"worker_lost": 1}
         assert found["killer"]["error_code"] == "worker_lost"
         assert "alone" in found["killer"]["error_message"]
+        assert found["killer"]["attempts"] > 1
 
     def test_actors_that_cannot_even_load_end_the_run(
         self, tmp_path: Path, model: Path, lora: Path, monkeypatch: pytest.MonkeyPatch
@@ -92,9 +94,9 @@ class TestRayPool:
             sb.run(manifest)
 
 
-def _search(killers: set[int], retries: int = 2) -> tuple[_Job, int]:
+def _search(killers: set[int], retries: int = 2) -> tuple[Job, int]:
     """Drive a job by hand: a try dies if it holds a killer. Returns the job and the number of tries."""
-    job, tries = _Job(Unit(0, 0, 10, 26)), 0
+    job, tries = Job(Task(Unit(0, 0, 10, 26))), 0
     while True:
         tries += 1
         assert tries < 200
@@ -118,7 +120,7 @@ def test_the_search_finds_exactly_the_killers(killers: set[int]) -> None:
 
 
 def test_a_unit_that_dies_after_its_search_is_given_up() -> None:
-    job = _Job(Unit(0, 0, 0, 1))
+    job = Job(Task(Unit(0, 0, 0, 1)))
     assert job.died(0)
     job.suspects.popleft()  # alone, it went well
     assert not job.died(0)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import threading
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,8 +16,10 @@ from jobs import make_photos, write_manifest
 from safetensors.torch import load_file, save_file
 
 import smsbatch as sb
-from smsbatch.data.store import Store
 from smsbatch.execution.plan import cut, establish
+from smsbatch.execution.pool import LocalPool
+from smsbatch.execution.record import allowed_drift, store_of
+from smsbatch.execution.worker import Estimate
 
 
 @given(samples=st.integers(1, 500), per_unit=st.integers(1, 40), per_shard=st.integers(1, 200))
@@ -35,7 +39,8 @@ def job(tmp_path: Path, model: Path, lora: Path) -> Path:
 
 def _establish(job: Path, *overrides: str) -> sb.Plan:
     manifest = sb.load(job, overrides)
-    return establish(manifest, Store(manifest.output.path))
+    with LocalPool(manifest) as pool:
+        return establish(manifest, store_of(manifest), pool)
 
 
 def test_planning_writes_nothing(job: Path) -> None:
@@ -111,7 +116,16 @@ def test_half_a_plan_of_another_source_is_refused(job: Path) -> None:
 def test_run_json_says_what_is_run(job: Path) -> None:
     _establish(job)
     run = json.loads((job.parent / "out/run.json").read_text())
-    assert run["planned"] == {"samples": 6, "units": 3, "shards": 2}
+    size = sum(file.stat().st_size for file in (job.parent / "photos").iterdir())
+    assert run["planned"] == {
+        "samples": 6,
+        "units": 3,
+        "shards": 2,
+        "bytes": size,
+        "samples_per_unit": 2,
+        "seconds_per_image": None,
+    }
+    assert run["commits"] == "workers"
     assert run["manifest"]["objective"]["guidance"] == 4.5  # resolved: defaults are written out
     assert all(len(digest) == 64 for digest in run["weights"].values())
     read = {name.rpartition("/")[2] for name in run["weights"]}
@@ -173,3 +187,103 @@ def test_text_encoder_parts_are_a_notice_of_the_plan(job: Path, lora: Path) -> N
 def test_an_output_that_cannot_be_written(job: Path) -> None:
     with pytest.raises(sb.StorageError, match="choose another path"):
         _establish(job, f"output.path={job}/below-a-file")
+
+
+class TestProbe:
+    def test_estimates_time_bytes_and_cost(self, job: Path) -> None:
+        manifest = sb.load(job)
+        without = sb.plan(manifest)
+        assert (without.bytes_out, without.gpu_hours, without.cost) == (None, None, None)
+        assert without.bytes_in == sum(file.stat().st_size for file in (job.parent / "photos").iterdir())
+        plan = sb.plan(manifest, probe=3, price_per_gpu_hour=2.0)
+        assert plan.estimate is not None
+        assert (plan.estimate.images, plan.estimate.device) == (3, "cpu")
+        assert plan.gpu_hours == pytest.approx(6 * plan.estimate.seconds_per_image / 3600)
+        assert plan.cost == pytest.approx(2 * plan.gpu_hours)
+        assert not (job.parent / "out").exists()
+        told = plan.to_dict()
+        assert json.loads(json.dumps(told)) == told
+        sb.run(manifest)
+        began = sb.plan(manifest, probe=2)
+        assert (began.samples_done, began.gpu_hours) == (6, 0.0)
+
+    def test_of_pictures_that_all_fail_says_why(self, job: Path) -> None:
+        for file in (job.parent / "photos").glob("*.png"):
+            file.write_bytes(b"")
+        with pytest.raises(sb.SampleError, match="empty file"):
+            sb.plan(sb.load(job), probe=2)
+
+    def test_units_by_time(self, job: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        estimate = Estimate(images=6, seconds_per_image=2.5, bytes_per_image=1000.0, device="cpu")
+        monkeypatch.setattr(LocalPool, "measure", lambda self, entries: estimate)
+        plan = _establish(job, "output.seconds_per_unit=10", "output.samples_per_shard=6")
+        assert [len(unit) for unit in plan.units] == [4, 2]
+        run = json.loads((job.parent / "out/run.json").read_text())
+        assert (run["planned"]["samples_per_unit"], run["planned"]["seconds_per_image"]) == (4, 2.5)
+        (job.parent / "out/plan/units.parquet").unlink()  # half a plan is completed as it was begun, not measured anew
+        monkeypatch.setattr(LocalPool, "measure", lambda self, entries: replace(estimate, seconds_per_image=0.1))
+        again = _establish(job, "output.seconds_per_unit=10", "output.samples_per_shard=6")
+        assert again.units == plan.units
+
+
+class TestAllowedDrift:
+    def test_is_noted_and_not_asked_again(self, job: Path) -> None:
+        first = _establish(job)
+        commit = job.parent / "out/_smsbatch/commits/000000.json"
+        commit.parent.mkdir(parents=True)
+        commit.write_text("{}")
+        with pytest.raises(sb.DriftError, match="--allow-drift objective"):
+            _establish(job, "objective.steps=3")
+        manifest = sb.load(job, ["objective.steps=3"])
+        with LocalPool(manifest) as pool:
+            store = store_of(manifest)
+            assert establish(manifest, store, pool, ["objective.steps"]).units == first.units
+            assert establish(manifest, store, pool).units == first.units
+        (note,) = allowed_drift(store)
+        assert (note["changed"]["objective.steps"]["then"], note["changed"]["objective.steps"]["now"]) == (2, 3)
+        with pytest.raises(sb.DriftError, match=r"objective\.steps \(2 then, 4 now\)"):
+            _establish(job, "objective.steps=4")
+
+    def test_of_a_section_or_of_weights(self, job: Path, lora: Path) -> None:
+        copy = job.parent / "style.safetensors"
+        copy.write_bytes(lora.read_bytes())
+        _establish(job, f"style.lora={copy}")
+        data = bytearray(copy.read_bytes())
+        data[-1] ^= 1
+        copy.write_bytes(data)
+        manifest = sb.load(job, [f"style.lora={copy}", "objective.steps=3", "objective.guidance=2"])
+        with LocalPool(manifest) as pool, pytest.raises(sb.DriftError, match="key weights"):
+            establish(manifest, store_of(manifest), pool, ["objective"])
+        with LocalPool(manifest) as pool:
+            establish(manifest, store_of(manifest), pool, ["objective", "weights"])
+
+    def test_columns_cannot_change(self, job: Path) -> None:
+        _establish(job)
+        manifest = sb.load(job, ["metrics=[]"])
+        with LocalPool(manifest) as pool, pytest.raises(sb.DriftError, match="metrics"):
+            establish(manifest, store_of(manifest), pool, ["metrics"])
+
+    def test_planning_notes_nothing(self, job: Path) -> None:
+        _establish(job)
+        sb.plan(sb.load(job, ["objective.steps=3"]), allow_drift=["objective.steps"])
+        assert allowed_drift(store_of(sb.load(job))) == []
+
+
+class TestMap:
+    def test_keeps_the_order_and_runs_in_parallel(self, job: Path) -> None:
+        meet = threading.Barrier(4)
+
+        def together(item: int) -> int:
+            meet.wait(10)
+            return item * item
+
+        with LocalPool(sb.load(job)) as pool:
+            assert list(pool.map(together, range(8))) == [item * item for item in range(8)]
+
+    def test_closing_it_early_starts_no_more(self, job: Path) -> None:
+        started = []
+        with LocalPool(sb.load(job)) as pool:
+            results = pool.map(lambda item: started.append(item) or item, range(10_000))
+            assert next(results) == 0
+            results.close()
+        assert len(started) < 1000

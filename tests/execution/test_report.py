@@ -91,7 +91,8 @@ def test_a_run_that_is_not_finished_has_no_report(tmp_path: Path) -> None:
     store = make_run(tmp_path, MIXED, commit=False)
     with pytest.raises(RunError, match="shard 000000 is not published yet; run the manifest again"):
         write_report(store)
-    assert store.list() == ["plan/samples.parquet", "plan/units.parquet", "run.json"]
+    planned = ["plan/objects.parquet", "plan/samples.parquet", "plan/units.parquet"]
+    assert store.list() == [*planned, "run.json"]
 
 
 def test_a_shard_that_was_deleted_is_missed(tmp_path: Path) -> None:

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +11,10 @@ import pytest
 from jobs import KEYS, commits, make_photos, pictures, rows, tars, write_manifest
 
 import smsbatch as sb
-from smsbatch.data.store import Store
 from smsbatch.execution.plan import establish
-from smsbatch.execution.worker import Progress
+from smsbatch.execution.pool import LocalPool
+from smsbatch.execution.record import store_of
+from smsbatch.execution.worker import Task, Worker
 
 Job = Callable[..., sb.Manifest]
 
@@ -89,8 +87,8 @@ class TestEveryPool:
 
     def test_too_many_failures_end_the_run_with_an_error_but_keep_it(self, pool: str, job: Job, tmp_path: Path) -> None:
         folder = make_photos(tmp_path / "bad")
-        (folder / "empty.jpg").write_bytes(b"")
-        manifest = job(f"compute.pool={pool}", f"source.urls={folder}")
+        (folder / "zzz.jpg").write_bytes(b"")  # in the last unit: one unit earlier, the run would stop there
+        manifest = job(f"compute.pool={pool}", f"source.urls={folder}", "output.samples_per_unit=8")
         with pytest.raises(sb.RunError, match="1 of 7 samples failed"):
             sb.run(manifest)
         assert len(rows(Path(manifest.output.path))) == 7
@@ -158,17 +156,50 @@ def test_ray_that_is_not_installed_is_said_before_anything_is_written(
     assert not Path(manifest.output.path).exists()
 
 
-def test_a_source_that_was_replaced_is_seen(job: Job, tmp_path: Path) -> None:
+class TestChangedInputs:
+    @pytest.fixture
+    def changed(self, job: Job, tmp_path: Path) -> sb.Manifest:
+        """Planned, then one picture replaced, one gone and one new."""
+        folder = make_photos(tmp_path / "changing")
+        manifest = job(f"source.urls={folder}", "errors.max_failed_fraction=1")
+        with LocalPool(manifest) as pool:
+            establish(manifest, store_of(manifest), pool)
+        (folder / "photo-3.png").write_bytes((folder / "photo-2.png").read_bytes() + b"longer")
+        (folder / "photo-4.png").unlink()
+        (folder / "photo-9.png").write_bytes((folder / "photo-2.png").read_bytes())
+        return manifest
+
+    def test_are_refused(self, changed: sb.Manifest) -> None:
+        with pytest.raises(sb.DriftError, match=r"the inputs \(key inputs\): .*changing was changed"):
+            sb.run(changed)
+        assert not (Path(changed.output.path) / "_smsbatch/commits").exists()
+
+    def test_are_read_as_they_are_now_if_the_user_says_so(self, changed: sb.Manifest) -> None:
+        report = sb.run(changed, allow_drift=["inputs"])
+        found = rows(Path(changed.output.path))
+        assert set(found) == set(KEYS), "the plan stands: what is new is not taken"
+        assert {key: row["error_code"] for key, row in found.items() if row["error_code"]} == {"photo-4": "read_error"}
+        assert "No such file" in found["photo-4"]["error_message"]
+        assert any("changed since it was planned: the inputs" in notice for notice in report.notices)
+        sb.run(changed)  # noted with the run, and not asked again
+
+
+def test_a_picture_that_is_replaced_under_a_worker_is_a_row(job: Job, tmp_path: Path) -> None:
+    """Changed after the driver has looked: a worker compares what it reads with what was planned."""
     folder = make_photos(tmp_path / "changing")
-    manifest = job(f"source.urls={folder}", "errors.max_failed_fraction=1")
-    establish(manifest, Store(manifest.output.path))
-    (folder / "photo-3.png").write_bytes((folder / "photo-3.png").read_bytes() + b"more")
-    (folder / "photo-4.png").unlink()
-    sb.run(manifest)
-    found = rows(Path(manifest.output.path))
-    assert found["photo-3"]["error_code"] == found["photo-4"]["error_code"] == "read_error"
-    assert "replaced" in found["photo-3"]["error_message"]
-    assert sum(row["status"] == "success" for row in found.values()) == 4
+    manifest = job(f"source.urls={folder}")
+    with LocalPool(manifest) as pool:
+        plan = establish(manifest, store_of(manifest), pool)
+    (folder / "photo-2.png").write_bytes((folder / "photo-4.png").read_bytes())
+    (folder / "photo-3.png").unlink()
+    worker = Worker(manifest, "w")
+    worker.setup()
+    assert worker.process(Task(plan.units[0])).errors == {}
+    assert worker.process(Task(plan.units[1])).errors == {"read_error": 2}
+    (first, second) = worker._ledger.outcomes(worker._ledger.commits()[1])
+    assert "photo-2.png" in str(first.error_message)
+    assert "replaced" in str(first.error_message)
+    assert "No such file" in str(second.error_message)
 
 
 def test_rows_say_what_was_done(undisturbed: Path) -> None:
@@ -280,15 +311,6 @@ def test_status_from_storage_alone(job: Job) -> None:
     assert (under_way.workers, under_way.heartbeat_age_s) == ((), None), (
         "whoever leaves in order takes his heartbeat along"
     )
-    heartbeat = out / "_smsbatch" / "heartbeat.json"
-    worker = Progress("w0", "000002", 1, 2, 1, 5, 10)
-    beat = {"rate": 0.5, "samples_under_way": 1.5, "workers": [asdict(worker)], "time": datetime.now(UTC).isoformat()}
-    heartbeat.write_text(json.dumps(beat))
-    at_work = sb.status(str(out))
-    assert (at_work.workers, at_work.rate, at_work.remaining_s) == ((worker,), 0.5, 1.0)
-    heartbeat.write_text(json.dumps(beat | {"time": "2020-01-01T00:00:00+00:00"}))
-    abandoned = sb.status(str(out))
-    assert (abandoned.workers, abandoned.rate) == ((), None)
 
 
 def test_stylizer_gives_what_a_run_gives(job: Job, undisturbed: Path, photos: Path) -> None:

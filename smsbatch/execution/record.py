@@ -1,0 +1,175 @@
+"""What a run says of itself, `run.json`, and whether what is asked now is still that.
+
+`run.json` is written once. What was found changed later and allowed by the user is noted beside the ledger, under
+`_smsbatch/drift/`, and is no longer asked about: the same change may be resumed as often as one likes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import uuid
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+from smsbatch.data.index import Part, read_objects
+from smsbatch.data.ledger import COMMITS
+from smsbatch.data.sources import parts
+from smsbatch.data.store import Store
+from smsbatch.errors import DriftError, StorageError
+from smsbatch.manifest import Manifest, Storage
+
+__all__ = [
+    "RUN",
+    "Change",
+    "allowed_drift",
+    "check_request",
+    "drivers_commit",
+    "inputs_changed",
+    "read_run",
+    "store_of",
+]
+
+RUN = "run.json"
+DRIFT = "_smsbatch/drift"
+INPUTS = "inputs"
+
+_ELSEWHERE = ("compute.", "errors.", "storage.", "output.path")  # where and how, which changes no result
+_NEVER = {"metrics": "rows of one run have the same columns"}
+_NAMED = 3
+
+
+def store_of(where: str | Manifest) -> Store:
+    """The store of a run: of a manifest, or of an output path or URL with nothing but the environment's settings."""
+    if isinstance(where, str):
+        return Store(where, Storage())
+    return Store(where.output.path, where.storage)
+
+
+def read_run(store: Store) -> dict[str, Any] | None:
+    """`run.json`, or None where no run stands.
+
+    Raises:
+        StorageError: it is not a run.json of ours.
+    """
+    if not store.exists(RUN):
+        return None
+    try:
+        run = json.loads(store.read(RUN))
+    except ValueError as error:
+        raise StorageError(f"{store.locate(RUN)} is not JSON; it is not a run of smsbatch") from error
+    if not isinstance(run, dict) or "manifest_sha256" not in run:
+        raise StorageError(f"{store.locate(RUN)} is not a run of smsbatch; choose another output.path")
+    return run
+
+
+def drivers_commit(store: Store) -> bool:
+    """Whether the run's store cannot create-only, so that its one driver commits and no worker does."""
+    run = read_run(store)
+    return run is not None and run.get("commits") == "driver"
+
+
+@dataclass(frozen=True)
+class Change:
+    """A key of the manifest, `weights.<file>` or `inputs`, as it was planned and as it is."""
+
+    key: str
+    then: Any
+    now: Any
+    text: str
+
+    @classmethod
+    def of(cls, key: str, then: Any, now: Any) -> Change:
+        return cls(key, then, now, f"{key} ({then!r} then, {now!r} now)")
+
+
+def check_request(
+    store: Store,
+    run: Mapping[str, Any],
+    manifest: Manifest,
+    weights: Mapping[str, str],
+    allow: Collection[str] = (),
+    note: bool = True,
+) -> None:
+    """The run that stands was planned for the same results: the same manifest and the same weights.
+
+    Args:
+        allow: keys that may have changed.
+        note: write down with the run what was allowed.
+
+    Raises:
+        DriftError: naming what changed.
+    """
+    changes = []
+    if run["manifest_sha256"] != manifest.identity:
+        then, now = _flat(run["manifest"]), _flat(manifest.dump())
+        changes += [
+            Change.of(key, then.get(key), now.get(key))
+            for key in sorted(then.keys() | now.keys())
+            if then.get(key) != now.get(key) and (key == "compute.precision" or not key.startswith(_ELSEWHERE))
+        ]
+    changes += [
+        Change(f"weights.{name}", run["weights"].get(name), weights.get(name), f"the file {name} (key weights)")
+        for name in sorted(run["weights"].keys() | weights.keys())
+        if run["weights"].get(name) != weights.get(name)
+    ]
+    _settle(store, changes, allow, note)
+
+
+def inputs_changed(store: Store, manifest: Manifest, allow: Collection[str] = ()) -> bool:
+    """Whether the source's objects are not those that were planned: names, sizes, and etags where the store has them.
+
+    Raises:
+        DriftError: they are not, and `allow` has no `inputs`; naming the first few.
+    """
+    planned, present = read_objects(store), parts(manifest.source, manifest.storage)
+    then, now = ({part.url: part for part in listed} for listed in (planned, present))
+    told = [f"{url} is gone" for url in then.keys() - now.keys()]
+    told += [f"{url} is new" for url in now.keys() - then.keys()]
+    told += [f"{url} was changed" for url in then.keys() & now.keys() if then[url] != now[url]]
+    if told:
+        some = "; ".join(sorted(told)[:_NAMED]) + (f"; and {len(told) - _NAMED} more" if len(told) > _NAMED else "")
+        _settle(
+            store, [Change(INPUTS, _digest(planned), _digest(present), f"the inputs (key {INPUTS}): {some}")], allow
+        )
+    return bool(told)
+
+
+def allowed_drift(store: Store) -> list[dict[str, Any]]:
+    """What has changed since the plan and was allowed, in the order of the notes: `time`, `changed` by key."""
+    notes = store.read_all(store.list(DRIFT)).values()
+    return sorted((json.loads(note) for note in notes), key=lambda note: str(note["time"]))
+
+
+def _settle(store: Store, changes: Iterable[Change], allow: Collection[str], note: bool = True) -> None:
+    known = {key: change["now"] for note in allowed_drift(store) for key, change in note["changed"].items()}
+    fresh = [change for change in changes if change.key not in known or known[change.key] != change.now]
+    refused = [change for change in fresh if change.key in _NEVER or not _covered(change.key, allow)]
+    if refused:
+        begun = f"undo the change, choose another output.path, or allow it by --allow-drift {refused[0].key}"
+        if refused[0].key in _NEVER:
+            begun = f"undo the change, or choose another output.path ({_NEVER[refused[0].key]})"
+        advice = begun if store.list(COMMITS) else "nothing is committed there: delete the folder to begin anew"
+        told = "; ".join(change.text for change in refused)
+        raise DriftError(f"{store.url}: this run was planned differently; changed: {told}; {advice}")
+    if fresh and note:
+        now = datetime.now(UTC).isoformat(timespec="milliseconds")
+        allowed = {"time": now, "changed": {change.key: asdict(change) for change in fresh}}
+        store.create(f"{DRIFT}/{uuid.uuid4().hex}.json", json.dumps(allowed, indent=1).encode())
+
+
+def _covered(key: str, allow: Collection[str]) -> bool:
+    return any(key == allowed or key.startswith(f"{allowed}.") for allowed in allow)
+
+
+def _digest(listed: Sequence[Part]) -> str:
+    return hashlib.sha256(json.dumps(sorted(listed)).encode()).hexdigest()
+
+
+def _flat(section: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in section.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {prefix + name: value}
+    return flat

@@ -1,0 +1,384 @@
+"""What the command line shows: a run while it works, and every verb's result as lines of text.
+
+Lines are whole: a path that is cut is of no use. What comes from a dataset, a key or a message, is shown without its
+control characters: a terminal would obey them.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from time import monotonic, time
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from smsbatch.execution.audit import Collected, Repaired, Verification
+    from smsbatch.execution.doctor import Check
+    from smsbatch.execution.plan import Plan
+    from smsbatch.execution.replay import Replayed
+    from smsbatch.execution.report import Report
+    from smsbatch.execution.status import Status
+
+__all__ = [
+    "FAILURE_HEAD",
+    "IDLE",
+    "Display",
+    "Live",
+    "Plain",
+    "Shards",
+    "Watch",
+    "checks",
+    "collected",
+    "failed",
+    "failure",
+    "plan",
+    "repaired",
+    "replayed",
+    "status",
+    "summary",
+    "verification",
+]
+
+_INTERVAL_S = 10.0  # between two lines where nobody watches
+_SHOWN = 20  # problems, of which there may be thousands
+
+
+# ------------------------------------------------------------------------------------------------------ while it works
+
+
+class Display(AbstractContextManager["Display"]):
+    """What is seen of a run while it works."""
+
+    worked = False
+
+    def update(self, now: Status) -> None:
+        self.worked |= not now.finished and (now.units_done < now.units or bool(now.workers))
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+
+class Plain(Display):
+    """One line an interval and one at the end, for logs: text, or JSON beside the output that is to be JSON."""
+
+    def __init__(self, as_json: bool = False) -> None:
+        self._as_json, self._next = as_json, 0.0
+
+    def update(self, now: Status) -> None:
+        super().update(now)
+        if now.finished or monotonic() >= self._next:
+            if self._as_json:
+                print(json.dumps(now.to_dict()), file=sys.stderr, flush=True)
+            else:
+                print(status_line(now), flush=True)
+            self._next = monotonic() + _INTERVAL_S
+
+
+class Live(Display):
+    """A few lines that renew themselves."""
+
+    def __init__(self, transient: bool = True) -> None:
+        from rich.console import Console
+        from rich.live import Live
+        from rich.text import Text
+
+        self._text = Text  # plain: what looks like markup in a name is none
+        self._live = Live(console=Console(), refresh_per_second=4, transient=transient)
+
+    def __enter__(self) -> Live:
+        self._live.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._live.stop()
+
+    def update(self, now: Status) -> None:
+        super().update(now)
+        self.show(status(now))
+
+    def show(self, lines: Iterable[str]) -> None:
+        self._live.update(self._text("\n".join(lines)))
+
+
+class Watch(Display):
+    """What `status --watch` shows: the live lines, which stay at the end, or a line for each look."""
+
+    def __init__(self, as_json: bool) -> None:
+        self._as_json = as_json
+        self._live = Live(transient=False) if sys.stdout.isatty() and not as_json else None
+
+    def __enter__(self) -> Watch:
+        if self._live:
+            self._live.__enter__()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._live:
+            self._live.__exit__(*error)
+
+    def update(self, now: Status) -> None:
+        if self._live:
+            self._live.show(status(now, ages=True))
+        else:
+            print(json.dumps(now.to_dict()) if self._as_json else status_line(now), flush=True)
+
+
+class Shards(AbstractContextManager["Shards"]):
+    """How many shards `verify` has looked at, on a line that goes away; none if `hidden`."""
+
+    def __init__(self, hidden: bool) -> None:
+        self._live = None if hidden else Live()
+
+    def __enter__(self) -> Shards:
+        if self._live:
+            self._live.__enter__()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._live:
+            self._live.__exit__(*error)
+
+    def progress(self, done: int, shards: int) -> None:
+        if self._live:
+            self._live.show([f"{done:,} of {count(shards, 'shard')} looked at"])
+
+
+# ------------------------------------------------------------------------------------------------------------- status
+
+IDLE = "  nobody is at work on it; `smsbatch run` goes on"
+
+
+def status(now: Status, ages: bool = False) -> list[str]:
+    """A status as a few lines; with `ages` also when each worker was last heard of."""
+    share = now.samples_done / now.samples if now.samples else 0.0
+    bar = "█" * round(30 * share) + "░" * (30 - round(30 * share))
+    lines = [f"{now.name}  {bar}  {now.samples_done:,}/{now.samples:,} images  {now.units_done:,}/{now.units:,} units"]
+    for worker in now.workers:
+        age = f"  {duration(time() - worker.seen)} ago" if ages and worker.seen is not None else ""
+        if worker.unit is None:
+            lines.append(f"  {worker.worker}  {'waiting' if now.units_done else 'starting'}{age}")
+        else:
+            step = f"step {worker.step} of {worker.steps}" if worker.step else "between two batches"
+            lines.append(f"  {worker.worker}  unit {worker.unit}  {worker.done}/{worker.samples} images  {step}{age}")
+    lines += [
+        f"  driver {driver.name} was heard of {duration(driver.age_s)} ago: it is not at work any more"
+        for driver in now.drivers
+        if not driver.alive
+    ]
+    if now.errors:
+        lines.append(f"  {now.failed:,} failed: {_codes(now.errors)}")
+    if now.finished:
+        lines.append("  finished")
+    elif now.rate and now.remaining_s is not None:
+        lines.append(f"  {3600 * now.rate:,.0f} images/h, about {duration(now.remaining_s)} left")
+    return lines
+
+
+def status_line(now: Status) -> str:
+    """A status as one line."""
+    parts = [f"{now.samples_done:,}/{now.samples:,} images", f"{now.units_done:,}/{now.units:,} units"]
+    if now.errors:
+        parts.append(f"{now.failed:,} failed ({_codes(now.errors)})")
+    if now.finished:
+        parts.append("finished")
+    elif now.rate and now.remaining_s is not None:
+        parts += [f"{3600 * now.rate:,.0f} images/h", f"about {duration(now.remaining_s)} left"]
+    return f"{now.name}: {', '.join(parts)}"
+
+
+def _codes(errors: Mapping[str, int]) -> str:
+    return ", ".join(f"{number:,} {code}" for code, number in sorted(errors.items()))
+
+
+# ------------------------------------------------------------------------------------------------------ what was found
+
+
+def summary(report: Report, worked: bool) -> Iterator[str]:
+    """What there is now, and where."""
+    if not worked:
+        yield "Nothing to do: every unit is committed already."
+    images = f"{report.succeeded:,} stylized, {report.failed:,} failed, {report.planned:,} planned"
+    rows = [("run", report.name), ("images", images)]
+    rows += [("", f"{number:,} {code}") for code, number in sorted(report.errors.items())]
+    rows += [
+        (name, f"{values.mean:.3f} on average, {values.low:.3f} to {values.high:.3f}")
+        for name, values in report.metrics.items()
+    ]
+    each = report.seconds / max(report.planned, 1)
+    rows += [("computing", f"{duration(report.seconds)} on {count(report.workers, 'worker')}, {each:.1f} s an image")]
+    rows += [("note", notice) for notice in report.notices]
+    rows += list(report.paths.items())
+    yield from _table(rows)
+
+
+def plan(planned: Plan) -> Iterator[str]:
+    """What would be done, and what it would cost."""
+    manifest = planned.manifest
+    yield f"{planned} of {manifest.objective.steps} steps each, to {manifest.output.path}"
+    rows = [("reads", size(planned.bytes_in))] if planned.bytes_in else []
+    if planned.bytes_out is not None:
+        rows.append(("writes", f"about {size(planned.bytes_out)} of pictures"))
+    if planned.seconds_per_image is not None and planned.gpu_hours is not None:
+        rows.append(("takes", f"{planned.seconds_per_image:.3g} s an image, {_hours(planned)} in all"))
+    if planned.cost is not None:
+        rows.append(("costs", f"about {planned.cost:,.2f} at {planned.price_per_gpu_hour:,.2f} per GPU-hour"))
+    elif planned.price_per_gpu_hour is not None:
+        rows.append(("costs", "not known before a few images are tried: add --probe 8"))
+    yield from _table(rows)
+    for notice in planned.notices:
+        yield f"note: {notice}"
+
+
+def _hours(planned: Plan) -> str:
+    """What is left to compute, few hours as a person would say them."""
+    hours, on_gpu = planned.gpu_hours or 0.0, planned.estimate is not None and planned.estimate.device != "cpu"
+    if hours >= 1:
+        return f"about {hours:,.1f} {'GPU-hours' if on_gpu else 'hours of a worker without a GPU'}"
+    return f"about {duration(3600 * hours)} on one {'GPU' if on_gpu else 'worker without a GPU'}"
+
+
+def verification(found: Verification, where: str) -> Iterator[str]:
+    """What was looked at, what is not done yet, what is wrong."""
+    yield f"{found.name}: {found.units_done:,} of {count(found.units, 'unit')} done, " + (
+        f"{found.shards_published:,} of {count(found.shards, 'shard')} published"
+    )
+    yield f"  {found.samples_done:,} of {count(found.samples, 'image')} have a row in a published shard; " + (
+        f"{count(found.files, 'file')} with {size(found.bytes)}"
+    )
+    for line in found.pending:
+        yield f"  not done yet: {line}"
+    if found.without_attempts:
+        yield f"  {count(found.without_attempts, 'unit')} without attempts: repair could only compute them again"
+    for problem in found.problems[:_SHOWN]:
+        yield f"  {problem}"
+    if len(found.problems) > _SHOWN:
+        yield f"  and {len(found.problems) - _SHOWN:,} more; --json has all"
+    full = " --full" if found.full else ""
+    if found.problems:
+        yield f"{count(len(found.problems), 'problem')}; mend with: smsbatch repair{full} {where}"
+    elif found.full:
+        yield "No problem: every byte that is there is as it was written."
+    else:
+        yield "No problem by names, sizes and counts; --full reads every byte."
+
+
+def repaired(result: Repaired, where: str) -> Iterator[str]:
+    for problem in result.before.problems[:_SHOWN]:
+        yield f"  {problem}"
+    if len(result.before.problems) > _SHOWN:
+        yield f"  and {len(result.before.problems) - _SHOWN:,} more; --json has all"
+    if result.before.ok:
+        yield "Nothing to repair" + ("." if result.before.full else " by names, sizes and counts; --full reads all.")
+        return
+    yield "Would do:" if result.after is None else "Done:"
+    yield from (f"  {line}" for line in result.done)
+    if result.after is not None:
+        yield from (f"  still wrong: {problem}" for problem in result.after.problems[:_SHOWN])
+        yield (
+            "Mended; what was touched is verified, every byte of it."
+            if result.ok
+            else f"{count(len(result.after.problems), 'problem')} left; look at: smsbatch verify --full {where}"
+        )
+
+
+def collected(found: Collected, attempts: bool) -> Iterator[str]:
+    verb = "would be removed" if found.dry_run else "removed"
+    rows = [(heap.kind, f"{heap.objects:,}", size(heap.bytes)) for heap in found.heaps]
+    yield from _table([*rows, ("in all", f"{found.objects:,}", size(found.bytes))] if rows else [])
+    yield f"{count(found.objects, 'object')} {verb}." if rows else "Nothing to remove."
+    if attempts and any(heap.kind == "attempts of published shards" for heap in found.heaps):
+        yield "Without its attempts a shard that gets damaged must be computed again, and --retry-failed refuses it."
+
+
+def checks(found: Sequence[Check]) -> Iterator[str]:
+    width = max(len(check.name) for check in found)
+    for check in found:
+        yield f"{check.state:4}  {check.name:{width}}  {check.found}"
+        if check.do:
+            yield f"{'':4}  {'':{width}}  -> {check.do}"
+
+
+def failure(row: dict[str, Any]) -> str:
+    """A failed sample as a line of the table of `errors`."""
+    message = printable(row["error_message"] or "")
+    return f"{printable(row['key']):24}  {row['error_code']:13}  {row['attempts']:>8}  {message}"
+
+
+FAILURE_HEAD = f"{'key':24}  {'code':13}  {'attempts':>8}  message"
+
+
+def failed(now: Status, shown: int) -> Iterator[str]:
+    """The last lines of `errors`: how many there are in all."""
+    done = "" if now.samples_done == now.samples else f" so far, of {now.samples_done:,} done"
+    if not now.errors:
+        yield f"No image of {now.samples:,} failed{done}."
+    else:
+        some = f"; {shown:,} shown" if shown != now.failed else ""
+        yield f"{now.failed:,} of {count(now.samples, 'image')} failed{done}: {_codes(now.errors)}{some}"
+
+
+def replayed(result: Replayed) -> Iterator[str]:
+    yield from _table(
+        (name, f"{value:.4g}" if isinstance(value, float) else printable(str(value)))
+        for name, value in result.row.items()
+        if value is not None
+    )
+    if result.path is None:
+        return
+    yield f"{result.path} is written."
+    if result.before is None:
+        yield "Its unit is not done in the run yet: there is nothing to compare with."
+    elif result.same is None:
+        code = result.before["error_code"]
+        yield f"In the run it failed: {code}" if code else "The run's own picture is gone; `smsbatch verify` says more."
+    elif result.same:
+        yield "The same bytes as in the run."
+    elif result.largest is None or result.mean is None:
+        yield "Another picture than in the run: one of the two has another size, or does not decode."
+    else:
+        yield f"Not the same bytes: pixels differ by {result.largest} of 255 at most, {result.mean:.3g} on average."
+        yield from (f"  changed since: {change}" for change in result.changed)
+        if not result.changed:
+            yield "  Weights and versions are those of the run: alone or in a batch, or on another device, sums round."
+
+
+# -------------------------------------------------------------------------------------------------------------- words
+
+
+def _table(rows: Iterable[tuple[str, ...]]) -> Iterator[str]:
+    """Columns as wide as they must be, the last as long as it is."""
+    known = list(rows)
+    widths = [max(map(len, column)) for column in zip(*known, strict=True)]
+    for row in known:
+        yield "  ".join(f"{cell:{width}}" for cell, width in zip(row, widths, strict=True)).rstrip()
+
+
+def count(number: int, word: str) -> str:
+    return f"{number:,} {word}{'' if number == 1 else 's'}"
+
+
+def size(number: float) -> str:
+    """Bytes as people say them."""
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if number < 1000:
+            return f"{number:.0f} {unit}" if unit == "bytes" else f"{number:.3g} {unit}"
+        number /= 1000
+    return f"{number:,.4g} TB"
+
+
+def duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    days, hours = divmod(hours, 24)
+    if days:
+        return f"{days} d {hours:02d} h"
+    if hours:
+        return f"{hours} h {minutes:02d} min"
+    return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
+
+
+def printable(text: str) -> str:
+    """One line without control characters."""
+    return "".join(letter if letter.isprintable() else " " for letter in text)

@@ -1,0 +1,137 @@
+"""Heartbeats, two drivers on one output, and stores in which only one driver may commit."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+from jobs import commits, make_photos, rows, tars, write_manifest
+
+import smsbatch as sb
+from smsbatch.data.sample import Unit
+from smsbatch.data.store import Store
+from smsbatch.execution import status as status_module
+from smsbatch.execution.drive import _shuffled
+from smsbatch.execution.status import Heart, drivers
+from smsbatch.execution.worker import Progress, Task
+
+
+@pytest.fixture
+def job(tmp_path: Path, model: Path, lora: Path) -> Path:
+    keys = [f"photo-{number:02}" for number in range(8)]
+    return write_manifest(tmp_path, model, lora, make_photos(tmp_path / "photos", keys), output={"samples_per_unit": 1})
+
+
+def heartbeat(out: Path, name: str = "elsewhere-1-abc", age_s: float = 0.0, **values: Any) -> Path:
+    file = out / "_smsbatch/heartbeats" / f"{name}.json"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    beat = {"time": time.time() - age_s, "rate": None, "samples_under_way": 0.0, "workers": []} | values
+    file.write_text(json.dumps(beat))
+    return file
+
+
+def test_whoever_leaves_in_order_takes_his_heartbeat_along(job: Path, tmp_path: Path) -> None:
+    beats = tmp_path / "out/_smsbatch/heartbeats"
+    seen = []
+    sb.run(sb.load(job), progress=lambda status: seen.append(beats.exists() and len(list(beats.iterdir()))))
+    assert max(seen) == 1
+    assert list(beats.iterdir()) == []
+
+
+def test_a_heart_beats_now_and_then(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = Store(tmp_path)
+    heart = Heart(store)
+    nothing = sb.Status("x", 1, 0, 1, 0, 0.0, {}, False)
+    monkeypatch.setattr(status_module, "BEAT_S", 1000.0)
+    heart.beat(nothing)
+    (beat,) = tmp_path.rglob("*.json")
+    written = beat.stat().st_mtime_ns
+    heart.beat(nothing)
+    assert beat.stat().st_mtime_ns == written
+    assert [driver.name for driver in drivers(store)] == [heart.name]
+    heart.stop()
+    assert drivers(store) == []
+
+
+def test_the_dead_are_buried_by_the_next_driver(job: Path, tmp_path: Path) -> None:
+    sb.run(sb.load(job, ["source.limit=8"]))
+    dead = heartbeat(tmp_path / "out", age_s=100_000)
+    (tmp_path / "out/_smsbatch/commits/000003.json").unlink()
+    sb.run(sb.load(job, ["source.limit=8"]))
+    assert not dead.exists()
+
+
+def test_two_drivers_at_once_share_the_work(job: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "smsbatch", "run", str(job), "--set", "objective.steps=6"]
+    both = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    for driver in both:
+        _, err = driver.communicate(timeout=180)
+        assert driver.returncode == 0, err
+    assert len(rows(out)) == len(commits(out)) == 8
+    sb.run(sb.load(job, ["objective.steps=6", f"output.path={tmp_path / 'alone'}"]))
+    assert tars(out) == tars(tmp_path / "alone")
+
+
+def test_a_second_driver_takes_shards_in_another_order() -> None:
+    todo = [Task(Unit(number, number // 4, number, number + 1)) for number in range(400)]
+    shuffled = _shuffled(todo, "a-driver")
+    assert sorted(shuffled, key=lambda task: task.unit.id) == todo
+    assert [task.unit.shard for task in shuffled] != [task.unit.shard for task in todo]
+    for place in range(0, 400, 4):  # shards stay together, so that they are complete soon
+        assert len({task.unit.shard for task in shuffled[place : place + 4]}) == 1
+
+
+class TestAStoreWithoutCreateOnlyPut:
+    @pytest.fixture(autouse=True)
+    def unconditional(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(Store, "supports_create", lambda self: False)
+
+    def test_the_driver_alone_commits_and_run_json_says_so(self, job: Path, tmp_path: Path) -> None:
+        out = tmp_path / "out"
+        committing: list[str] = []
+        create = Store.create
+
+        def spied(store: Store, path: str, source: bytes | Path) -> bool:
+            if path.startswith("_smsbatch/commits"):
+                committing.append(threading.current_thread().name)
+            return create(store, path, source)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Store, "create", spied)
+            sb.run(sb.load(job))
+        assert json.loads((out / "run.json").read_text())["commits"] == "driver"
+        assert set(committing) == {threading.main_thread().name}
+        assert len(committing) == len(rows(out)) == 8
+
+    def test_a_second_driver_is_refused(self, job: Path, tmp_path: Path) -> None:
+        sb.run(sb.load(job))
+        (tmp_path / "out/_smsbatch/commits/000003.json").unlink()
+        heartbeat(tmp_path / "out")
+        with pytest.raises(sb.RequestError, match="another driver, elsewhere-1-abc, is at work"):
+            sb.run(sb.load(job))
+        heartbeat(tmp_path / "out", age_s=100)
+        assert sb.run(sb.load(job)).succeeded == 8
+
+
+def test_status_tells_of_every_driver_and_how_long_ago(job: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    sb.run(sb.load(job))
+    (out / "_smsbatch/commits/000007.json").unlink()
+    worker = Progress("w0", "000007", 0, 1, 1, 5, 10, seen=time.time() - 20)
+    heartbeat(out, "a", age_s=5, rate=0.5, samples_under_way=0.5, workers=[asdict(worker)])
+    heartbeat(out, "b", age_s=100_000, rate=9.0, workers=[asdict(worker)])
+    found = sb.status(sb.load(job))
+    assert (found.samples_done, found.samples_under_way, found.rate) == (7, 0.5, 0.5)
+    assert [(driver.name, driver.alive) for driver in found.drivers] == [("a", True), ("b", False)]
+    assert found.workers == (worker,)
+    (told,) = found.to_dict()["workers"]
+    assert 20 <= told["seen_age_s"] < 60
+    assert found.heartbeat_age_s == pytest.approx(5, abs=5)
