@@ -30,6 +30,7 @@ format: $(VENV)/.dev ## let ruff write what it can
 
 bench: $(VENV)/.dev ## measure and print ratios
 	$(BIN)/python benchmarks/batching.py
+	$(BIN)/python benchmarks/planning.py
 
 clean: ## remove the environment, caches and the demo's output
 	rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis out

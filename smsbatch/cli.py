@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import shlex
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -78,6 +79,8 @@ def run(
     import smsbatch as sb
     from smsbatch import terminal
 
+    # A machine that is taken away, or a job that is cancelled, gets this: leave in order, as by Ctrl-C.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     with _failures(as_json, "all commits are kept, the same command goes on from here"):
         if code and not retry_failed:
             raise RequestError("--code says what to retry, so it needs --retry-failed")

@@ -28,7 +28,8 @@ def test_make_knows_every_command() -> None:
 def test_every_smsbatch_command_runs(tmp_path: Path) -> None:
     """In their order, as they stand; only the manifest that `init` writes is made short."""
     commands = re.findall(r"^smsbatch .*?(?=  +#|$)", "\n".join(blocks("bash")), re.MULTILINE)
-    assert {command.split()[1] for command in commands} == {"init", "plan", "run", "status", "schema"}
+    verbs = "init plan run status errors verify repair replay gc doctor schema"
+    assert {command.split()[1] for command in commands} == set(verbs.split())
     for command in commands:
         arguments = [sys.executable, "-m", *command.replace("steps=50", "steps=2").split()]
         done = subprocess.run(arguments, cwd=tmp_path, capture_output=True, text=True, check=False)
@@ -71,6 +72,13 @@ def test_links_and_pictures_exist() -> None:
         for target in re.findall(r"\]\(([^)#]+)\)", file.read_text()):
             if "://" not in target:
                 assert (file.parent / target).exists(), f"{file.name}: {target}"
+
+
+def test_every_verb_is_in_the_readme_and_in_the_docs() -> None:
+    shown = subprocess.run([sys.executable, "-m", "smsbatch", "--help"], capture_output=True, text=True, check=True)
+    verbs = re.findall(r"^  (\w+) ", shown.stdout.partition("Commands:")[2], re.MULTILINE)
+    assert len(verbs) >= 11
+    assert [verb for verb in verbs if f"smsbatch {verb}" not in README] == []
 
 
 @pytest.mark.parametrize("example", blocks("yaml"))

@@ -11,6 +11,8 @@ from __future__ import annotations
 import importlib.util
 import logging
 import os
+import signal
+import threading
 import warnings
 from abc import ABC, abstractmethod
 from collections import deque
@@ -199,6 +201,7 @@ class RayPool(Pool):
             threads = 1 if compute.threads == "auto" else compute.threads
             cores = max(os.cpu_count() or 1, wanted * threads)
             options = {"address": "local", "include_dashboard": False, "num_cpus": cores}
+        on_sigterm = signal.getsignal(signal.SIGTERM)
         try:
             with warnings.catch_warnings(), _quiet_stderr():
                 warnings.simplefilter("ignore")
@@ -208,6 +211,8 @@ class RayPool(Pool):
                 f"compute.address: no Ray cluster at {address or 'this machine'} ({str(error).splitlines()[0]}); "
                 "check `ray status`, RAY_AUTH_MODE=token if the cluster asks for one, or --set compute.pool=local"
             ) from error
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, on_sigterm)  # Ray would exit at once, and not in order
 
     def _size_up(self) -> None:
         """How many actors of what size: node by node, since an actor cannot lie across two."""

@@ -182,12 +182,17 @@ def test_a_killed_driver_goes_on_to_the_same_bytes(job: Path, pool_name: str) ->
 
 
 @pytest.mark.parametrize("pool_name", ["local", "ray"])
-def test_an_interrupt_keeps_all_commits(job: Path, pool_name: str) -> None:
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_keeps_all_commits(job: Path, pool_name: str, how: signal.Signals) -> None:
     out = job.parent / "out"
     process = _start(job, "--set", f"compute.pool={pool_name}")
     _wait_for_commits(out, 1, process)
-    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the driver and all its children
+    if how == signal.SIGINT:
+        os.killpg(process.pid, how)  # as a terminal does: to the driver and all its children
+    else:
+        process.terminate()  # as a cluster's manager does
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130, err
     assert err.strip() == "smsbatch: interrupted; all commits are kept, the same command goes on from here"
     assert 1 <= len(commits(out)) < 8
+    assert not list((out / "_smsbatch/heartbeats").iterdir())
