@@ -28,7 +28,7 @@ LAYERS = {
 }
 # Which modules may import it; a room stands for all of its modules.
 DOORS = {
-    "ray": {"execution.pool"},
+    "ray": {"execution.ray_pool"},
     "diffusers": {"diffusion.prior"},
     "transformers": {"diffusion.prior"},
     "huggingface_hub": {"diffusion.weights"},

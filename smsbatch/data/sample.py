@@ -143,7 +143,10 @@ class Outcome:
         }
 
     def provenance(self) -> bytes:
-        """The `<key>.json` of a sample whose source has none: only what a re-run reproduces, no times, no workers."""
+        """The `<key>.json` of a sample whose source has none: only what a re-run reproduces.
+
+        No times, no workers, and not where the source lies: moved elsewhere it gives the same shards.
+        """
         values = {name: getattr(self, name) for name in _PROVENANCE}
         return json.dumps(values, ensure_ascii=False, sort_keys=True).encode()
 
@@ -178,7 +181,8 @@ ROW_SCHEMA = pa.schema(
 )
 _OF_LEDGER = {"status", "sha256", "unit", "shard", "generation", "attempt", "worker"}
 _OF_OUTCOME = [name for name in ROW_SCHEMA.names if name not in _OF_LEDGER]
-_PROVENANCE = [name for name in _OF_OUTCOME if name not in {"error_code", "error_message", "attempts", "seconds"}]
+_OF_ONE_RUN = {"error_code", "error_message", "attempts", "seconds", "url"}
+_PROVENANCE = [name for name in _OF_OUTCOME if name not in _OF_ONE_RUN]
 
 
 def row_schema(metrics: Sequence[str] = ()) -> pa.Schema:

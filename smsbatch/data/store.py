@@ -187,9 +187,9 @@ class Store:
             self._door.delete(self._full(path))
 
     def check_writable(self) -> None:
-        """Create and delete a probe, as the ledger will: a StorageError now and not after the first hour of work."""
+        """Put and delete a probe, as the ledger will: a StorageError now and not after the first hour of work."""
         with self._probe() as probe:
-            self.create(probe, b"smsbatch looks whether it can write here")
+            self.put(probe, b"smsbatch looks whether it can write here")
 
     def supports_create(self) -> bool:
         """Whether the store keeps `create`'s promise, by trying: the second one of a name must fail."""

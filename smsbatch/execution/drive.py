@@ -15,8 +15,8 @@ from smsbatch.data.sample import Unit
 from smsbatch.data.store import Store
 from smsbatch.errors import RequestError, RunError
 from smsbatch.execution.plan import establish, relocate
-from smsbatch.execution.pool import POOLS, Pool
-from smsbatch.execution.record import drivers_commit, inputs_changed, store_of
+from smsbatch.execution.pool import Pool, pool_of
+from smsbatch.execution.record import inputs_changed, store_of
 from smsbatch.execution.report import SUCCESS, Report, is_reported, summarize, write_report
 from smsbatch.execution.status import Heart, Status, Tally, drivers
 from smsbatch.execution.worker import Task
@@ -49,8 +49,8 @@ def run(
     """
     if codes and not retry_failed:
         raise RequestError("codes: they say what to retry, so they need --retry-failed")
-    store = store_of(manifest)
-    with POOLS[manifest.compute.pool](manifest) as pool:
+    with pool_of(manifest) as pool:
+        store = store_of(manifest)
         plan = establish(manifest, store, pool, allow_drift)
         ledger = Ledger(store, metrics=manifest.metrics)
         tally = Tally(manifest.name, plan.units, ledger.commits())
@@ -98,9 +98,9 @@ def _work(
     progress: Callable[[Status], None],
     retry_failed: bool,
 ) -> None:
-    heart, driver_commits = Heart(store), drivers_commit(store)
+    heart = Heart(store)
     others = [driver for driver in drivers(store, bury=True) if driver.alive]
-    if others and driver_commits:
+    if others and not store.conditional:
         raise RequestError(
             f"{store.url}: another driver, {others[0].name}, is at work (seen {others[0].age_s:.0f} s ago), and this "
             "store has no create-only put, so that two cannot share a run; stop one, or try again in a minute"
@@ -112,7 +112,7 @@ def _work(
         heart.beat(tally.status())
         for commit in pool.work(todo):
             if commit is not None:
-                if driver_commits:
+                if not store.conditional:
                     commit = ledger.decide(commit)
                 tally.add(commit)
                 if len(tally.commits) < len(tally.units) and not retry_failed:

@@ -39,7 +39,7 @@ from smsbatch.data.sources import Scanned, nothing_found, parts, scan
 from smsbatch.data.store import Store
 from smsbatch.diffusion.weights import check_lora, digests
 from smsbatch.errors import DriftError, RequestError
-from smsbatch.execution.pool import POOLS, Pool
+from smsbatch.execution.pool import Pool, pool_of
 from smsbatch.execution.record import RUN, check_request, read_run, store_of
 from smsbatch.execution.worker import Estimate
 from smsbatch.manifest import Manifest
@@ -156,7 +156,7 @@ def plan(
     """
     store = store_of(manifest)
     run = read_run(store)
-    with POOLS[manifest.compute.pool](manifest) as pool:
+    with pool_of(manifest) as pool:
         if run is not None and store.exists(UNITS):
             check_request(store, run, manifest, digests(manifest), allow_drift, note=False)
             planned = _standing(manifest, store, run)
@@ -192,7 +192,8 @@ def establish(manifest: Manifest, store: Store, pool: Pool, allow_drift: Collect
     with _drafted(manifest, pool, samples_per_unit=run["planned"]["samples_per_unit"] if run else None) as draft:
         if run is None:
             store.check_writable()
-            commits = "workers" if store.supports_create() else "driver"
+            store.conditional = store.supports_create()
+            commits = "workers" if store.conditional else "driver"
             store.create(RUN, json.dumps(_record(draft, weights, commits), indent=2).encode())
             run = read_run(store)  # ours, or that of a driver who was faster
             assert run is not None

@@ -1,4 +1,4 @@
-"""What feeds workers: `LocalPool` in this process, `RayPool` on a cluster. The only room that knows Ray.
+"""What feeds workers: what every pool is, and `LocalPool`, one worker in this process. `ray_pool.py` has the cluster.
 
 A pool is a context manager; `work` yields a commit for every task, in the order they finish, and None now and then so
 that the caller can look at `progress`. No worker has more than two units in flight: one it computes, one it reads.
@@ -8,35 +8,24 @@ call that needs them, so that a pool with nothing to do costs nothing.
 
 from __future__ import annotations
 
-import importlib.util
-import logging
-import os
-import signal
-import threading
-import warnings
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from contextlib import AbstractContextManager, contextmanager, suppress
-from dataclasses import dataclass, field
+from contextlib import AbstractContextManager
 from itertools import islice
-from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from smsbatch.data.ledger import Commit
 from smsbatch.data.sample import Entry
-from smsbatch.errors import RequestError, RunError, SmsbatchError
-from smsbatch.execution.job import Job
 from smsbatch.execution.worker import Estimate, Progress, Task, Worker
 from smsbatch.manifest import Manifest
 
-__all__ = ["POOLS", "LocalPool", "Pool", "RayPool"]
+__all__ = ["LocalPool", "Pool", "pool_of"]
 
-_TICK_S = 0.25
-_IN_FLIGHT = 2  # per worker: with one, it would wait for every read; with three, a lost worker would lose more
+TICK_S = 0.25
+IN_FLIGHT = 2  # per worker: with one, it would wait for every read; with three, a lost worker would lose more
 _THREADS = 16  # for what mostly waits
-_FEW = 64  # things to do that are not worth starting a cluster for
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -64,16 +53,16 @@ class Pool(AbstractContextManager["Pool"], ABC):
         """The function of every item, in their order, several at a time; without models. Closing it drops the rest."""
         threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="smsbatch-map")
         try:
-            futures = _ahead((threads.submit(function, item) for item in items), 2 * _THREADS)
+            futures = started_ahead((threads.submit(function, item) for item in items), 2 * _THREADS)
             yield from (future.result() for future in futures)
         finally:
             threads.shutdown(cancel_futures=True)
 
 
-def _ahead(started: Iterable[Item], ahead: int) -> Iterator[Item]:
+def started_ahead(started: Iterable[Item], places: int) -> Iterator[Item]:
     """The same items, each taken from its source so many places before it is given."""
     remaining = iter(started)
-    window = deque(islice(remaining, ahead))
+    window = deque(islice(remaining, places))
     while window:
         yield window.popleft()
         window.extend(islice(remaining, 1))
@@ -84,7 +73,7 @@ class LocalPool(Pool):
 
     def __init__(self, manifest: Manifest) -> None:
         super().__init__(manifest)
-        self._threads = ThreadPoolExecutor(_IN_FLIGHT, thread_name_prefix="smsbatch")
+        self._threads = ThreadPoolExecutor(IN_FLIGHT, thread_name_prefix="smsbatch")
         self._worker: Worker | None = None
 
     def __exit__(self, *_: object) -> None:
@@ -97,11 +86,11 @@ class LocalPool(Pool):
         remaining = iter(tasks)
         running: set[Future[Commit]] = set()
         while True:
-            for task in islice(remaining, _IN_FLIGHT - len(running)):
+            for task in islice(remaining, IN_FLIGHT - len(running)):
                 running.add(self._threads.submit(worker.process, task))
             if not running:
                 return
-            finished, running = wait(running, timeout=_TICK_S, return_when=FIRST_COMPLETED)
+            finished, running = wait(running, timeout=TICK_S, return_when=FIRST_COMPLETED)
             for future in finished:
                 yield future.result()
             yield None
@@ -120,279 +109,14 @@ class LocalPool(Pool):
         return self._worker
 
 
-@contextmanager
-def _quiet_stderr() -> Iterator[None]:
-    """Nothing on the process's stderr: Ray's own code, in C++, writes there of what it then raises."""
-    with Path(os.devnull).open("w") as nowhere:
-        stderr = os.dup(2)
-        os.dup2(nowhere.fileno(), 2)
-        try:
-            yield
-        finally:
-            os.dup2(stderr, 2)
-            os.close(stderr)
+def pool_of(manifest: Manifest) -> Pool:
+    """The pool that the manifest asks for.
 
-
-@dataclass(eq=False)
-class _Actor:
-    """A Ray actor and the jobs it has in hand."""
-
-    handle: Any
-    name: str
-    ready: bool = False
-    jobs: list[Job] = field(default_factory=list)
-
-
-class RayPool(Pool):
-    """Actors on a Ray cluster, each pinned to its GPUs, with the models loaded once.
-
-    Joins the cluster at `compute.address` (or RAY_ADDRESS); where none is named it starts one here and stops it at the
-    end. A dead actor is replaced, and its units are tried again (`Job`).
+    Raises:
+        RequestError: Ray is asked for, and is not installed.
     """
+    if manifest.compute.pool == "local":
+        return LocalPool(manifest)
+    from smsbatch.execution.ray_pool import RayPool  # which knows this module
 
-    _BARREN_DEATHS = 3  # actors in a row that died while loading the models: it is not the samples' fault
-
-    def __init__(self, manifest: Manifest) -> None:
-        super().__init__(manifest.absolute())  # an actor's working folder is another
-        if importlib.util.find_spec("ray") is None:
-            raise RequestError(
-                "compute.pool: Ray is not installed; pip install 'smsbatch[ray]', or --set compute.pool=local"
-            )
-
-        self._actors: list[_Actor] = []
-        self._seen: dict[str, Progress] = {}
-        self._spawned = self._barren = 0
-        self._connected = self._started = False
-
-    def __exit__(self, *_: object) -> None:
-        if not self._connected:
-            return
-        import ray
-
-        for actor in self._actors:
-            ray.kill(actor.handle)
-        if self._started:
-            ray.shutdown()
-
-    def _connect(self) -> None:
-        """Be in a cluster, and know its size."""
-        if self._connected:
-            return
-        # Ray reads these at import; they only spare the user messages that are not for him.
-        os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-        import ray
-
-        self._started = not ray.is_initialized()
-        if self._started:
-            self._start()
-        self._connected = True
-        self._size_up()
-
-    def _start(self) -> None:
-        """Join the cluster that is named, or start one here."""
-        import ray
-
-        compute = self.manifest.compute
-        address = os.environ.get("RAY_ADDRESS") if compute.address == "auto" else compute.address
-        options: dict[str, Any] = {"address": address}
-        if address is None:
-            wanted = 1 if compute.workers == "auto" else compute.workers
-            threads = 1 if compute.threads == "auto" else compute.threads
-            cores = max(os.cpu_count() or 1, wanted * threads)
-            options = {"address": "local", "include_dashboard": False, "num_cpus": cores}
-        on_sigterm = signal.getsignal(signal.SIGTERM)
-        try:
-            with warnings.catch_warnings(), _quiet_stderr():
-                warnings.simplefilter("ignore")
-                ray.init(**options, log_to_driver=False, logging_level=logging.ERROR)
-        except (ConnectionError, RuntimeError, ValueError) as error:
-            raise RequestError(
-                f"compute.address: no Ray cluster at {address or 'this machine'} ({str(error).splitlines()[0]}); "
-                "check `ray status`, RAY_AUTH_MODE=token if the cluster asks for one, or --set compute.pool=local"
-            ) from error
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, on_sigterm)  # Ray would exit at once, and not in order
-
-    def _size_up(self) -> None:
-        """How many actors of what size: node by node, since an actor cannot lie across two."""
-        import ray
-
-        compute = self.manifest.compute
-        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-        gpus = [int(node.get("GPU", 0)) for node in nodes]
-        self._gpus = float(any(gpus)) if compute.gpus_per_worker == "auto" else compute.gpus_per_worker
-        fit = sum(int(count / self._gpus) for count in gpus) if self._gpus else len(nodes)
-        self._size = fit if compute.workers == "auto" else compute.workers
-        if self._gpus and fit < (1 if compute.workers == "auto" else compute.workers):
-            raise RequestError(
-                f"compute: {max(self._size, 1)} workers of {self._gpus:g} GPUs are wanted, there is room for {fit}; "
-                "lower compute.workers, or set compute.gpus_per_worker to 0 to work on CPUs"
-            )
-        cores = min(int(node.get("CPU", 1)) for node in nodes)
-        each = max(1, cores // -(-self._size // len(nodes)))
-        self._threads = each if compute.threads == "auto" else compute.threads
-
-    def progress(self) -> list[Progress]:
-        return [self._seen.get(actor.name, Progress(actor.name, None)) for actor in self._actors]
-
-    def map(self, function: Callable[[Item], Result], items: Sequence[Item]) -> Generator[Result, None, None]:
-        if len(items) <= _FEW:
-            yield from super().map(function, items)
-            return
-        self._connect()
-        import ray
-
-        call = ray.remote(lambda item: function(item))  # Ray wants a function, not what can be called like one
-        ahead = 2 * int(ray.cluster_resources().get("CPU", 1))
-        yield from map(self._result, _ahead((call.remote(item) for item in items), ahead))
-
-    def measure(self, entries: Sequence[Entry]) -> Estimate:
-        self._connect()
-        actor = self._actors[0] if self._actors else self._spawn()
-        self._result(actor.handle.setup.remote())
-        actor.ready = True
-        measured: Estimate = self._result(actor.handle.measure.remote(list(entries)))
-        return measured
-
-    def _result(self, call: Any) -> Any:
-        """What a call gave; our own errors as they were, and a death as the run's."""
-        import ray
-
-        try:
-            return ray.get(call)
-        except ray.exceptions.RayTaskError as error:
-            if isinstance(error.cause, SmsbatchError):
-                raise error.cause from None
-            raise
-        except ray.exceptions.RayError as error:
-            reason = str(error).strip().splitlines()[0]
-            raise RunError(
-                f"a worker died before the work began ({reason}); look at the memory of the nodes"
-            ) from error
-
-    def work(self, tasks: Iterable[Task]) -> Iterator[Commit | None]:
-        self._connect()
-        import ray
-
-        queue = deque(Job(task) for task in tasks)
-        hopeless: list[str] = []
-        calls: dict[Any, tuple[_Actor, Job | None]] = {}  # a call without a job is an actor's setup
-        polls = {actor.handle.progress.remote(): actor for actor in self._actors}  # who has measured before
-        while True:
-            outstanding = len(queue) + sum(len(actor.jobs) for actor in self._actors)
-            while len(self._actors) < min(self._size, outstanding):
-                actor = self._spawn()
-                calls[actor.handle.setup.remote()] = actor, None
-            for actor in self._actors:
-                self._deal(actor, queue, calls)
-            if not queue and not any(actor.jobs for actor in self._actors):
-                break  # an actor that still loads, or waits for a place, is not waited for
-
-            finished, _ = ray.wait(list(calls), num_returns=1, timeout=_TICK_S)
-            for call in finished:
-                actor, job = calls.pop(call)
-                try:
-                    result = ray.get(call)
-                except ray.exceptions.RayError as error:
-                    cause = getattr(error, "cause", None)
-                    if isinstance(cause, SmsbatchError):
-                        raise cause from None
-                    if isinstance(error, ray.exceptions.RayTaskError) and type(cause).__name__ != "AcceleratorError":
-                        raise  # a bug: its traceback in the actor is what one needs
-                    # Dead, or with a GPU that has failed, which only a new process can use again.
-                    calls = {key: value for key, value in calls.items() if value[0] is not actor}
-                    hopeless += self._bury(actor, queue, error)
-                    continue
-                if job is None:
-                    actor.ready, self._barren = True, 0
-                    polls[actor.handle.progress.remote()] = actor
-                    continue
-                actor.jobs.remove(job)
-                if job.suspects:  # a probe that went well
-                    job.suspects.popleft()
-                    queue.appendleft(job)
-                else:
-                    yield result
-            polls = self._poll(polls)
-            yield None
-        if hopeless:
-            raise RunError(
-                f"units {', '.join(sorted(hopeless))} kill their workers even without the samples that do so alone; "
-                "look at the memory and the drivers of the workers, then run again"
-            )
-
-    def _spawn(self) -> _Actor:
-        import ray
-
-        name = f"w{self._spawned}"
-        self._spawned += 1
-        compute = self.manifest.compute.model_copy(update={"threads": self._threads})
-        handle = (
-            ray.remote(Worker)
-            .options(
-                num_gpus=self._gpus,
-                num_cpus=1 if self._gpus else self._threads,
-                max_concurrency=_IN_FLIGHT + 1,  # and `progress`
-            )
-            .remote(self.manifest.model_copy(update={"compute": compute}), name, "cuda" if self._gpus else "cpu")
-        )
-        actor = _Actor(handle, name)
-        self._actors.append(actor)
-        return actor
-
-    def _deal(self, actor: _Actor, queue: deque[Job], calls: dict[Any, tuple[_Actor, Job | None]]) -> None:
-        """Give an actor what it can take; a unit that saw a death has one for itself: the next then has one cause."""
-        while actor.ready and queue and len(actor.jobs) < _IN_FLIGHT:
-            idle = sum(not other.jobs for other in self._actors)
-            if actor.jobs and (queue[0].deaths or actor.jobs[0].deaths or len(queue) <= idle):
-                return  # the last units are for those who have none, also for those who still load
-            job = queue.popleft()
-            actor.jobs.append(job)
-            if job.suspects:
-                calls[actor.handle.probe.remote(job.task.unit, job.suspects[0])] = actor, job
-            else:
-                calls[actor.handle.process.remote(job.task, tuple(job.lost), job.deaths)] = actor, job
-
-    def _bury(self, actor: _Actor, queue: deque[Job], error: Exception) -> list[str]:
-        """Take a dead actor out and put its jobs back; the names of units with nothing left to try."""
-        import ray
-
-        ray.kill(actor.handle)
-        self._actors.remove(actor)
-        if not actor.ready:
-            self._barren += 1
-            if self._barren >= self._BARREN_DEATHS:
-                if not any(other.ready for other in self._actors):
-                    reason = str(error).strip().splitlines()[0]
-                    raise RunError(
-                        f"{self._barren} workers in a row died while loading the models ({reason}); is their memory "
-                        "too small? `--set compute.pool=local` shows what happens in this process"
-                    )
-                self._size -= 1  # others work: only this place is bad
-        hopeless = []
-        preempted = getattr(error, "preempted", False)  # the machine was taken away: no sample's fault
-        for job in reversed(actor.jobs):
-            if preempted or job.died(self.manifest.compute.retries):
-                queue.appendleft(job)
-            else:
-                hopeless.append(job.task.unit.name)
-        return hopeless
-
-    def _poll(self, polls: dict[Any, _Actor]) -> dict[Any, _Actor]:
-        """Take what actors answered about their progress, and ask them again."""
-        import ray
-
-        if not polls:
-            return polls
-        answered, waiting = ray.wait(list(polls), num_returns=len(polls), timeout=0)
-        again = {call: polls[call] for call in waiting}
-        for call in answered:
-            actor = polls[call]
-            with suppress(ray.exceptions.RayError):  # it died: `work` finds out by the unit it had
-                self._seen[actor.name] = ray.get(call)
-                again[actor.handle.progress.remote()] = actor
-        return again
-
-
-POOLS: dict[str, type[Pool]] = {"local": LocalPool, "ray": RayPool}
+    return RayPool(manifest)

@@ -26,7 +26,6 @@ __all__ = [
     "Change",
     "allowed_drift",
     "check_request",
-    "drivers_commit",
     "inputs_changed",
     "read_run",
     "store_of",
@@ -42,10 +41,15 @@ _NAMED = 3
 
 
 def store_of(where: str | Manifest) -> Store:
-    """The store of a run: of a manifest, or of an output path or URL with nothing but the environment's settings."""
-    if isinstance(where, str):
-        return Store(where, Storage())
-    return Store(where.output.path, where.storage)
+    """The store of a run: of a manifest, or of an output path or URL with nothing but the environment's settings.
+
+    Where the run that stands there says that its store has no create-only put, the store is used accordingly.
+    """
+    path, storage = (where, Storage()) if isinstance(where, str) else (where.output.path, where.storage)
+    store = Store(path, storage)
+    run = read_run(store)
+    store.conditional = run is None or run.get("commits") != "driver"
+    return store
 
 
 def read_run(store: Store) -> dict[str, Any] | None:
@@ -63,12 +67,6 @@ def read_run(store: Store) -> dict[str, Any] | None:
     if not isinstance(run, dict) or "manifest_sha256" not in run:
         raise StorageError(f"{store.locate(RUN)} is not a run of smsbatch; choose another output.path")
     return run
-
-
-def drivers_commit(store: Store) -> bool:
-    """Whether the run's store cannot create-only, so that its one driver commits and no worker does."""
-    run = read_run(store)
-    return run is not None and run.get("commits") == "driver"
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,9 @@ from smsbatch.data.ledger import Commit, Ledger
 from smsbatch.data.objects import Reader, public
 from smsbatch.data.sample import Entry, Outcome, Sample, Unit
 from smsbatch.data.sources import load_sample
+from smsbatch.data.store import Store
 from smsbatch.errors import SampleError
-from smsbatch.execution.record import drivers_commit, store_of
+from smsbatch.execution.record import store_of
 from smsbatch.manifest import Manifest
 
 if TYPE_CHECKING:
@@ -79,8 +80,6 @@ class Worker:
 
     def __init__(self, manifest: Manifest, name: str, device: str | None = None) -> None:
         self.manifest, self.name, self._device = manifest, f"{socket.gethostname()}-{name}", device
-        self._store = store_of(manifest)
-        self._ledger = Ledger(self._store, metrics=manifest.metrics)
         self._readers = ThreadPoolExecutor(_READERS, thread_name_prefix="smsbatch-read")
         self._compute = threading.Lock()
         self._cancelled = threading.Event()
@@ -123,7 +122,7 @@ class Worker:
         commit = self._ledger.attempt(
             unit, outcomes, worker=self.name, seconds=perf_counter() - started, generation=task.generation
         )
-        if self._driver_commits:
+        if not self._store.conditional:
             return commit
         commit = self._ledger.decide(commit)
         self._ledger.publish(unit.shard, self._shards[unit.shard])  # None while another unit is missing
@@ -208,12 +207,16 @@ class Worker:
         return _failed(entry, "worker_lost", message)
 
     @cached_property
-    def _shards(self) -> dict[int, list[Unit]]:
-        return {shard: list(units) for shard, units in groupby(read_units(self._store), lambda unit: unit.shard)}
+    def _store(self) -> Store:
+        return store_of(self.manifest)  # not before a unit is asked for: the plan stands then, and says how to commit
 
     @cached_property
-    def _driver_commits(self) -> bool:
-        return drivers_commit(self._store)
+    def _ledger(self) -> Ledger:
+        return Ledger(self._store, metrics=self.manifest.metrics)
+
+    @cached_property
+    def _shards(self) -> dict[int, list[Unit]]:
+        return {shard: list(units) for shard, units in groupby(read_units(self._store), lambda unit: unit.shard)}
 
 
 def _failed(entry: Entry, code: str, message: str) -> Outcome:

@@ -19,7 +19,7 @@ from jobs import commits, make_photos, rows, tars, write_manifest
 
 import smsbatch as sb
 from smsbatch.data.sample import Unit
-from smsbatch.execution import pool
+from smsbatch.execution import ray_pool
 from smsbatch.execution.job import Job
 from smsbatch.execution.worker import Task
 
@@ -47,7 +47,7 @@ class TestRayPool:
     ) -> None:
         photos = make_photos(tmp_path / "photos", ["a", "b", "flaky", "c", "d"])
         manifest = sb.load(write_manifest(tmp_path, model, lora, photos, compute={"pool": "ray", "workers": 2}))
-        monkeypatch.setattr(pool, "Worker", DeadlyWorker)
+        monkeypatch.setattr(ray_pool, "Worker", DeadlyWorker)
         report = sb.run(manifest)
         assert (tmp_path / "died-before").exists()
         assert (report.planned, report.succeeded) == (5, 5)
@@ -75,7 +75,7 @@ class TestRayPool:
                 errors={"max_failed_fraction": 0.5},
             )
         )
-        monkeypatch.setattr(pool, "Worker", DeadlyWorker)
+        monkeypatch.setattr(ray_pool, "Worker", DeadlyWorker)
         report = sb.run(manifest)
         found = rows(tmp_path / "out")
         assert set(found) == set(keys)
@@ -89,7 +89,7 @@ class TestRayPool:
     ) -> None:
         photos = make_photos(tmp_path / "photos")
         manifest = sb.load(write_manifest(tmp_path, model, lora, photos, compute={"pool": "ray", "workers": 1}))
-        monkeypatch.setattr(pool, "Worker", StillbornWorker)
+        monkeypatch.setattr(ray_pool, "Worker", StillbornWorker)
         with pytest.raises(sb.RunError, match="3 workers in a row died while loading the models"):
             sb.run(manifest)
 
@@ -156,29 +156,6 @@ def _wait_for_commits(out: Path, number: int, process: subprocess.Popen[str]) ->
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline
         time.sleep(0.02)
-
-
-@pytest.mark.parametrize("pool_name", ["local", "ray"])
-def test_a_killed_driver_goes_on_to_the_same_bytes(job: Path, pool_name: str) -> None:
-    out, pool_option = job.parent / "out", f"compute.pool={pool_name}"
-    process = _start(job, "--set", pool_option)
-    _wait_for_commits(out, 2, process)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.communicate()
-    before = commits(out)
-    assert 2 <= len(before) < 8
-    assert not (out / "_SUCCESS").exists()
-
-    resumed = _start(job, "--set", pool_option)
-    _, err = resumed.communicate(timeout=180)
-    assert resumed.returncode == 0, err
-    after = commits(out)
-    assert {unit: after[unit]["attempt"] for unit in before} == {unit: before[unit]["attempt"] for unit in before}
-
-    undisturbed = _start(job, "--set", f"output.path={job.parent / 'undisturbed'}")
-    undisturbed.communicate(timeout=180)
-    assert tars(out) == tars(job.parent / "undisturbed")
-    assert set(rows(out)) == {f"photo-{number:02}" for number in range(8)}
 
 
 @pytest.mark.parametrize("pool_name", ["local", "ray"])

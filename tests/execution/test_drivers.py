@@ -1,10 +1,8 @@
-"""Heartbeats, two drivers on one output, and stores in which only one driver may commit."""
+"""Heartbeats, and stores in which only one driver may commit. `test_crashes.py` has two drivers at once."""
 
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 import threading
 import time
 from dataclasses import asdict
@@ -12,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from jobs import commits, make_photos, rows, tars, write_manifest
+from jobs import make_photos, rows, write_manifest
 
 import smsbatch as sb
 from smsbatch.data.sample import Unit
@@ -66,18 +64,6 @@ def test_the_dead_are_buried_by_the_next_driver(job: Path, tmp_path: Path) -> No
     (tmp_path / "out/_smsbatch/commits/000003.json").unlink()
     sb.run(sb.load(job, ["source.limit=8"]))
     assert not dead.exists()
-
-
-def test_two_drivers_at_once_share_the_work(job: Path, tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    command = [sys.executable, "-m", "smsbatch", "run", str(job), "--set", "objective.steps=6"]
-    both = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)]
-    for driver in both:
-        _, err = driver.communicate(timeout=180)
-        assert driver.returncode == 0, err
-    assert len(rows(out)) == len(commits(out)) == 8
-    sb.run(sb.load(job, ["objective.steps=6", f"output.path={tmp_path / 'alone'}"]))
-    assert tars(out) == tars(tmp_path / "alone")
 
 
 def test_a_second_driver_takes_shards_in_another_order() -> None:
