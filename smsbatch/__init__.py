@@ -26,15 +26,17 @@ if TYPE_CHECKING:
         StorageError,
         WeightsError,
     )
-    from smsbatch.execution.audit import Collected, Problem, Repaired, Verification, gc, repair, verify
+    from smsbatch.execution.audit import Collected, Repaired, gc, repair
     from smsbatch.execution.doctor import Check, doctor
     from smsbatch.execution.drive import run
     from smsbatch.execution.failures import failures
     from smsbatch.execution.plan import Plan, plan
     from smsbatch.execution.replay import Replayed, replay
     from smsbatch.execution.report import Report
+    from smsbatch.execution.standing import Problem
     from smsbatch.execution.status import Status, status
     from smsbatch.execution.stylizer import Stylizer
+    from smsbatch.execution.verification import Verification, verify
     from smsbatch.manifest import Manifest
     from smsbatch.manifest_file import load
 
@@ -52,15 +54,17 @@ _HOMES = {
     ),
     "smsbatch.manifest": ("Manifest",),
     "smsbatch.manifest_file": ("load",),
-    "smsbatch.execution.audit": ("Collected", "Problem", "Repaired", "Verification", "gc", "repair", "verify"),
+    "smsbatch.execution.audit": ("Collected", "Repaired", "gc", "repair"),
     "smsbatch.execution.doctor": ("Check", "doctor"),
     "smsbatch.execution.drive": ("run",),
     "smsbatch.execution.failures": ("failures",),
     "smsbatch.execution.plan": ("Plan", "plan"),
     "smsbatch.execution.replay": ("Replayed", "replay"),
     "smsbatch.execution.report": ("Report",),
+    "smsbatch.execution.standing": ("Problem",),
     "smsbatch.execution.status": ("Status", "status"),
     "smsbatch.execution.stylizer": ("Stylizer",),
+    "smsbatch.execution.verification": ("Verification", "verify"),
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names}
 

@@ -135,23 +135,24 @@ def status(
     """Say how far a run is, from its storage alone."""
     import smsbatch as sb
     from smsbatch import terminal
+    from smsbatch.execution.look import Look
 
     with _failures(as_json):
-        found_at = _where(where, set_)
-        now = sb.status(found_at)
+        look = Look(_where(where, set_))
+        now = sb.status(look)
         if watch:
             try:
                 with terminal.Watch(as_json) as shown:
                     shown.update(now)
                     while not now.finished:
                         time.sleep(interval)
-                        now = sb.status(found_at)
+                        look.renew()
+                        now = sb.status(look)
                         shown.update(now)
             except KeyboardInterrupt:
                 raise typer.Exit from None  # to leave is how one ends to watch
             return
-        idle = [] if now.finished or any(driver.alive for driver in now.drivers) else [terminal.IDLE]
-        _show(as_json, now.to_dict, [*terminal.status(now, ages=True), *idle])
+        _show(as_json, now.to_dict, terminal.status(now, ages=True))
 
 
 @app.command()
@@ -165,11 +166,12 @@ def errors(
     """List the failed samples, and count them by error code. With --json a line for each row."""
     import smsbatch as sb
     from smsbatch import terminal
+    from smsbatch.execution.look import Look
 
     with _failures(as_json):
-        found_at = _where(where, set_)
+        look = Look(_where(where, set_))
         shown = 0
-        for row in sb.failures(found_at, code, limit):
+        for row in sb.failures(look, code, limit):
             if as_json:
                 typer.echo(json.dumps(row, ensure_ascii=False))
             else:
@@ -178,7 +180,7 @@ def errors(
                 typer.echo(terminal.failure(row))
             shown += 1
         if not as_json:
-            _print(terminal.failed(sb.status(found_at), shown))
+            _print(terminal.failed(sb.status(look), shown))
 
 
 @app.command()
@@ -199,7 +201,12 @@ def verify(where: Where, set_: Override = None, full: Full = False, as_json: AsJ
 
 @app.command()
 def repair(
-    where: Where, set_: Override = None, full: Full = False, dry_run: DryRun = False, as_json: AsJson = False
+    where: Where,
+    set_: Override = None,
+    full: Full = False,
+    dry_run: DryRun = False,
+    allow_drift: AllowDrift = None,
+    as_json: AsJson = False,
 ) -> None:
     """Mend what `verify` finds.
 
@@ -210,7 +217,9 @@ def repair(
 
     with _failures(as_json, "the same command goes on from here"):
         with _display(as_json) as shown:
-            result = sb.repair(_where(where, set_), shown.update, full=full, dry_run=dry_run)
+            result = sb.repair(
+                _where(where, set_), shown.update, full=full, dry_run=dry_run, allow_drift=allow_drift or ()
+            )
         _show(as_json, result.to_dict, terminal.repaired(result, _again(where, set_)))
         raise typer.Exit(0 if result.ok or dry_run else 1)
 

@@ -14,6 +14,7 @@ SmsbatchError                 exit code
 from __future__ import annotations
 
 __all__ = [
+    "ERROR_CODES",
     "DriftError",
     "ManifestError",
     "RequestError",
@@ -24,6 +25,20 @@ __all__ = [
     "StorageError",
     "WeightsError",
 ]
+
+ERROR_CODES = (
+    "read_error",
+    "timeout",
+    "bad_caption",
+    "decode_error",
+    "too_small",
+    "too_large",
+    "diverged",
+    "oom",
+    "encode_error",
+    "worker_lost",
+)
+"""What a row's `error_code` may be; stable."""
 
 
 class SmsbatchError(Exception):
@@ -61,11 +76,7 @@ class RunError(SmsbatchError):
 
 
 class SampleError(SmsbatchError):
-    """One sample's failure. `code` is stable and goes to the row's `error_code`, the message to `error_message`.
-
-    Codes: read_error, timeout, bad_caption, decode_error, too_small, too_large, diverged, oom, encode_error,
-    worker_lost.
-    """
+    """One sample's failure: `code`, one of ERROR_CODES, is the row's `error_code`, the message its `error_message`."""
 
     def __init__(self, code: str, message: str) -> None:
         super().__init__(message)

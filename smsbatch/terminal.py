@@ -14,16 +14,16 @@ from time import monotonic, time
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from smsbatch.execution.audit import Collected, Repaired, Verification
+    from smsbatch.execution.audit import Collected, Repaired
     from smsbatch.execution.doctor import Check
     from smsbatch.execution.plan import Plan
     from smsbatch.execution.replay import Replayed
     from smsbatch.execution.report import Report
     from smsbatch.execution.status import Status
+    from smsbatch.execution.verification import Verification
 
 __all__ = [
     "FAILURE_HEAD",
-    "IDLE",
     "Display",
     "Live",
     "Plain",
@@ -147,8 +147,6 @@ class Shards(AbstractContextManager["Shards"]):
 
 # ------------------------------------------------------------------------------------------------------------- status
 
-IDLE = "  nobody is at work on it; `smsbatch run` goes on"
-
 
 def status(now: Status, ages: bool = False) -> list[str]:
     """A status as a few lines; with `ages` also when each worker was last heard of."""
@@ -169,7 +167,11 @@ def status(now: Status, ages: bool = False) -> list[str]:
     ]
     if now.errors:
         lines.append(f"  {now.failed:,} failed: {_codes(now.errors)}")
-    if now.finished:
+    if now.samples_retried:
+        lines.append(f"  {now.samples_retried:,} of them are tried again")
+    if now.note:
+        lines.append(f"  {now.note}")
+    elif now.finished:
         lines.append("  finished")
     elif now.rate and now.remaining_s is not None:
         lines.append(f"  {3600 * now.rate:,.0f} images/h, about {duration(now.remaining_s)} left")
@@ -181,7 +183,11 @@ def status_line(now: Status) -> str:
     parts = [f"{now.samples_done:,}/{now.samples:,} images", f"{now.units_done:,}/{now.units:,} units"]
     if now.errors:
         parts.append(f"{now.failed:,} failed ({_codes(now.errors)})")
-    if now.finished:
+    if now.samples_retried:
+        parts.append(f"{now.samples_retried:,} tried again")
+    if now.note:
+        parts.append(now.note)
+    elif now.finished:
         parts.append("finished")
     elif now.rate and now.remaining_s is not None:
         parts += [f"{3600 * now.rate:,.0f} images/h", f"about {duration(now.remaining_s)} left"]

@@ -35,7 +35,7 @@ def test_the_error_tree_is_what_its_docstring_shows() -> None:
         "RunError": ("SmsbatchError", 1),
         "SampleError": ("SmsbatchError", 1),
     }
-    assert set(errors.__all__) == {*tree, "SmsbatchError"}
+    assert set(errors.__all__) == {*tree, "SmsbatchError", "ERROR_CODES"}
     for name, (parent, code) in tree.items():
         assert getattr(errors, name).__base__.__name__ == parent
         assert getattr(errors, name).exit_code == code

@@ -129,7 +129,10 @@ def test_status_watched_is_left_quietly(job: Path, tmp_path: Path) -> None:
         text=True,
     ) as watching:
         assert watching.stdout is not None
-        assert watching.stdout.readline() == "test: 4/6 images, 2/3 units\n"
+        assert (
+            watching.stdout.readline()
+            == "test: 4/6 images, 2/3 units, nobody is at work on it; `smsbatch run` goes on\n"
+        )
         assert watching.stdout.readline()
         watching.send_signal(signal.SIGINT)
         _, stderr = watching.communicate(timeout=30)
@@ -269,11 +272,14 @@ def test_a_run_over_its_budget_of_failures(tmp_path: Path, model: Path, lora: Pa
     (photos / "broken.jpg").write_bytes(b"")
     over = smsbatch("run", str(write_manifest(tmp_path, model, lora, photos)))
     assert over.returncode == 1
-    assert "1 of 7 samples have failed (1 decode_error)" in over.stderr
+    assert "1 of 7 samples failed (1 decode_error)" in over.stderr
     assert "`smsbatch errors " in over.stderr
     listed = smsbatch("errors", str(tmp_path / "out")).stdout.splitlines()
     assert listed[1].split()[0] == "broken"
     assert listed[-1].startswith("1 of 7 images failed")
+    shown = smsbatch("status", str(tmp_path / "out")).stdout
+    assert "but 1 of 7 samples failed (1 decode_error), more than errors.max_failed_fraction (0.01) allows" in shown
+    assert "run with --retry-failed" in shown
     assert len(over.stderr.splitlines()) == 1
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 import yaml
 
 import smsbatch as sb
+from smsbatch.data.remote import redact
 from smsbatch.manifest import PRESETS, Manifest, Objective
 
 GOOD = """\
@@ -196,6 +198,27 @@ SECRETS = [
     ("storage.endpoint", "http://minio:hunter2@localhost:9000"),
     ("style.lora", "https://example.org/x.safetensors?X-Amz-Signature=hunter2"),
     ("output.path", "s3://bucket/AKIA0123456789ABCDEF"),
+    ("source.urls", "https://hunter2@example.org/a.tar"),
+    *[
+        ("source.urls", f"https://example.org/a.tar?v=1&{name}=hunter2")
+        for name in (
+            "access_token",
+            "apiKey",
+            "api-key",
+            "auth",
+            "client_secret",
+            "jwt",
+            "key",
+            "password",
+            "pwd",
+            "sig",
+        )
+    ],
+    *[
+        ("source.urls", f"https://example.org/a.tar?{name}=hunter2&v=1")
+        for name in ("Signature", "token", "X-Amz-Credential", "X-Amz-Security-Token", "X-Goog-Signature")
+    ],
+    ("source.urls", "https://example.org/a.tar#access_token=hunter2"),
 ]
 
 
@@ -213,9 +236,39 @@ def test_a_secret_in_the_file_is_named_by_its_line(file: Path) -> None:
     assert "manifest.yaml:12: storage.endpoint: holds a secret" in fails(file)
 
 
-@pytest.mark.parametrize("url", ["https://example.org:8080/a.tar?version=3&page=a@b", "s3://bucket/sig=1/{0..3}.tar"])
+@pytest.mark.parametrize(
+    "url",
+    [
+        "https://example.org:8080/a.tar?version=3&page=a@b",
+        "https://example.org/@me/a.tar?author=me&design=1&monkey=2&sort_key=date&keyword=x&expires=1",
+        "s3://bucket/sig=1/{0..3}.tar",
+        "s3://bucket/token=1/me@x/a?key.tar",
+        "abfs://container@account.dfs.core.windows.net/a.tar",
+        "sftp://me@host/a.tar",
+        "data/me@home:1/a.tar",
+    ],
+)
 def test_an_ordinary_url_is_no_secret(url: str, file: Path) -> None:
     assert sb.load(file, [f"source.urls='{url}'"]).source.urls == (url,)
+
+
+@pytest.mark.parametrize(("key", "value"), SECRETS)
+def test_what_a_manifest_may_not_hold_no_message_shows(key: str, value: str) -> None:
+    shown = redact(f"cannot read {value}: no")
+    assert "hunter2" not in shown
+    assert "AKIA" not in shown
+    assert "***" in shown
+
+
+@pytest.mark.parametrize(
+    "piece", ["?", "?token", "token", "token=", "?a-", ":", "://", "://a:", "@", "://@:", "https://"]
+)
+def test_to_redact_takes_no_time_for_any_text(piece: str) -> None:
+    """A table may hold any address, and each sample's is redacted."""
+    started = time.process_time()
+    for start in ("", "https://", "s3://", "https://h/?", "?token"):
+        redact(start + piece * (100_000 // len(piece)))
+    assert time.process_time() - started < 5
 
 
 def test_how_storage_is_reached_changes_no_result(file: Path) -> None:

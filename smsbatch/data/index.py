@@ -22,9 +22,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from smsbatch.data.objects import public
 from smsbatch.data.sample import Entry, Span, Unit
 from smsbatch.data.store import Store, storage_errors
-from smsbatch.errors import SourceError
+from smsbatch.errors import SourceError, StorageError
 
 __all__ = [
     "INDEX_SCHEMA",
@@ -34,6 +35,7 @@ __all__ = [
     "Built",
     "Part",
     "build_index",
+    "digest_index",
     "find_key",
     "from_table",
     "index_size",
@@ -203,6 +205,15 @@ def find_key(store: Store, key: str) -> int | None:
     return None
 
 
+def digest_index(path: Path) -> str:
+    """The `sha256` that `build_index` gave for an index."""
+    digest = _Digest()
+    with _opened(path) as file:
+        for group, _, _ in _groups(file):
+            digest.update(file.read_row_group(group, use_threads=False))
+    return digest.hexdigest()
+
+
 def move_index(store: Store, found: Path, target: Path) -> tuple[int, int]:
     """The stored index with its keys' bytes where `found`, an index of the source as it is now, has them.
 
@@ -323,7 +334,7 @@ def _check_unique(path: Path, hashes: npt.NDArray[np.int64]) -> None:
                         origin = "" if entry.original_key is None else f" (made of {entry.original_key!r})"
                         number = f"; {len(again):,} keys stand twice" if len(again) > 1 else ""
                         raise SourceError(
-                            f"{entry.url}: key {entry.key!r}{origin} is also in {seen[entry.key]}; "
+                            f"{public(entry.url)}: key {entry.key!r}{origin} is also in {public(seen[entry.key])}; "
                             f"keys must be unique, rename one of them{number}"
                         )
                     seen[entry.key] = entry.url
@@ -341,7 +352,12 @@ def _opened(source: Store | Path, name: str = SAMPLES) -> Iterator[pq.ParquetFil
         storage_errors("read", where),
         source.open_read(name) if isinstance(source, Store) else source.open("rb") as file,
     ):
-        yield pq.ParquetFile(file, pre_buffer=False)
+        try:
+            parquet = pq.ParquetFile(file, pre_buffer=False)
+        except (pa.ArrowException, EOFError) as error:
+            reason = str(error).splitlines()[0]
+            raise StorageError(f"{where} is empty, cut or no Parquet ({reason}); run `smsbatch repair`") from error
+        yield parquet
 
 
 def _latest(store: Store, name: str) -> str:

@@ -30,7 +30,6 @@ from pathlib import Path
 
 from smsbatch.data import shards
 from smsbatch.data.records import (
-    ATTEMPTS,
     COMMITS,
     GENERATIONS,
     ILLEGIBLE,
@@ -49,18 +48,7 @@ from smsbatch.data.sample import Outcome, Unit
 from smsbatch.data.store import Store, storage_errors
 from smsbatch.errors import StorageError
 
-__all__ = [
-    "ATTEMPTS",
-    "COMMITS",
-    "GENERATIONS",
-    "KINDS",
-    "PUBLISHED",
-    "Commit",
-    "FileProof",
-    "Ledger",
-    "Published",
-    "new_attempt",
-]
+__all__ = ["Ledger"]
 
 
 class Ledger:
@@ -168,11 +156,15 @@ class Ledger:
         A disk that lost power may leave a commit that is empty or cut. It is counted here, and whoever reads it,
         `commits` or `publish`, raises the StorageError that names it: no such unit is ever published.
         """
-        return set(self._names())
+        return set(self.generations())
 
-    def commits(self) -> dict[int, Commit]:
-        """The newest commits of all units that are done, by unit id, in order; StorageError if one is damaged."""
-        names = {commit_file(unit, generation): unit for unit, generation in sorted(self._names().items())}
+    def commits(self, generations: Mapping[int, int] | None = None) -> dict[int, Commit]:
+        """The newest commits of all units that are done, or those of `generations`, by unit id, in order.
+
+        StorageError if one is damaged.
+        """
+        wanted = self.generations() if generations is None else generations
+        names = {commit_file(unit, generation): unit for unit, generation in sorted(wanted.items())}
         found = self.store.read_all(list(names))
         return {unit: self._parse(name, found[name]) for name, unit in names.items() if name in found}
 
@@ -182,8 +174,9 @@ class Ledger:
         Written again they give the same tar and the same rows but for generation, attempt and worker.
         StorageError if the files are not what was committed, or were collected as rubbish.
         """
+        lost = f"samples of unit {commit.unit:06d} cannot be tried again alone, only in a run at another output.path"
         with self._workshop() as folder:
-            return shards.read_outcomes(*(self._fetch(commit, kind, folder) for kind in KINDS))
+            return shards.read_outcomes(*(self._fetch(commit, kind, folder, lost) for kind in KINDS))
 
     # --- publish ---
 
@@ -314,7 +307,7 @@ class Ledger:
             with tempfile.TemporaryDirectory(prefix="smsbatch-", dir=self.scratch) as folder:
                 yield Path(folder)
 
-    def _names(self) -> dict[int, int]:
+    def generations(self) -> dict[int, int]:
         """The newest generation of each unit that has a commit, in one listing."""
         newest: dict[int, int] = {}
         for path in self.store.list(COMMITS):
@@ -337,19 +330,29 @@ class Ledger:
         return found
 
     def _current(self, units: Sequence[Unit]) -> list[Commit] | None:
-        """The newest commits of all these units, None while one has none."""
-        newest = self._newest(unit.id for unit in units)
-        return [newest[unit.id] for unit in units] if len(newest) == len(units) else None
+        """The newest commits of all these units, None while one has none: nearly always one of the last."""
+        ids = [unit.id for unit in units]
+        if not self.store.exists(commit_file(ids[-1], 0)):
+            return None
+        newest: dict[int, Commit] = {}
+        while len(newest) < len(ids):  # backwards, by 1, 2, 4, 8 ...
+            asked = ids[max(0, len(ids) - 2 * len(newest) - 1) : len(ids) - len(newest)]
+            found = self._newest(asked)
+            if len(found) < len(asked):
+                return None
+            newest |= found
+        return [newest[unit] for unit in ids]
 
-    def _fetch(self, commit: Commit, kind: str, folder: Path) -> Path:
-        """A winner's file, proven to be the one that was committed."""
+    def _fetch(self, commit: Commit, kind: str, folder: Path, if_gone: str = "") -> Path:
+        """A winner's file, proven to be the one that was committed; `if_gone` is what to say where it is not there."""
         name = attempt_file(commit.unit, commit.attempt, kind)
         target = folder / f"{commit.unit:06d}.{kind}"
         if self._holds(name, commit.files[kind], target):
             return target
-        state = "is not what was committed" if self.store.exists(name) else "is gone, deleted or collected by gc"
-        its_commit = self.store.locate(commit_file(commit.unit, commit.generation))
-        raise StorageError(f"{self.store.locate(name)} {state}; delete {its_commit} and run again")
+        place = self.store.locate(name)
+        if self.store.exists(name):
+            raise StorageError(f"{place} is not what was committed; {self._repair}")
+        raise StorageError(f"{place} is gone, deleted or collected by `gc --attempts`; {if_gone or self._repair}")
 
     def _holds(self, name: str, proof: FileProof, target: Path) -> bool:
         """Whether just these bytes are stored there; `target` then has them."""
@@ -367,9 +370,12 @@ class Ledger:
         try:
             return Commit.from_json(data)
         except ILLEGIBLE as error:
-            raise StorageError(
-                f"{self.store.locate(name)} is empty, cut or of another version ({error}); delete it and run again"
-            ) from error
+            wrong = f"is empty, cut or of another version ({error})"
+            raise StorageError(f"{self.store.locate(name)} {wrong}; {self._repair}") from error
+
+    @property
+    def _repair(self) -> str:
+        return f"run `smsbatch repair {self.store.url}`"
 
 
 def _legible(data: bytes) -> Published | None:
@@ -385,7 +391,9 @@ def _recount(built: Mapping[str, Path], samples: int) -> None:
     keys = [row["key"] for row in rows]
     if len(keys) != samples or len(set(keys)) != samples:
         raise ValueError(f"{samples} samples are planned, there are rows of {len(set(keys))}, {len(keys)} in all")
-    if shards.check_tar(built["tar"]) != [row["key"] for row in rows if row["status"] == "success"]:
-        raise StorageError(
-            f"{built['tar']} and {built['parquet']} do not hold the same samples; check the disk and run again"
-        )
+    try:
+        in_tar = shards.check_tar(built["tar"])
+    except StorageError as error:
+        raise StorageError(f"{error}; check the disk and run again") from error
+    if in_tar != [row["key"] for row in rows if row["status"] == "success"]:
+        raise StorageError(f"{built['tar']} and its Parquet do not hold the same samples; check the disk and run again")

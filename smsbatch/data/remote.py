@@ -2,20 +2,21 @@
 
 What goes wrong behind a door comes out as an OSError: FileNotFoundError, PermissionError, FileExistsError as on disk,
 and `RemoteError` for what disks do not have. Throttling, server errors, broken and stalled connections and bodies cut
-short are tried `storage.retries` more times; the drivers' own retries are off, so that policies do not multiply. A door
-serves all threads of one process; ask `locate` for it each time, and it is right after a fork too.
+short are tried `storage.retries` more times; for S3 and the web the drivers' own retries are off, so that policies do
+not multiply, other drivers keep theirs. A door serves all threads of one process; ask `locate` for it each time, and it
+is right after a fork too.
 """
 
 from __future__ import annotations
 
 import errno
 import functools
+import inspect
 import io
 import os
-import re
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from stat import S_ISREG
@@ -28,7 +29,7 @@ from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_rand
 
 from smsbatch import tiny
 from smsbatch.errors import RequestError
-from smsbatch.manifest import Storage
+from smsbatch.manifest import SECRET, Storage
 
 __all__ = ["Door", "Found", "Got", "RemoteError", "TooLong", "bare", "byte_range", "inside", "locate", "redact"]
 
@@ -37,13 +38,12 @@ T = TypeVar("T")
 WAIT = wait_random_exponential(multiplier=0.5, max=20)  # seconds: at most 0.5, 1, 2, 4 ... 20
 
 _LOCK = threading.RLock()
-_USERINFO = re.compile(r"://[^/@\s]*@")
-_SIGNED = re.compile(r"([?&][^=&\s]*(?:sig|token|key|secret|credential|passw|auth)[^=&\s]*=)[^&\s'\"]*", re.IGNORECASE)
+_BUGS = (TypeError, KeyError, AttributeError, MemoryError, AssertionError)
 
 
 def redact(text: str) -> str:
-    """One line without what opens a door: userinfo in a URL, and values of signed or secret query parameters."""
-    return _SIGNED.sub(r"\1***", _USERINFO.sub("://***@", " ".join(text.split())))
+    """One line, with `***` for what opens a door, as `manifest.SECRET` defines it."""
+    return SECRET.sub(lambda secret: f"{secret['shown'] or ''}***", " ".join(text.split()))
 
 
 class RemoteError(OSError):
@@ -86,22 +86,28 @@ def locate(url: str | Path, storage: Storage) -> tuple[Door, str]:
     """The door to a path, a URL or a `tiny:` name, and its path there. RequestError: no driver for it."""
     text = tiny.resolve(os.fspath(url))
     scheme, found, _ = text.partition("://")
-    with _LOCK:  # else every thread of a starting pool makes a door of its own
-        door = _door(scheme.lower() if found and scheme != "local" else "file", os.getpid(), storage)
-    return door, door.path_of(text)
+    scheme = scheme.lower() if found and scheme != "local" else "file"
+    # What a driver says to an address that it has no use for is anything: a row of a table may hold any.
+    try:
+        with _LOCK:  # else every thread of a starting pool makes a door of its own
+            door = _door(scheme, os.getpid(), storage)
+        return door, door.path_of(text)
+    except ImportError as error:
+        raise RequestError(f"{scheme}://: its driver is not installed ({redact(str(error))})") from error
+    except (TypeError, ValueError, OSError, AttributeError, RuntimeError) as error:
+        raise RequestError(f"{redact(scheme)}://: its driver cannot be used by an address alone") from error
 
 
 @functools.lru_cache(maxsize=64)
 def _door(scheme: str, pid: int, storage: Storage) -> Door:
     """One door for all threads of a process; `pid` because connections do not survive a fork."""
-    options: dict[str, Any] = {"use_listings_cache": False, "skip_instance_cache": True}
     try:
         driver, kind = fsspec.get_filesystem_class(scheme), _kind(scheme)
-        return kind(driver(**options, **kind.options(storage)), scheme, storage)
     except ValueError as error:
         raise RequestError(f"{redact(scheme)}://: nothing is known that reads such addresses") from error
-    except ImportError as error:
-        raise RequestError(f"{scheme}://: its driver is not installed ({redact(str(error))})") from error
+    options = {"use_listings_cache": False, "skip_instance_cache": True, **kind.options(storage)}
+    inspect.signature(driver.__init__).bind(None, **options)  # some that are made in vain complain when they are freed
+    return kind(driver(**options), scheme, storage)
 
 
 def _kind(scheme: str) -> type[Door]:
@@ -176,10 +182,10 @@ class Door:
             return []
         return [path.rstrip("/").rpartition("/")[2] for path in paths if path.startswith(inside(folder))]
 
-    def glob(self, pattern: str) -> list[str]:
-        """The paths of objects that a pattern with `*`, `?`, `[]` means, in no order."""
+    def glob(self, pattern: str) -> list[Found]:
+        """The objects that a pattern with `*`, `?`, `[]` means, in no order."""
         paths: dict[str, dict[str, Any]] = self._persist(self.fs.glob, pattern, detail=True)
-        return [path for path, info in paths.items() if self._found(path, info)]
+        return [found for path, info in paths.items() if (found := self._found(path, info)) is not None]
 
     def upload(self, path: str, source: bytes | Path, *, create: bool = False) -> None:
         """Write the whole object. FileExistsError: `create`, and there is one already."""
@@ -197,11 +203,13 @@ class Door:
             return
 
     def _persist(self, action: Callable[..., T], *args: Any, **options: Any) -> T:
-        """Do it, again where that may help. What it raises is an OSError or TooLong."""
+        """Do it, again where that may help. What it raises is an OSError or TooLong, or else a bug."""
 
         def once() -> T:
             try:
                 return action(*args, **options)
+            except _BUGS:
+                raise
             except Exception as error:
                 known = self._translate(error)
                 if known is error:
@@ -268,7 +276,10 @@ class Disk(Door):
     can_create = True
 
     def path_of(self, url: str) -> str:
-        return str(Path(url.partition("://")[2] or url).expanduser().absolute())
+        path = Path(url.partition("://")[2] or url)
+        with suppress(RuntimeError):  # `~somebody` whom nobody knows
+            path = path.expanduser()
+        return str(path.absolute())
 
     def url_of(self, path: str) -> str:
         return path

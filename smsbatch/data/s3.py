@@ -168,7 +168,11 @@ class S3(Door):
         try:
             self._persist(self._upload, path, source, mode="create", Metadata={MARK: mark})
         except FileExistsError:
-            if self._persist(self._head, path)["Metadata"].get(MARK) != mark:
+            try:
+                is_ours = self._persist(self._head, path)["Metadata"].get(MARK) == mark
+            except FileNotFoundError:  # deleted just now, by somebody who publishes anew
+                is_ours = False
+            if not is_ours:
                 raise
 
     def _upload(self, path: str, source: bytes | Path, create: bool = False, **options: Any) -> None:

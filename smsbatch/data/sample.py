@@ -53,10 +53,7 @@ class Entry:
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """The bytes of one entry.
-
-    `fields` are the others, as they came; other pictures (a png beside the jpg in use) are not among them.
-    """
+    """The bytes of one entry: the picture in use, and in `fields` all others, as they came, a second picture too."""
 
     key: str
     url: str
@@ -145,9 +142,11 @@ class Outcome:
     def provenance(self) -> bytes:
         """The `<key>.json` of a sample whose source has none: only what a re-run reproduces.
 
-        No times, no workers, and not where the source lies: moved elsewhere it gives the same shards.
+        No times, no workers, and not where the source lies: moved elsewhere it gives the same shards. Nothing is null:
+        readers take a column's type from the first samples they meet.
         """
         values = {name: getattr(self, name) for name in _PROVENANCE}
+        values |= {"caption": self.caption or "", "original_key": self.original_key or self.key}
         return json.dumps(values, ensure_ascii=False, sort_keys=True).encode()
 
 

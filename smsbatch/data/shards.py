@@ -56,7 +56,7 @@ def write_tar(path: Path, outcomes: Iterable[Outcome]) -> None:
 def _members(outcome: Outcome) -> Mapping[str, bytes]:
     if outcome.image is None:
         return {}
-    made = {"json": outcome.provenance()} | ({"txt": outcome.caption.encode()} if outcome.caption else {})
+    made = {"json": outcome.provenance(), "txt": (outcome.caption or "").encode()}
     return made | dict(outcome.fields) | {outcome.image_field: outcome.image}
 
 
@@ -91,7 +91,7 @@ def check_tar(path: Path) -> list[str]:
         for name, offset, length in members:
             file.seek(offset)
             if len(file.read(length)) != length:
-                raise StorageError(f"{path}: {name} is cut off; delete the file and run again")
+                raise StorageError(f"{path}: {name} is cut off")
     return [key for key, _ in groupby(_split(member.name)[0] for member in members)]
 
 
@@ -140,7 +140,7 @@ def _outcome(row: Mapping[str, Any], fields: dict[str, bytes]) -> Outcome:
         return Outcome(**columns, metrics=measured)
     of_image = [name for name, data in fields.items() if hashlib.sha256(data).hexdigest() == row["sha256"]]
     if not of_image:
-        raise StorageError(f"{row['key']}: the tar has not the picture of its row; run smsbatch repair")
+        raise StorageError(f"{row['key']}: the tar has not the picture of its row")
     image = fields.pop(of_image[0])
     return Outcome(**columns, image=image, image_field=of_image[0], metrics=measured, fields=fields)
 
@@ -170,9 +170,9 @@ def _whole(file: IO[bytes], where: object) -> tuple[list[Member], int]:
     try:
         found = list(members)
     except tarfile.ReadError as error:
-        raise StorageError(f"{where}: not a tar ({error}); delete the file and run again") from error
+        raise StorageError(f"{where}: not a tar ({error})") from error
     if members.damage:
-        raise StorageError(f"{where}: {members.damage}; delete the file and run again")
+        raise StorageError(f"{where}: {members.damage}")
     return found, members.end
 
 

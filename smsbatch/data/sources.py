@@ -27,7 +27,7 @@ import pyarrow as pa
 
 from smsbatch.data.index import INDEX_SCHEMA, Part, to_table
 from smsbatch.data.keys import is_extension, map_key
-from smsbatch.data.objects import Listed, Reader, expand, list_files, open_url, public, stat
+from smsbatch.data.objects import Listed, Reader, absolute, expand, list_files, open_url, public
 from smsbatch.data.sample import Entry, Sample, Span
 from smsbatch.data.tables import read_table
 from smsbatch.data.tars import Members, split_name
@@ -196,11 +196,12 @@ def load_sample(entry: Entry, source: Source, reader: Reader) -> Sample:
     length = entry.fields[rule].length if rule in entry.fields else None
     if length is not None and length > LONGEST_CAPTION:  # nothing of it is read
         raise _too_long(f"its .{rule}", length)
+    names = sorted(entry.fields, key=lambda name: name != entry.image)  # the picture's error comes first
     try:
-        image = reader.read(entry.fields[entry.image])
+        fields = dict(zip(names, reader.read_all([entry.fields[name] for name in names]), strict=True))
     except RequestError as error:  # a row may hold any address, also one of a kind that nobody knows
         raise SampleError("read_error", str(error)) from error
-    others = {name: reader.read(span) for name, span in entry.fields.items() if name != entry.image}
+    image, others = fields.pop(entry.image), fields
     if source.format != "table":
         caption = caption_of(others, source.caption)
     elif entry.caption is None:
@@ -255,15 +256,13 @@ def _too_long(what: str, size: int) -> SampleError:
 
 def _expand(name: str, source: Source, storage: Storage) -> list[Part]:
     try:
-        found = [(url, stat(url, storage)) for url in expand(name, storage)]
+        found = expand(name, storage)
     except OSError as error:
         raise _refused(name, error) from error
     if not found:
         raise _missing(name, storage)
     expanded = []
     for url, known in found:
-        if known is None:
-            raise _missing(url, storage)
         if not _is_utf8(url):
             raise SourceError(f"{url!r}: its name is not UTF-8; rename it")
         expanded.append(Part(source.format, url, known.size, known.etag))
@@ -283,7 +282,7 @@ def _folder_part(url: str, storage: Storage) -> Part:
     for file in _list(url, storage):
         digest.update(f"{file.path}\0{file.size}\0{file.etag}\0".encode("utf-8", "surrogatepass"))
         size += file.size
-    return Part("folder", url, size, digest.hexdigest())
+    return Part("folder", absolute(url, storage), size, digest.hexdigest())
 
 
 def _list(url: str, storage: Storage) -> Iterator[Listed]:

@@ -1,9 +1,10 @@
 """A `Store` is the root of a run's output: named objects that appear whole or not at all.
 
 No reader ever sees a part of an object: on disk a fsynced temporary file is renamed (`put`) or hard-linked (`create`)
-into place, elsewhere a single upload is, on S3 with `If-None-Match: *` to create. `create` succeeds for exactly one of
-any number of writers; the ledger is built on that, and `supports_create` tells whether a store keeps it. A refusal of
-the store is a `StorageError`, after the retries of `remote`.
+into place, elsewhere a single upload is, on S3 with `If-None-Match: *` to create. That all of it arrives is seen to by
+the store, as S3 does by length and checksum. `create` succeeds for exactly one of any number of writers; the ledger is
+built on that, and `supports_create` tells whether a store keeps it. A refusal of the store is a `StorageError`, after
+the retries of `remote`.
 """
 
 from __future__ import annotations
@@ -118,8 +119,6 @@ class Store:
                 self._replace(path, source)
                 return
             self._door.upload(self._full(path), source)
-            if isinstance(source, Path):  # a note of bytes may have been replaced by somebody's newer one already
-                self._check_arrival(path, source)
 
     def create(self, path: str, source: bytes | Path) -> bool:
         """Write the whole object only if there is none: True for the one writer who did, False for all others."""
@@ -141,7 +140,6 @@ class Store:
                 door.upload(self._full(path), source, create=atomic)
             except FileExistsError:
                 return False
-            self._check_arrival(path, source)
             return True
 
     def copy(self, path: str, target: str) -> None:
@@ -216,12 +214,6 @@ class Store:
                 return self._door.get(self._full(path)).data
             except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
                 return None
-
-    def _check_arrival(self, path: str, source: bytes | Path) -> None:
-        sent = len(source) if isinstance(source, bytes) else source.stat().st_size
-        found = self.size(path)
-        if found not in (sent, None):  # gone: somebody who replaces it was faster
-            raise StorageError(f"cannot write {self.locate(path)}: {sent} bytes were sent, it has {found}; run again")
 
     @contextmanager
     def _probe(self) -> Iterator[str]:

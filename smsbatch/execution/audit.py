@@ -1,4 +1,4 @@
-"""What looks after a run's storage: `verify`, then `repair` and `gc`, neither of which loses a proof by surprise.
+"""What looks after a run's storage beside `verify`: `repair` and `gc`, neither of which loses a proof by surprise.
 
 `repair` publishes again what has its attempts and computes again what has not. A commit that counts no longer is moved
 aside, to `_smsbatch/superseded/`, so that its unit is undone; strangers go to `_smsbatch/foreign/`. `gc` is the only
@@ -8,7 +8,7 @@ one that deletes, and says what. Neither starts while a driver is at work.
 from __future__ import annotations
 
 import uuid
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -17,16 +17,17 @@ from typing import Any
 from smsbatch.data.ledger import Ledger
 from smsbatch.data.records import ATTEMPTS, GENERATIONS
 from smsbatch.data.store import TEMPORARY, Store
+from smsbatch.diffusion.weights import digests
 from smsbatch.errors import RequestError
 from smsbatch.execution.drive import run as drive
-from smsbatch.execution.record import store_of
-from smsbatch.execution.report import write_report
+from smsbatch.execution.record import check_request, inputs_changed, store_of
+from smsbatch.execution.report import SUCCESS, write_report
 from smsbatch.execution.standing import Problem, recorded
-from smsbatch.execution.status import HEARTBEATS, Status, drivers
-from smsbatch.execution.verification import Audit, Verification, verify
-from smsbatch.manifest import Manifest
+from smsbatch.execution.status import DEAD_AFTER_S, HEARTBEATS, Status, drivers
+from smsbatch.execution.verification import Audit, Verification
+from smsbatch.manifest import Errors, Manifest
 
-__all__ = ["Collected", "Heap", "Problem", "Repaired", "Verification", "gc", "repair", "verify"]
+__all__ = ["Collected", "Heap", "Repaired", "gc", "repair"]
 
 SUPERSEDED = "_smsbatch/superseded"
 FOREIGN = "_smsbatch/foreign"
@@ -82,6 +83,7 @@ def repair(
     *,
     full: bool = False,
     dry_run: bool = False,
+    allow_drift: Collection[str] = (),
 ) -> Repaired:
     """Make a run whole again, as far as `verify` finds something wrong with it.
 
@@ -89,11 +91,12 @@ def repair(
         progress: called while units are computed again.
         full: look for what is wrong as `verify --full` does, at every byte.
         dry_run: only say what would be done.
+        allow_drift: as of `run`, where something must be computed again.
 
     Raises:
-        RequestError: no run stands there, or a driver is at work on it.
+        RequestError: no run stands there, a driver is at work on it, or what must be computed again has changed.
         StorageError: it cannot be read or written.
-        RunError: computing again, too many samples failed.
+        RunError: computing an unfinished run, too many samples failed.
     """
     store = store_of(where)
     audit = Audit(store)
@@ -108,7 +111,11 @@ def repair(
         return Repaired(before, tuple(work.lines), None)
     _refuse_while_at_work(store, "repair it then")
     manifest = where if isinstance(where, Manifest) else recorded(store, audit.run)
-    _do(audit, work, manifest, progress)
+    if work.plan or work.recompute:  # what cannot be computed must not be moved aside
+        check_request(store, audit.run, manifest, digests(manifest), allow_drift, note=False)
+        if not work.plan:
+            inputs_changed(store, manifest, allow_drift, note=False)
+    _do(audit, work, manifest, progress, allow_drift)
     touched = None if work.plan else sorted(shards)
     return Repaired(before, tuple(work.lines), Audit(store).verify(True, only=touched))
 
@@ -140,7 +147,13 @@ def _work(audit: Audit, problems: Iterable[Problem]) -> _Work:
     return _Work(plan, report, tuple(sorted(recompute)), tuple(sorted(publish)), tuple(sorted(aside)))
 
 
-def _do(audit: Audit, work: _Work, manifest: Manifest, progress: Callable[[Status], None]) -> None:
+def _do(
+    audit: Audit,
+    work: _Work,
+    manifest: Manifest,
+    progress: Callable[[Status], None],
+    allow_drift: Collection[str],
+) -> None:
     store, stamp = audit.store, f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{uuid.uuid4().hex[:6]}"
     for place in work.aside:
         ours = place.startswith(("_smsbatch/", "plan/"))
@@ -150,8 +163,13 @@ def _do(audit: Audit, work: _Work, manifest: Manifest, progress: Callable[[Statu
     for shard in work.publish:
         ledger.publish(shard, audit.shards[shard], again=True)
     if work.plan or work.recompute:
-        drive(manifest, progress)
-    elif audit.reported:
+        succeeded, finished = store.exists(SUCCESS), len(audit.commits) == len(audit.units)
+        # What failed in a finished run has been judged then, and is no reason to leave it in pieces now.
+        errors = Errors(max_failed_fraction=1, max_failed_fraction_per_unit=1) if finished else manifest.errors
+        drive(manifest.model_copy(update={"errors": errors}), progress, allow_drift=allow_drift)
+        if finished and not succeeded:
+            store.delete(SUCCESS)
+    elif audit.reported or work.report:
         write_report(store)  # its list of files has their digests
 
 
@@ -160,7 +178,7 @@ def _refuse_while_at_work(store: Store, advice: str) -> None:
     if alive:
         raise RequestError(
             f"{store.url}: a driver, {alive[0].name}, is at work (seen {alive[0].age_s:.0f} s ago); let it finish or "
-            f"stop it, and {advice}"
+            f"stop it, and {advice}; one that was killed counts as dead after {DEAD_AFTER_S:.0f} s"
         )
 
 
@@ -243,18 +261,15 @@ def _rubbish(audit: Audit, attempts: bool) -> Iterator[tuple[str, dict[str, int]
         if not path.startswith(f"{ATTEMPTS}/") or not number.isdigit() or int(number) not in audit.by_id:
             continue
         commit = audit.commits.get(int(number))
-        if commit is None:
-            if _old(store, path):
-                lost[path] = size
-        elif name.partition(".")[0] != commit.attempt:
-            lost[path] = size
+        if commit is None or name.partition(".")[0] != commit.attempt:
+            lost[path] = size  # unless it is young: the next generation's, say, which is not decided yet
         elif attempts and audit.by_id[commit.unit].shard in whole:
             spare[path] = size
-    yield "attempts that lost", lost
+    yield "attempts that lost", _old(store, lost)
     yield "attempts of published shards", spare
     yield "older generations", {path: size for path, size in generations.items() if _shard_of(path) in whole}
     yield "superseded records", store.sizes(SUPERSEDED)
-    yield "temporary files", {path: size for path, size in store.sizes(TEMPORARY).items() if _old(store, path)}
+    yield "temporary files", _old(store, store.sizes(TEMPORARY))
     dead = {f"{HEARTBEATS}/{driver.name}.json" for driver in drivers(store) if not driver.alive}
     yield "heartbeats of the dead", {path: size for path, size in store.sizes(HEARTBEATS).items() if path in dead}
 
@@ -264,5 +279,12 @@ def _shard_of(path: str) -> int:
     return int(number) if number.isdigit() else -1
 
 
-def _old(store: Store, path: str) -> bool:
-    return (datetime.now(UTC) - store.modified(path)).total_seconds() > _YOUNG_S
+def _old(store: Store, files: dict[str, int]) -> dict[str, int]:
+    """Those that cannot be somebody's work in hand."""
+
+    def age_s(path: str) -> float:
+        return (datetime.now(UTC) - store.modified(path)).total_seconds()
+
+    with ThreadPoolExecutor(_THREADS, thread_name_prefix="smsbatch-gc") as threads:
+        ages = zip(files.items(), threads.map(age_s, files), strict=True)
+        return {path: size for (path, size), age in ages if age > _YOUNG_S}

@@ -19,12 +19,13 @@ from importlib.metadata import PackageNotFoundError, version
 from time import perf_counter
 from typing import Any, Literal
 
-from smsbatch.data.objects import list_files, open_url
+from smsbatch.data.objects import Reader, list_files, open_url, public
 from smsbatch.data.sources import parts
 from smsbatch.data.store import TEMPORARY, Store
+from smsbatch.data.tables import read_table
 from smsbatch.diffusion.weights import check_lora
 from smsbatch.errors import RequestError, SmsbatchError
-from smsbatch.execution.record import read_run
+from smsbatch.execution.record import read_run, refuse_strangers
 from smsbatch.manifest import Manifest, Storage
 
 __all__ = ["Check", "doctor"]
@@ -132,6 +133,8 @@ def _output(where: str | Manifest) -> Iterator[Check]:
         path, storage = (where, Storage()) if isinstance(where, str) else (where.output.path, where.storage)
         store = Store(path, _impatient(storage))
         run = read_run(store)
+        if run is None:
+            refuse_strangers(store)
     except SmsbatchError as error:
         yield _failed("output", error)
         return
@@ -192,6 +195,11 @@ def _source(manifest: Manifest) -> Check:
             url = parts(source.model_copy(update={"urls": source.urls[:1]}), storage)[0].url
         with open_url(url, storage) as file:
             file.read(1)
+            file.seek(0)
+            entry = next(read_table(file, url, source), None) if source.format == "table" else None
+        if entry is not None and entry.image:
+            url = public(entry.url)
+            Reader(storage, source.max_bytes).read(entry.fields[entry.image])
     except SmsbatchError as error:
         return _failed("source", error)
     except StopIteration:

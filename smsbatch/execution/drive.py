@@ -7,18 +7,18 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Collection, Sequence
-from contextlib import ExitStack
 from itertools import groupby
 
-from smsbatch.data.ledger import Commit, Ledger
-from smsbatch.data.sample import Unit
+from smsbatch.data.ledger import Ledger
+from smsbatch.data.records import Published
 from smsbatch.data.store import Store
-from smsbatch.errors import RequestError, RunError
+from smsbatch.errors import ERROR_CODES, RequestError, RunError
+from smsbatch.execution.heart import Heart
 from smsbatch.execution.plan import establish, relocate
 from smsbatch.execution.pool import Pool, pool_of
-from smsbatch.execution.record import inputs_changed, store_of
-from smsbatch.execution.report import SUCCESS, Report, is_reported, summarize, write_report
-from smsbatch.execution.status import Heart, Status, Tally, drivers
+from smsbatch.execution.record import check_allowed, inputs_changed, store_of
+from smsbatch.execution.report import INDEX, SUCCESS, Report, is_reported, summarize, write_report
+from smsbatch.execution.status import Status, Tally, drivers
 from smsbatch.execution.worker import Task
 from smsbatch.manifest import Errors, Manifest
 
@@ -43,39 +43,53 @@ def run(
             run, whose plan is obeyed nevertheless.
 
     Raises:
-        RequestError: the manifest, source or weights are wrong, or not those of the run at `output.path`.
+        RequestError: the manifest, source, weights or codes are wrong, or not those of the run at `output.path`.
         StorageError: the output cannot be read or written; what is committed is kept.
         RunError: more samples failed than `errors` allows.
     """
-    if codes and not retry_failed:
-        raise RequestError("codes: they say what to retry, so they need --retry-failed")
+    _check_codes(codes, retry_failed)
+    check_allowed(manifest, allow_drift)
     with pool_of(manifest) as pool:
         store = store_of(manifest)
         plan = establish(manifest, store, pool, allow_drift)
         ledger = Ledger(store, metrics=manifest.metrics)
         tally = Tally(manifest.name, plan.units, ledger.commits())
-        todo = [Task(unit) for unit in plan.units if unit.id not in tally.commits]
-        if retry_failed:
-            todo += _again(tally, codes)
+        todo = _again(tally, codes) if retry_failed else []
+        undone = [Task(unit) for unit in plan.units if unit.id not in tally.commits]
+        if undone and not todo:
+            _check_budget(manifest.errors, store, tally)
+        todo += undone
         progress(tally.status())
         if todo:
             if inputs_changed(store, manifest, allow_drift):
                 relocate(manifest, store, pool)
-            if not retry_failed:
-                _check_budget(manifest.errors, store, tally)
-            _work(manifest, pool, store, ledger, tally, todo, progress, retry_failed)
-    changed = _publish(ledger, tally)
-    report = write_report(store) if todo or changed or not is_reported(store) else summarize(store)
+            with Heart(store, tally.status()) as heart:
+                todo = _beside_others(todo, store, heart)
+                for name in (SUCCESS, INDEX):  # neither is true of what will be; the report is written anew at the end
+                    store.delete(name)
+                _work(manifest, pool, ledger, tally, todo, heart, progress)
+                _publish(ledger, tally)
+                report = write_report(store, tally.commits)
+        else:
+            published = _publish(ledger, tally)
+            told = published is not None and is_reported(store) and not allow_drift  # which the report tells, too
+            report = (summarize if told else write_report)(store, tally.commits, published)
     progress(tally.status(finished=True))
-    allowed = manifest.errors.max_failed_fraction
-    if report.failed > allowed * report.planned:
-        raise RunError(
-            f"{report.failed} of {report.planned} samples failed, more than errors.max_failed_fraction ({allowed:g}) "
-            f"allows; everything is written, see {store.locate('report.html')}; raise the limit if that is good "
-            "enough, or mend the cause and run with --retry-failed"
-        )
+    try:
+        _check_budget(manifest.errors, store, tally)
+    except RunError:
+        store.delete(SUCCESS)
+        raise
     store.create(SUCCESS, b"")
     return report
+
+
+def _check_codes(codes: Collection[str], retry_failed: bool) -> None:
+    if codes and not retry_failed:
+        raise RequestError("codes: they say what to retry, so they need --retry-failed")
+    unknown = [code for code in codes if code not in ERROR_CODES]
+    if unknown:
+        raise RequestError(f"--code {unknown[0]}: no such error code; there are {', '.join(ERROR_CODES)}")
 
 
 def _again(tally: Tally, codes: Collection[str]) -> list[Task]:
@@ -85,76 +99,96 @@ def _again(tally: Tally, codes: Collection[str]) -> list[Task]:
         wanted = {code for code in commit.errors if not codes or code in codes}
         if wanted:
             tasks.append(Task(tally.units[commit.unit], commit.generation + 1, tuple(sorted(wanted))))
+            tally.retry(commit.unit, sum(commit.errors[code] for code in wanted))
+    if codes and not tasks:
+        there = ", ".join(f"{count} {code}" for code, count in tally.errors.most_common()) or "none at all"
+        raise RequestError(f"--code {', '.join(codes)}: no sample failed so; there are: {there}")
     return tasks
+
+
+def _beside_others(todo: list[Task], store: Store, heart: Heart) -> list[Task]:
+    """What to do in which order, since another driver may be at work; ours can be seen already by the other.
+
+    Raises:
+        RequestError: one is, on a store where two must not be.
+    """
+    others = [driver for driver in drivers(store, bury=True) if driver.alive and driver.name != heart.name]
+    if not others:
+        return todo
+    if not store.conditional:
+        raise RequestError(
+            f"{store.url}: another driver, {others[0].name}, is at work (seen {others[0].age_s:.0f} s ago), and this "
+            "store has no create-only put, so that two cannot share a run; stop one, or try again in a minute"
+        )
+    return _shuffled(todo, heart.name)
 
 
 def _work(
     manifest: Manifest,
     pool: Pool,
-    store: Store,
     ledger: Ledger,
     tally: Tally,
     todo: Sequence[Task],
+    heart: Heart,
     progress: Callable[[Status], None],
-    retry_failed: bool,
 ) -> None:
-    heart = Heart(store)
-    others = [driver for driver in drivers(store, bury=True) if driver.alive]
-    if others and not store.conditional:
-        raise RequestError(
-            f"{store.url}: another driver, {others[0].name}, is at work (seen {others[0].age_s:.0f} s ago), and this "
-            "store has no create-only put, so that two cannot share a run; stop one, or try again in a minute"
-        )
-    if others:
-        todo = _shuffled(todo, heart.name)
-    with ExitStack() as at_the_end:
-        at_the_end.callback(heart.stop)  # whoever leaves in order is no longer at work
-        heart.beat(tally.status())
-        for commit in pool.work(todo):
-            if commit is not None:
-                if not store.conditional:
-                    commit = ledger.decide(commit)
-                tally.add(commit)
-                if len(tally.commits) < len(tally.units) and not retry_failed:
-                    _check_budget(manifest.errors, store, tally, commit)
-            now = tally.status(pool.progress())
-            progress(now)
-            heart.beat(now)
+    store, retried = ledger.store, {task.unit.id for task in todo if task.generation}
+    for commit in pool.work(todo):
+        if commit is not None:
+            if not store.conditional:
+                commit = ledger.decide(commit)
+            tally.add(commit)
+            retried.discard(commit.unit)
+            if not store.conditional:
+                unit = tally.units[commit.unit]
+                ledger.publish(unit.shard, tally.shard(unit.shard))
+            if not retried and len(tally.commits) < len(tally.units):  # while it mends, it may still be over
+                _check_budget(manifest.errors, store, tally)
+        heart.now = tally.status(pool.progress())
+        progress(heart.now)
 
 
 def _shuffled(todo: Sequence[Task], seed: str) -> list[Task]:
-    """Shards in another order than the driver who is at work has: two meet seldom, and then waste a little."""
-    shards = [list(tasks) for _, tasks in groupby(todo, lambda task: task.unit.shard)]
+    """Another order than the driver has who is at work, shards by lot and each from its end: two meet seldom."""
+    shards = [list(tasks)[::-1] for _, tasks in groupby(todo, lambda task: task.unit.shard)]
     random.Random(seed).shuffle(shards)
     return [task for tasks in shards for task in tasks]
 
 
-def _check_budget(errors: Errors, store: Store, tally: Tally, latest: Commit | None = None) -> None:
-    """Stop a run that can no longer end well, or in which one unit fails as a whole: it would only cost more."""
-    done = f"{len(tally.commits)} of {len(tally.units)} units are committed"
-    advice = f"`smsbatch errors {store.url}` lists them; mend the cause and run with --retry-failed, or raise the limit"
-    worst = ", ".join(f"{count} {code}" for code, count in tally.errors.most_common())
+def _check_budget(errors: Errors, store: Store, tally: Tally) -> None:
+    """Stop a run that can no longer end well, or in which one unit failed as a whole: it would only cost more."""
+    left = len(tally.units) - len(tally.commits)
+    state = f"stopped, {left} of {len(tally.units)} units are not done" if left else "everything is written"
+    codes = ", ".join(f"{count} {code}" for code, count in tally.errors.most_common())
+    advice = (
+        f"`smsbatch errors {store.url}` lists them; mend the cause and run with --retry-failed (and with --allow-drift "
+        "inputs, if it was in the source), or raise the limit"
+    )
     if tally.failed > errors.max_failed_fraction * tally.samples:
         raise RunError(
-            f"stopped: {tally.failed} of {tally.samples} samples have failed ({worst}), more than "
-            f"errors.max_failed_fraction ({errors.max_failed_fraction:g}) allows in all; {done}; {advice}"
+            f"{tally.failed} of {tally.samples} samples failed ({codes}), more than errors.max_failed_fraction "
+            f"({errors.max_failed_fraction:g}) allows; {state}; {advice}"
         )
-    if latest is not None and latest.failed > errors.max_failed_fraction_per_unit * latest.samples:
+    worst = tally.worst
+    if worst is not None and worst.failed > errors.max_failed_fraction_per_unit * worst.samples:
         raise RunError(
-            f"stopped: {latest.failed} of the {latest.samples} samples of unit {latest.unit:06d} have failed ({worst} "
-            f"in all), more than errors.max_failed_fraction_per_unit ({errors.max_failed_fraction_per_unit:g}) allows; "
-            f"{done}; {advice}"
+            f"{worst.failed} of the {worst.samples} samples of unit {worst.unit:06d} failed, more than "
+            f"errors.max_failed_fraction_per_unit ({errors.max_failed_fraction_per_unit:g}) allows; {state}; {advice}"
         )
 
 
-def _publish(ledger: Ledger, tally: Tally) -> bool:
-    """Publish what no worker has: shards whose last unit was another's, or whose files are gone; whether any was."""
+def _publish(ledger: Ledger, tally: Tally) -> dict[int, Published] | None:
+    """Publish what no worker has: shards whose last unit was another's, or whose files are gone.
+
+    Returns:
+        The records of all shards, None if any was missing.
+    """
     published = ledger.publications()
-    changed = False
-    for shard, grouped in groupby(tally.units.values(), lambda unit: unit.shard):
-        units: list[Unit] = list(grouped)
-        record = published.get(shard)
-        if record is None or list(record.attempts) != [tally.commits[unit.id].attempt for unit in units]:
-            ledger.publish(shard, units)
-            changed = True
-    return changed
+    missing = [
+        shard
+        for shard in tally.shards
+        if shard not in published or not published[shard].made_of(tally.commits[unit.id] for unit in tally.shard(shard))
+    ]
+    for shard in missing:
+        ledger.publish(shard, tally.shard(shard))
+    return None if missing else published

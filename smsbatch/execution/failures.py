@@ -2,27 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from itertools import groupby, islice
+from collections.abc import Iterator
+from io import BytesIO
+from itertools import islice
 from typing import Any
 
-from smsbatch.data.index import UNITS, read_units
-from smsbatch.data.ledger import Ledger
-from smsbatch.data.records import Commit, Published, attempt_file
-from smsbatch.data.sample import Unit
+from smsbatch.data.records import attempt_file
 from smsbatch.data.shards import read_rows
-from smsbatch.data.store import Store
-from smsbatch.errors import RequestError
-from smsbatch.execution.record import read_run, store_of
+from smsbatch.execution.look import Look
 from smsbatch.manifest import Manifest
 
-__all__ = ["failures", "rows_of"]
+__all__ = ["failures"]
 
 
-def failures(where: str | Manifest, code: str | None = None, limit: int | None = None) -> Iterator[dict[str, Any]]:
+def failures(
+    where: str | Manifest | Look, code: str | None = None, limit: int | None = None
+) -> Iterator[dict[str, Any]]:
     """The rows of failed samples, in plan order; those of one shard in memory at a time.
 
     Args:
+        where: a manifest, an output path or URL, or a run that was looked at.
         code: only with this error code.
         limit: at most so many.
 
@@ -30,40 +29,26 @@ def failures(where: str | Manifest, code: str | None = None, limit: int | None =
         RequestError: no run stands there.
         StorageError: rows cannot be read.
     """
-    store = store_of(where)
-    if read_run(store) is None:
-        raise RequestError(f"{store.url}: no run here (no run.json); `smsbatch run` starts one")
-    return islice(_failures(store, code), limit)
+    return islice(_failures(where if isinstance(where, Look) else Look(where), code), limit)
 
 
-def _failures(store: Store, code: str | None) -> Iterator[dict[str, Any]]:
-    if not store.exists(UNITS):
-        return
-    ledger = Ledger(store)
-    commits, published = ledger.commits(), ledger.publications()
-    for shard, grouped in groupby(read_units(store), lambda unit: unit.shard):
-        units = list(grouped)
-        if any(
-            commits[unit.id].failed and code in (None, *commits[unit.id].errors) for unit in units if unit.id in commits
-        ):
-            for row in rows_of(store, units, commits, published.get(shard)):
+def _failures(look: Look, code: str | None) -> Iterator[dict[str, Any]]:
+    for shard, units in look.shards.items():
+        record = look.records.get(shard)
+        counted = [record] if record else [look.commits[unit.id] for unit in units if unit.id in look.commits]
+        if any(one.failed and code in (None, *one.errors) for one in counted):
+            for row in _rows(look, shard):
                 if row["status"] == "failed" and code in (None, row["error_code"]):
                     yield row
 
 
-def rows_of(
-    store: Store, units: Sequence[Unit], commits: dict[int, Commit], published: Published | None
-) -> Iterable[dict[str, Any]]:
-    """The rows of a shard's committed units: from its Parquet, or, while that is not of these commits, from theirs."""
-    done = [commits[unit.id] for unit in units if unit.id in commits]
-    if published is not None and published.made_of(done):
-        yield from _rows(store, published.parquet)
-    else:
-        for commit in done:
-            if commit.failed:
-                yield from _rows(store, attempt_file(commit.unit, commit.attempt, "parquet"))
-
-
-def _rows(store: Store, path: str) -> list[dict[str, Any]]:
-    with store.open_read(path) as file:
-        return read_rows(file)
+def _rows(look: Look, shard: int) -> Iterator[dict[str, Any]]:
+    """The rows of a shard's Parquet, or those of its units with failures while there is none of the newest commits."""
+    record = look.records.get(shard)
+    data = look.store.read_all([record.parquet]).get(record.parquet) if record else None
+    if record and data is not None and len(data) == record.files["parquet"].bytes:
+        yield from read_rows(BytesIO(data))
+        return
+    for commit in look.commits_of(shard):
+        if commit.failed:
+            yield from read_rows(BytesIO(look.store.read(attempt_file(commit.unit, commit.attempt, "parquet"))))

@@ -38,9 +38,17 @@ from smsbatch.data.sample import Unit
 from smsbatch.data.sources import Scanned, nothing_found, parts, scan
 from smsbatch.data.store import Store
 from smsbatch.diffusion.weights import check_lora, digests
-from smsbatch.errors import DriftError, RequestError
+from smsbatch.errors import DriftError
 from smsbatch.execution.pool import Pool, pool_of
-from smsbatch.execution.record import RUN, check_request, read_run, store_of
+from smsbatch.execution.record import (
+    RUN,
+    check_allowed,
+    check_request,
+    inputs_changed,
+    read_run,
+    refuse_strangers,
+    store_of,
+)
 from smsbatch.execution.worker import Estimate
 from smsbatch.manifest import Manifest
 
@@ -154,6 +162,7 @@ def plan(
         DriftError: another run stands at `output.path`.
         SampleError: none of the probe's samples could be stylized.
     """
+    check_allowed(manifest, allow_drift)
     store = store_of(manifest)
     run = read_run(store)
     with pool_of(manifest) as pool:
@@ -162,6 +171,8 @@ def plan(
             planned = _standing(manifest, store, run)
             done = Ledger(store).done()
             begun = f"{store.url} has this run already: {len(done)} of {len(planned.units)} units are done"
+            if len(done) < len(planned.units):
+                inputs_changed(store, manifest, allow_drift, note=False)
             samples_done = sum(len(unit) for unit in planned.units if unit.id in done)
             planned = replace(planned, samples_done=samples_done, notices=(*planned.notices, begun))
             estimate = _measure(pool, store, planned.samples, probe)
@@ -169,7 +180,7 @@ def plan(
             if run is not None:
                 check_request(store, run, manifest, digests(manifest), allow_drift, note=False)
             else:
-                _refuse_strangers(store)
+                refuse_strangers(store)
             with _drafted(manifest, pool, probe) as draft:
                 planned, estimate = draft.plan, draft.plan.estimate
     return replace(planned, estimate=estimate, price_per_gpu_hour=price_per_gpu_hour)
@@ -188,7 +199,7 @@ def establish(manifest: Manifest, store: Store, pool: Pool, allow_drift: Collect
         if store.exists(UNITS):
             return _standing(manifest, store, run)
     else:
-        _refuse_strangers(store)
+        refuse_strangers(store)
     with _drafted(manifest, pool, samples_per_unit=run["planned"]["samples_per_unit"] if run else None) as draft:
         if run is None:
             store.check_writable()
@@ -275,15 +286,6 @@ def _measure(pool: Pool, index: Store | Path, samples: int, wanted: int) -> Esti
 def _standing(manifest: Manifest, store: Store, run: Mapping[str, Any]) -> Plan:
     planned = run["planned"]
     return Plan(manifest, planned["samples"], tuple(read_units(store)), tuple(run["notices"]), planned["bytes"])
-
-
-def _refuse_strangers(store: Store) -> None:
-    """A run writes under plain names, and would replace what somebody else has under the same: sources, perhaps."""
-    strangers = [name for name in store.entries() if name != "_smsbatch"]
-    if strangers:
-        raise RequestError(
-            f"output.path: {store.url} is no run and not empty (it has {strangers[0]}); choose a new folder"
-        )
 
 
 def _record(draft: _Draft, weights: Mapping[str, str], commits: str) -> dict[str, Any]:

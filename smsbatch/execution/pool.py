@@ -16,7 +16,7 @@ from contextlib import AbstractContextManager
 from itertools import islice
 from typing import TypeVar
 
-from smsbatch.data.ledger import Commit
+from smsbatch.data.records import Commit
 from smsbatch.data.sample import Entry
 from smsbatch.execution.worker import Estimate, Progress, Task, Worker
 from smsbatch.manifest import Manifest
@@ -50,7 +50,7 @@ class Pool(AbstractContextManager["Pool"], ABC):
         """What samples cost on one worker; SampleError if none could be stylized."""
 
     def map(self, function: Callable[[Item], Result], items: Sequence[Item]) -> Generator[Result, None, None]:
-        """The function of every item, in their order, several at a time; without models. Closing it drops the rest."""
+        """The function of every item, in their order, several at a time; without models. Closed, it starts no more."""
         threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="smsbatch-map")
         try:
             futures = started_ahead((threads.submit(function, item) for item in items), 2 * _THREADS)

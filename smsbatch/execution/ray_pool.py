@@ -16,7 +16,7 @@ from pathlib import Path
 from time import monotonic
 from typing import Any
 
-from smsbatch.data.ledger import Commit
+from smsbatch.data.records import Commit
 from smsbatch.data.sample import Entry
 from smsbatch.errors import RequestError, RunError, SmsbatchError
 from smsbatch.execution.job import Job
@@ -265,7 +265,7 @@ class RayPool(Pool):
             job = queue.popleft()
             actor.jobs.append(job)
             if job.suspects:
-                calls[actor.handle.probe.remote(job.task.unit, job.suspects[0])] = actor, job
+                calls[actor.handle.probe.remote(job.task, job.suspects[0])] = actor, job
             else:
                 calls[actor.handle.process.remote(job.task, tuple(job.lost), job.deaths)] = actor, job
 
@@ -275,7 +275,8 @@ class RayPool(Pool):
 
         ray.kill(actor.handle)
         self._actors.remove(actor)
-        if not actor.ready:
+        preempted = getattr(error, "preempted", False)  # the machine was taken away: no sample's fault, nor memory's
+        if not actor.ready and not preempted:
             self._barren += 1
             if self._barren >= self._BARREN_DEATHS:
                 if not any(other.ready for other in self._actors):
@@ -284,9 +285,8 @@ class RayPool(Pool):
                         f"{self._barren} workers in a row died while loading the models ({reason}); is their memory "
                         "too small? `--set compute.pool=local` shows what happens in this process"
                     )
-                self._size -= 1  # others work: only this place is bad
+                self._size, self._barren = self._size - 1, 0  # others work: only this place is bad
         hopeless = []
-        preempted = getattr(error, "preempted", False)  # the machine was taken away: no sample's fault
         for job in reversed(actor.jobs):
             if preempted or job.died(self.manifest.compute.retries):
                 queue.appendleft(job)

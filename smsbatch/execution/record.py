@@ -9,26 +9,32 @@ from __future__ import annotations
 import hashlib
 import json
 import uuid
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
+from itertools import count, islice
+from reprlib import repr
 from typing import Any
 
-from smsbatch.data.index import Part, read_objects
-from smsbatch.data.ledger import COMMITS
+from smsbatch.data.index import Part, read_index, read_objects
+from smsbatch.data.objects import list_files
+from smsbatch.data.records import COMMITS
 from smsbatch.data.sources import parts
 from smsbatch.data.store import Store
-from smsbatch.errors import DriftError, StorageError
+from smsbatch.errors import DriftError, RequestError, StorageError
 from smsbatch.manifest import Manifest, Storage
 
 __all__ = [
     "RUN",
     "Change",
     "allowed_drift",
+    "check_allowed",
     "check_request",
     "inputs_changed",
     "read_run",
+    "refuse_strangers",
     "store_of",
+    "the_run",
 ]
 
 RUN = "run.json"
@@ -38,6 +44,8 @@ INPUTS = "inputs"
 _ELSEWHERE = ("compute.", "errors.", "storage.", "output.path")  # where and how, which changes no result
 _NEVER = {"metrics": "rows of one run have the same columns"}
 _NAMED = 3
+_ROWS = 65536  # of the index in memory at once
+_KEYS = {"name", "manifest", "manifest_sha256", "weights", "planned", "notices", "versions", "index_sha256"}
 
 
 def store_of(where: str | Manifest) -> Store:
@@ -64,9 +72,36 @@ def read_run(store: Store) -> dict[str, Any] | None:
         run = json.loads(store.read(RUN))
     except ValueError as error:
         raise StorageError(f"{store.locate(RUN)} is not JSON; it is not a run of smsbatch") from error
-    if not isinstance(run, dict) or "manifest_sha256" not in run:
+    if not isinstance(run, dict) or not run.keys() >= _KEYS:
         raise StorageError(f"{store.locate(RUN)} is not a run of smsbatch; choose another output.path")
     return run
+
+
+def the_run(store: Store) -> dict[str, Any]:
+    """`run.json` of the run that stands there.
+
+    Raises:
+        RequestError: none does.
+        StorageError: it is not a run.json of ours.
+    """
+    run = read_run(store)
+    if run is None:
+        store.entries()  # which says so where there is not even a bucket
+        raise RequestError(f"{store.url}: no run here (no {RUN}); `smsbatch run` starts one")
+    return run
+
+
+def refuse_strangers(store: Store) -> None:
+    """A run writes under plain names, and would replace what somebody else has under the same: sources, perhaps.
+
+    Raises:
+        RequestError: somebody has.
+    """
+    strangers = [name for name in store.entries() if name != "_smsbatch"]
+    if strangers:
+        raise RequestError(
+            f"output.path: {store.url} is no run and not empty (it has {strangers[0]}); choose a new folder"
+        )
 
 
 @dataclass(frozen=True)
@@ -80,7 +115,7 @@ class Change:
 
     @classmethod
     def of(cls, key: str, then: Any, now: Any) -> Change:
-        return cls(key, then, now, f"{key} ({then!r} then, {now!r} now)")
+        return cls(key, then, now, f"{key} ({repr(then)} then, {repr(now)} now)")
 
 
 def check_request(
@@ -109,14 +144,14 @@ def check_request(
             if then.get(key) != now.get(key) and (key == "compute.precision" or not key.startswith(_ELSEWHERE))
         ]
     changes += [
-        Change(f"weights.{name}", run["weights"].get(name), weights.get(name), f"the file {name} (key weights)")
+        Change(f"weights.{name}", run["weights"].get(name), weights.get(name), f"weights: the file {name}")
         for name in sorted(run["weights"].keys() | weights.keys())
         if run["weights"].get(name) != weights.get(name)
     ]
     _settle(store, changes, allow, note)
 
 
-def inputs_changed(store: Store, manifest: Manifest, allow: Collection[str] = ()) -> bool:
+def inputs_changed(store: Store, manifest: Manifest, allow: Collection[str] = (), note: bool = True) -> bool:
     """Whether the source's objects are not those that were planned: names, sizes, and etags where the store has them.
 
     Raises:
@@ -126,19 +161,40 @@ def inputs_changed(store: Store, manifest: Manifest, allow: Collection[str] = ()
     then, now = ({part.url: part for part in listed} for listed in (planned, present))
     told = [f"{url} is gone" for url in then.keys() - now.keys()]
     told += [f"{url} is new" for url in now.keys() - then.keys()]
-    told += [f"{url} was changed" for url in then.keys() & now.keys() if then[url] != now[url]]
-    if told:
-        some = "; ".join(sorted(told)[:_NAMED]) + (f"; and {len(told) - _NAMED} more" if len(told) > _NAMED else "")
-        _settle(
-            store, [Change(INPUTS, _digest(planned), _digest(present), f"the inputs (key {INPUTS}): {some}")], allow
+    for part in (now[url] for url in then.keys() & now.keys() if then[url] != now[url]):
+        files = (
+            list(islice(_changed_files(store, part, manifest.storage), _NAMED + 1)) if part.format == "folder" else []
         )
+        told += files or [f"{part.url} was changed"]
+    if told:
+        some = "; ".join(sorted(told)[:_NAMED]) + ("; and more" if len(told) > _NAMED else "")
+        _settle(store, [Change(INPUTS, _digest(planned), _digest(present), f"{INPUTS}: {some}")], allow, note)
     return bool(told)
+
+
+def _changed_files(store: Store, folder: Part, storage: Storage) -> Iterator[str]:
+    """What became of a folder's planned files; files that are new are not looked for."""
+    present = {file.url: (file.size, file.etag) for file in list_files(folder.url, storage)}
+    for start in count(0, _ROWS):
+        entries = read_index(store, start, start + _ROWS)
+        if not entries:
+            return
+        for url, _, length, etag in (span for entry in entries for span in entry.fields.values()):
+            if url not in present:
+                yield f"{url} is gone"
+            elif present[url] != (length, etag):
+                yield f"{url} was changed"
 
 
 def allowed_drift(store: Store) -> list[dict[str, Any]]:
     """What has changed since the plan and was allowed, in the order of the notes: `time`, `changed` by key."""
-    notes = store.read_all(store.list(DRIFT)).values()
-    return sorted((json.loads(note) for note in notes), key=lambda note: str(note["time"]))
+    notes = []
+    for path, data in store.read_all(store.list(DRIFT)).items():
+        try:
+            notes.append(json.loads(data))
+        except ValueError as error:
+            raise StorageError(f"{store.locate(path)} is cut or empty; delete it and allow the change again") from error
+    return sorted(notes, key=lambda note: str(note["time"]))
 
 
 def _settle(store: Store, changes: Iterable[Change], allow: Collection[str], note: bool = True) -> None:
@@ -156,6 +212,20 @@ def _settle(store: Store, changes: Iterable[Change], allow: Collection[str], not
         now = datetime.now(UTC).isoformat(timespec="milliseconds")
         allowed = {"time": now, "changed": {change.key: asdict(change) for change in fresh}}
         store.create(f"{DRIFT}/{uuid.uuid4().hex}.json", json.dumps(allowed, indent=1).encode())
+
+
+def check_allowed(manifest: Manifest, allow: Collection[str]) -> None:
+    """Every key that may have changed is one that can.
+
+    Raises:
+        RequestError: naming the one that is none.
+    """
+    known = [*_flat(manifest.dump()), "weights", INPUTS]
+    for key in allow:
+        if not any(_covered(name, [key]) for name in known) and not key.startswith("weights."):
+            raise RequestError(
+                f"--allow-drift {key}: no such key; it takes a key or section of the manifest, weights or {INPUTS}"
+            )
 
 
 def _covered(key: str, allow: Collection[str]) -> bool:

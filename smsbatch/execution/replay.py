@@ -26,10 +26,11 @@ from smsbatch.data.sample import Outcome, Unit
 from smsbatch.data.shards import read_rows
 from smsbatch.data.sources import load_sample
 from smsbatch.data.store import Store, storage_errors
-from smsbatch.data.tars import Members
 from smsbatch.diffusion.weights import digests
 from smsbatch.errors import RequestError, SampleError
-from smsbatch.execution.record import read_run, store_of
+from smsbatch.execution.gallery import find_members
+from smsbatch.execution.record import store_of, the_run
+from smsbatch.execution.worker import failed
 from smsbatch.manifest import Manifest
 
 __all__ = ["Replayed", "replay"]
@@ -79,9 +80,9 @@ def replay(where: str | Manifest, key: str, target: str | Path | None = None) ->
         StorageError: the run cannot be read, or the file not be written.
     """
     store = store_of(where)
-    run = read_run(store)
-    if run is None or not store.exists(UNITS):
-        raise RequestError(f"{store.url}: no planned run here; `smsbatch run` starts one")
+    run = the_run(store)
+    if not store.exists(UNITS):
+        raise RequestError(f"{store.url}: the run here has no plan yet; `smsbatch run` goes on")
     manifest = Manifest.model_validate(run["manifest"])
     if isinstance(where, Manifest):
         manifest = manifest.model_copy(update={"compute": where.compute, "storage": where.storage})
@@ -115,7 +116,7 @@ def _again(store: Store, manifest: Manifest, row: int) -> Outcome:
     try:
         sample = load_sample(entry, manifest.source, reader)
     except SampleError as error:
-        return Outcome(entry.key, entry.url, error_code=error.code, error_message=str(error))
+        return failed(entry, error.code, str(error))
     (outcome,) = Stylizer(manifest).stylize([sample])
     return outcome
 
@@ -131,16 +132,13 @@ def _recorded(store: Store, unit: Unit, key: str, extension: str) -> tuple[dict[
         tar, parquet = record.tar, record.parquet
     else:
         tar, parquet = (attempt_file(unit.id, commit.attempt, kind) for kind in ("tar", "parquet"))
-    with store.open_read(parquet) as file:
+    with storage_errors("read", store.locate(parquet)), store.open_read(parquet) as file:
         row = next((row for row in read_rows(file) if row["key"] == key), None)
     if row is None or row["status"] != "success":
         return row, None
-    with store.open_read(tar) as file:
-        for member in list(Members(file)):
-            if member.name == f"{key}.{extension}":
-                file.seek(member.offset)
-                return row, file.read(member.length)
-    return row, None
+    name = f"{key}.{extension}"
+    with storage_errors("read", store.locate(tar)), store.open_read(tar) as file:
+        return row, find_members(file, [name]).get(name)
 
 
 def _difference(before: bytes, now: bytes) -> tuple[int | None, float | None]:
@@ -182,8 +180,16 @@ def _meant(store: Store, key: str) -> str:
 
 
 def _target(target: str | Path | None, name: str) -> Path:
+    """Where to write, looked at before anything is computed."""
     path = Path(target) if target is not None else Path()
-    return path / name if path.is_dir() else path
+    path = path / name if path.is_dir() else path
+    if "://" in str(target):
+        raise RequestError(f"--to {target}: a picture is replayed to this machine; name a file or folder of its disk")
+    if not path.parent.is_dir():
+        raise RequestError(f"--to {target}: there is no folder {path.parent}; make it first")
+    if path.suffix != Path(name).suffix:
+        raise RequestError(f"--to {target}: the pictures of this run are {Path(name).suffix[1:]}; name it so")
+    return path
 
 
 def _write(path: Path, data: bytes) -> None:

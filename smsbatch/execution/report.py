@@ -1,8 +1,11 @@
 """What a finished run tells: numbers, index, dataset card and `report.html`.
 
-Contract: everything is computed from storage alone (`run.json`, plan, commits, published shards), with the rows of
-one shard in memory at a time, and is a function of it: reporting twice writes the same bytes. A run whose rows do not
+Contract: everything is computed from storage alone (`run.json`, plan, commits, published shards), with the rows of a
+few shards in memory at a time, and is a function of it: reporting twice writes the same bytes. A run whose rows do not
 add up to its plan (`success + failed == planned`) has no report but a RunError.
+
+index.json keeps the numbers, under a digest of them and of all that they follow from, so that whoever asks again reads
+no row; where anything of that has changed they are computed anew.
 """
 
 from __future__ import annotations
@@ -11,39 +14,40 @@ import hashlib
 import heapq
 import json
 import math
+import tempfile
 from array import array
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
-from itertools import chain, groupby
+from io import BytesIO
+from itertools import chain, groupby, islice
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from smsbatch.data import pixels
-from smsbatch.data.index import read_index, read_units
-from smsbatch.data.ledger import Commit, Ledger, Published
-from smsbatch.data.objects import Reader
-from smsbatch.data.sample import Unit
+from smsbatch.data.index import ROWS_PER_GROUP, SAMPLES, read_index, read_units
+from smsbatch.data.ledger import Ledger
+from smsbatch.data.records import ILLEGIBLE, Commit, Published
 from smsbatch.data.shards import read_rows
-from smsbatch.data.store import Store
-from smsbatch.data.tars import Members
-from smsbatch.errors import RequestError, RunError, SampleError
-from smsbatch.execution.record import RUN, allowed_drift, read_run
+from smsbatch.data.store import Store, storage_errors
+from smsbatch.errors import RunError
+from smsbatch.execution.gallery import SHOW_ALL, SHOW_END, gallery, has_value
+from smsbatch.execution.pool import started_ahead
+from smsbatch.execution.record import allowed_drift, the_run
 from smsbatch.execution.report_card import card
 from smsbatch.execution.report_page import render
-from smsbatch.manifest import Source, Storage
 
-__all__ = ["Distribution", "Failure", "Group", "Picture", "Report", "is_reported", "summarize", "write_report"]
+__all__ = ["Distribution", "Failure", "Report", "Tally", "is_reported", "summarize", "write_report"]
 
 SUCCESS = "_SUCCESS"
-_WRITTEN = ("index.json", "README.md", "report.html")
+INDEX = "index.json"
+REPORT = (INDEX, "README.md", "report.html")
 
-SHOW_ALL = 16  # so many results are shown whole, more as a sample and the two ends of the first metric
-SHOW_SAMPLE = 9
-SHOW_END = 3
-THUMBNAIL_SIDE = 640  # pixels: twice what a card measures, for dense screens
+_AHEAD = 8  # shards whose rows are fetched while others are counted
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,82 +130,126 @@ class Report:
         return asdict(self)
 
 
-@dataclass(frozen=True, slots=True)
-class Picture:
-    """One gallery entry. `before` is None when the source can no longer be read."""
-
-    key: str
-    caption: str
-    before: bytes | None
-    after: bytes
-    width: int
-    height: int
-    metrics: Mapping[str, float]
-
-
-@dataclass(frozen=True, slots=True)
-class Group:
-    title: str
-    pictures: Sequence[Picture]
-
-
 def is_reported(store: Store) -> bool:
     """Everything that `write_report` writes is there."""
-    return all(store.exists(name) for name in _WRITTEN)
+    return all(store.exists(name) for name in REPORT)
 
 
-def summarize(store: Store) -> Report:
-    """The numbers of a finished run.
+def summarize(
+    store: Store, commits: Mapping[int, Commit] | None = None, published: Mapping[int, Published] | None = None
+) -> Report:
+    """The numbers of a finished run, from index.json if they are of what stands now.
+
+    Args:
+        commits: as the ledger has them now, of a caller who has read them.
+        published: likewise.
 
     Raises:
         RequestError: there is no run.
         RunError: a planned sample has no row, or a shard is not published.
     """
-    return _summarize(store)[0]
+    run = the_run(store)
+    published = Ledger(store).publications() if published is None else published
+    return _recall(store, run, published) or _count(store, run, commits, published)[0]
 
 
-def write_report(store: Store) -> Report:
-    """Write index.json, README.md and report.html; returns the numbers. Errors as of `summarize`."""
-    report, tally = _summarize(store)
+def write_report(
+    store: Store, commits: Mapping[int, Commit] | None = None, published: Mapping[int, Published] | None = None
+) -> Report:
+    """Write README.md, report.html and index.json; returns the numbers. Arguments and errors as of `summarize`."""
+    run = the_run(store)
+    published = Ledger(store).publications() if published is None else published
+    report, tally = _count(store, run, commits, published)
+    numbers = {name: value for name, value in report.to_dict().items() if name in _NUMBERS}
     index = {
         "name": report.name,
         "planned": report.planned,
         "succeeded": report.succeeded,
         "failed": report.failed,
+        "report": {"of": _digest(store, run, published, numbers), "numbers": numbers},
         "shards": [_shard(record) for record in tally.published],
     }
-    store.put("index.json", json.dumps(index, indent=1).encode())
     store.put("README.md", card(report).encode())
-    store.put("report.html", render(report, _gallery(store, report, tally)).encode())
+    store.put("report.html", render(report, gallery(store, report, tally)).encode())
+    store.put(INDEX, json.dumps(index, indent=1).encode())  # last: where it is of what stands, the others are too
     return report
 
 
 # ----------------------------------------------------------------------------------------------------------- numbers
 
+_NUMBERS = (
+    *("planned", "succeeded", "failed", "failures", "units", "shards", "workers", "seconds", "wall_seconds"),
+    *("images_per_second", "metrics", "started", "finished"),
+)
 
-def _summarize(store: Store) -> tuple[Report, _Tally]:
-    run = read_run(store)
-    if run is None:
-        raise RequestError(f"{store.url} holds no run ({RUN} is missing); `smsbatch run` starts one")
-    ledger, tally = Ledger(store), _Tally(seed=run["manifest"]["seed"], metrics=run["manifest"]["metrics"])
+
+def _recall(store: Store, run: Mapping[str, Any], published: Mapping[int, Published]) -> Report | None:
+    """What index.json has of a report; None unless that is of just this run, these records, and as it was written."""
+    found = store.read_all([INDEX])
+    try:
+        told = json.loads(found[INDEX])["report"]
+        numbers = told["numbers"]
+        if told["of"] != _digest(store, run, published, numbers):
+            return None
+        failures = [Failure(**one) for one in numbers["failures"]]
+        metrics = {name: Distribution(**one) for name, one in numbers["metrics"].items()}
+    except ILLEGIBLE:
+        return None
+    return Report(**numbers | {"failures": failures, "metrics": metrics}, **_circumstances(store, run))
+
+
+def _digest(
+    store: Store, run: Mapping[str, Any], published: Mapping[int, Published], numbers: Mapping[str, Any]
+) -> str:
+    """Of a report's numbers and of what they follow from: the commits are named by the records, the rows by digests."""
+    records = [asdict(record) for _, record in sorted(published.items())]
+    of = json.dumps([run, records, allowed_drift(store), numbers], sort_keys=True)
+    return hashlib.sha256(of.encode()).hexdigest()
+
+
+def _circumstances(store: Store, run: Mapping[str, Any]) -> dict[str, Any]:
+    """What a report says beside its numbers."""
+    return {
+        "name": run["name"],
+        "settings": run["manifest"],
+        "weights": run["weights"],
+        "versions": run["versions"],
+        "notices": [*run["notices"], *_drift(store)],
+        "paths": {
+            "shards": store.locate("shards"),
+            "rows": store.locate("metrics"),
+            "report": store.locate("report.html"),
+        },
+    }
+
+
+def _count(
+    store: Store, run: Mapping[str, Any], commits: Mapping[int, Commit] | None, published: Mapping[int, Published]
+) -> tuple[Report, Tally]:
+    tally = Tally(seed=run["manifest"]["seed"], metrics=run["manifest"]["metrics"])
     units = read_units(store)
-    commits = ledger.commits()
-    for shard, members in groupby(units, lambda unit: unit.shard):
-        published = ledger.published(shard)
-        if published is None:
-            raise RunError(f"{store.url}: shard {shard:06d} is not published yet; run the manifest again to finish it")
-        tally.add(published, _rows(store, published, list(members)))
-    planned: int = run["planned"]["samples"]
+    planned_in = {shard: sum(map(len, members)) for shard, members in groupby(units, lambda unit: unit.shard)}
+    missing = [shard for shard in planned_in if shard not in published]
+    if missing:
+        shard = missing[0]
+        raise RunError(f"{store.url}: shard {shard:06d} is not published yet; run the manifest again to finish it")
+    start = 0
+    records = [published[shard] for shard in planned_in]
+    with _planned(store) as keys, _fetched(store, records) as files:
+        for record, data in zip(records, files, strict=True):
+            planned = list(islice(keys, planned_in[record.shard]))
+            tally.add(record, _rows(store, record, data, planned, start))
+            start += len(planned)
     failed = tally.failures.total()
-    if tally.succeeded + failed != planned:
+    if tally.succeeded + failed != run["planned"]["samples"]:
         raise RunError(
-            f"{store.url}: {planned} images are planned, but {tally.succeeded} + {failed} have a row; "
-            "run the manifest again to finish it"
+            f"{store.url}: {run['planned']['samples']} images are planned, but {tally.succeeded} + {failed} have a "
+            "row; run the manifest again to finish it"
         )
+    commits = Ledger(store).commits() if commits is None else commits
     started, finished, wall = _span(commits.values())
     return Report(
-        name=run["name"],
-        planned=planned,
+        planned=start,
         succeeded=tally.succeeded,
         failed=failed,
         failures=[Failure(code, n, *tally.examples[code]) for code, n in tally.failures.most_common()],
@@ -210,20 +258,42 @@ def _summarize(store: Store) -> tuple[Report, _Tally]:
         workers=len({commit.worker for commit in commits.values()}),
         seconds=tally.seconds,
         wall_seconds=wall,
-        images_per_second=planned / max(wall, 1e-3),
+        images_per_second=start / max(wall, 1e-3),
         metrics={name: Distribution.of(values) for name, values in tally.values.items() if values},
         started=started,
         finished=finished,
-        settings=run["manifest"],
-        weights=run["weights"],
-        versions=run["versions"],
-        notices=[*run["notices"], *_drift(store)],
-        paths={
-            "shards": store.locate("shards"),
-            "rows": store.locate("metrics"),
-            "report": store.locate("report.html"),
-        },
+        **_circumstances(store, run),
     ), tally
+
+
+@contextmanager
+def _planned(store: Store) -> Iterator[Iterator[str]]:
+    """All planned keys in order. The index is fetched once, as it was planned: no key has ever moved."""
+    with (
+        storage_errors("make a folder in", tempfile.gettempdir()),
+        tempfile.TemporaryDirectory(prefix="smsbatch-report-") as folder,
+    ):
+        index = Path(folder, "samples.parquet")
+        store.fetch(SAMPLES, index)
+        yield _keys(index)
+
+
+def _keys(index: Path) -> Iterator[str]:
+    start = 0
+    while entries := read_index(index, start, start + ROWS_PER_GROUP):
+        yield from (entry.key for entry in entries)
+        start += len(entries)
+
+
+@contextmanager
+def _fetched(store: Store, records: Sequence[Published]) -> Iterator[Iterator[bytes]]:
+    """The Parquet files of shards, in order, one request each, a few ahead."""
+    threads = ThreadPoolExecutor(_AHEAD, thread_name_prefix="smsbatch-report")
+    try:
+        waiting = (threads.submit(store.read, record.parquet) for record in records)
+        yield (future.result() for future in started_ahead(waiting, _AHEAD))
+    finally:
+        threads.shutdown(cancel_futures=True)
 
 
 def _drift(store: Store) -> list[str]:
@@ -235,22 +305,24 @@ def _drift(store: Store) -> list[str]:
     ]
 
 
-def _rows(store: Store, published: Published, units: Sequence[Unit]) -> list[dict[str, Any]]:
+def _rows(store: Store, published: Published, data: bytes, planned: Sequence[str], start: int) -> list[dict[str, Any]]:
     """The rows of a shard, proven to be those of the plan, each with its `position` in the index."""
-    with store.open_read(published.parquet) as file:
-        rows = read_rows(file)
-    start, stop = units[0].start, units[-1].stop
-    planned = [entry.key for entry in read_index(store, start, stop)]
-    if planned != [row["key"] for row in rows]:
+    try:
+        rows = read_rows(BytesIO(data))
+    except (OSError, ValueError) as error:  # Arrow's, of what is no Parquet
+        raise RunError(
+            f"{store.locate(published.parquet)} cannot be read; run `smsbatch repair --full {store.url}`"
+        ) from error
+    if list(planned) != [row["key"] for row in rows]:
         raise RunError(
             f"{store.locate(published.parquet)} has not the rows of its {len(planned)} planned images; "
-            "delete it and run the manifest again"
+            f"run `smsbatch repair --full {store.url}`"
         )
     return [row | {"position": position} for position, row in enumerate(rows, start)]
 
 
 @dataclass(slots=True)
-class _Tally:
+class Tally:
     """What remains of the rows once their shard is out of memory: counts, values, and those that may be shown."""
 
     seed: int
@@ -277,21 +349,17 @@ class _Tally:
         self.succeeded += len(stylized)
         self.published.append(published)
         for name in self.metrics:
-            self.values[name].extend(row[name] for row in stylized if _measured(row, name))
+            self.values[name].extend(row[name] for row in stylized if has_value(row, name))
         self.sample = heapq.nsmallest(SHOW_ALL, chain(self.sample, stylized), key=self._lot)
         if self.metrics:
             name = self.metrics[0]
-            measured = [row for row in stylized if _measured(row, name)]
+            measured = [row for row in stylized if has_value(row, name)]
             self.lowest = heapq.nsmallest(SHOW_END, chain(self.lowest, measured), key=lambda row: row[name])
             self.highest = heapq.nlargest(SHOW_END, chain(self.highest, measured), key=lambda row: row[name])
 
     def _lot(self, row: Mapping[str, Any]) -> bytes:
         """Drawn by the run's seed: as good as random, and the same whenever the report is written."""
         return hashlib.sha256(f"{self.seed}/{row['key']}".encode()).digest()
-
-
-def _measured(row: Mapping[str, Any], name: str) -> bool:
-    return row[name] is not None and math.isfinite(row[name])
 
 
 def _span(commits: Iterable[Commit]) -> tuple[str, str, float]:
@@ -314,61 +382,3 @@ def _shard(record: Published) -> dict[str, Any]:
     paths = {"tar": record.tar, "parquet": record.parquet}
     files = {kind: {"path": path} | asdict(record.files[kind]) for kind, path in paths.items()}
     return files | {"samples": record.samples, "succeeded": record.succeeded, "failed": record.failed}
-
-
-# ----------------------------------------------------------------------------------------------------------- gallery
-
-
-def _gallery(store: Store, report: Report, tally: _Tally) -> list[Group]:
-    chosen: dict[str, list[dict[str, Any]]]
-    name = tally.metrics[0] if tally.metrics else ""
-    if report.succeeded <= SHOW_ALL:
-        in_order = sorted(tally.sample, key=lambda row: row[name] if name and _measured(row, name) else math.inf)
-        chosen = {f"All of them, lowest {name.upper()} first" if name else "All of them": in_order}
-    else:
-        chosen = {"Drawn by lot": tally.sample[:SHOW_SAMPLE]}
-        if name:
-            chosen |= {f"Lowest {name.upper()}": tally.lowest, f"Highest {name.upper()}": tally.highest}
-    results = _results(store, chain.from_iterable(chosen.values()), report.settings["output"]["format"])
-    return [
-        Group(title, [_picture(store, report, row, results[row["key"]]) for row in rows])
-        for title, rows in chosen.items()
-    ]
-
-
-def _results(store: Store, rows: Iterable[Mapping[str, Any]], extension: str) -> dict[str, bytes]:
-    """The stylized files of some rows, by key; of a shard's tar only the headers and these files are read."""
-    wanted: dict[int, dict[str, str]] = defaultdict(dict)
-    for row in rows:
-        wanted[row["shard"]][f"{row['key']}.{extension}"] = row["key"]
-    found: dict[str, bytes] = {}
-    for shard, names in wanted.items():
-        with store.open_read(f"shards/{shard:06d}.tar") as file:
-            for member in list(Members(file)):
-                if member.name in names:
-                    file.seek(member.offset)
-                    found[names[member.name]] = file.read(member.length)
-    return found
-
-
-def _picture(store: Store, report: Report, row: Mapping[str, Any], result: bytes) -> Picture:
-    image = report.settings["image"]
-    entry = read_index(store, row["position"], row["position"] + 1)[0]
-    storage = Storage.model_validate(report.settings.get("storage", {}))
-    reader = Reader(storage, Source.model_validate(report.settings["source"]).max_bytes)
-    try:
-        source = pixels.decode(
-            reader.read(entry.fields[entry.image]), min_side=image["min_side"], max_pixels=image["max_pixels"]
-        )
-        before = pixels.thumbnail(pixels.fit(source, image["resolution"], image["fit"]), THUMBNAIL_SIDE)
-    except SampleError:
-        before = None  # it was read when it was stylized; the page says that it is gone
-    return Picture(
-        key=row["key"],
-        caption=row["caption"] or "",
-        before=before,
-        after=pixels.thumbnail(result, THUMBNAIL_SIDE),
-        width=row["width"],
-        height=row["height"],
-        metrics={name: row[name] for name in report.metrics if _measured(row, name)},
-    )

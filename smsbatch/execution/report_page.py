@@ -15,7 +15,8 @@ from importlib import resources
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from smsbatch.execution.report import Distribution, Group, Picture, Report
+    from smsbatch.execution.gallery import Group, Picture
+    from smsbatch.execution.report import Distribution, Report
 
 __all__ = ["count", "duration", "moment", "rate", "render"]
 
@@ -129,7 +130,8 @@ def _failures(report: Report) -> str:
     )
     return (
         f"<section><h2>Failures</h2><p>{report.failed:,} of {count(report.planned, 'image')} "
-        f"({_percent(report.failed / report.planned)}); the manifest allows {_percent(allowed)}.</p>"
+        f"({_percent(report.failed / report.planned)}); the limit was {_percent(allowed)} when the run was planned.</p>"
+        "<p><code>smsbatch errors</code> lists them all.</p>"
         '<table><thead><tr><th>code</th><th class="number">images</th><th>for example</th></tr></thead>'
         f"<tbody>{rows}</tbody></table></section>"
     )

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import Any, Literal
 
-from smsbatch.data.index import SAMPLES, UNITS, index_size, read_units
+from smsbatch.data.index import OBJECTS, SAMPLES, UNITS, index_size, read_objects, read_units
 from smsbatch.data.records import (
     ATTEMPTS,
     COMMITS,
@@ -23,7 +23,7 @@ from smsbatch.data.records import (
 from smsbatch.data.sample import Unit
 from smsbatch.data.store import Store
 from smsbatch.errors import RequestError, StorageError
-from smsbatch.execution.record import RUN, read_run
+from smsbatch.execution.record import the_run
 from smsbatch.execution.report import is_reported
 from smsbatch.manifest import Manifest, Storage
 
@@ -76,10 +76,7 @@ class Standing:
     """
 
     def __init__(self, store: Store) -> None:
-        run = read_run(store)
-        if run is None:
-            raise RequestError(f"{store.url}: no run here (no {RUN}); `smsbatch run` starts one")
-        self.store, self.run = store, run
+        self.store, self.run = store, the_run(store)
         self.damaged: dict[str, Problem] = {}
         self.units = self._plan()
         self.shards = {shard: list(units) for shard, units in groupby(self.units, lambda unit: unit.shard)}
@@ -102,6 +99,8 @@ class Standing:
             units = read_units(self.store)
             place = SAMPLES
             samples = index_size(self.store)
+            place = OBJECTS
+            read_objects(self.store)
         except (StorageError, OSError, ValueError) as error:  # the latter two are Arrow's, of what is no Parquet
             self.damaged[place] = Problem(place, f"cannot be read ({one_line(error)})", "plan")
             return []
@@ -170,10 +169,7 @@ def of_output(output: str, options: Mapping[str, str]) -> Manifest:
         named = "; ".join(f"storage.{name}={value}" for name, value in options.items())
         raise RequestError(f"--set {named}: not understood; `smsbatch schema` has the keys of storage") from error
     store = Store(output, storage)
-    run = read_run(store)
-    if run is None:
-        raise RequestError(f"{store.url}: no run here (no {RUN}); `smsbatch run` starts one")
-    return recorded(store, run).model_copy(update={"storage": storage})
+    return recorded(store, the_run(store)).model_copy(update={"storage": storage})
 
 
 def recorded(store: Store, run: Mapping[str, Any]) -> Manifest:

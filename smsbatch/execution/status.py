@@ -1,33 +1,30 @@
 """How far a run is: counted by its driver, and from storage alone by anybody.
 
 A driver that is at work says so every few seconds, under `_smsbatch/heartbeats/`, and takes it back when it leaves in
-order. What it says is for the eyes: nothing is decided by it but the order in which a second driver works.
+order. What it says is for the eyes, but that it says it is obeyed: `repair` and `gc` do not start beside it, a second
+driver works in another order, and on a store without create-only put it is refused.
 """
 
 from __future__ import annotations
 
 import json
-import os
-import socket
 import time
-import uuid
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from time import monotonic
 from typing import Any
 
-from smsbatch.data.index import UNITS, read_units
-from smsbatch.data.ledger import Commit, Ledger
+from smsbatch.data.records import Commit
 from smsbatch.data.sample import Unit
 from smsbatch.data.store import Store
-from smsbatch.errors import RequestError
-from smsbatch.execution.record import read_run, store_of
+from smsbatch.execution.look import Look
 from smsbatch.execution.report import is_reported
 from smsbatch.execution.worker import Progress
-from smsbatch.manifest import Manifest
+from smsbatch.manifest import Errors, Manifest
 
-__all__ = ["Driver", "Heart", "Status", "Tally", "drivers", "status"]
+__all__ = ["Driver", "Status", "Tally", "drivers", "over_budget", "status"]
 
 HEARTBEATS = "_smsbatch/heartbeats"
 BEAT_S = 10.0
@@ -52,11 +49,13 @@ class Status:
 
     Attributes:
         samples_under_way: images' worth of work done in units that are not committed.
+        samples_retried: failed samples that are being tried again, and counted among the failed ones meanwhile.
         errors: failed samples by error code.
         workers: what each worker does now; of `status`, what it did at the last heartbeat.
         drivers: those whose heartbeats are there; one that was killed stays until the next driver cleans up.
         rate: images per second since the drivers at work began, None before their first unit.
         heartbeat_age_s: seconds since the last sign of life of any driver; None without one, and when it asks itself.
+        note: why nothing goes on, and what to do; '' while something does, and when all is well.
     """
 
     name: str
@@ -71,6 +70,8 @@ class Status:
     drivers: tuple[Driver, ...] = ()
     rate: float | None = None
     heartbeat_age_s: float | None = None
+    samples_retried: int = 0
+    note: str = ""
 
     @property
     def failed(self) -> int:
@@ -79,7 +80,7 @@ class Status:
     @property
     def remaining_s(self) -> float | None:
         """Seconds left at the present rate."""
-        left = max(0.0, self.samples - self.samples_done - self.samples_under_way)
+        left = max(0.0, self.samples - self.samples_done + self.samples_retried - self.samples_under_way)
         return left / self.rate if self.rate else None
 
     def to_dict(self) -> dict[str, Any]:
@@ -102,7 +103,12 @@ class Tally:
         self.commits: dict[int, Commit] = {}
         self.samples_done = 0
         self.errors: Counter[str] = Counter()
+        self.worst: Commit | None = None  # of all, the one of which most samples failed
+        self._shards: dict[int, list[Unit]] = {}
+        for unit in self.units.values():
+            self._shards.setdefault(unit.shard, []).append(unit)
         self._fresh, self._began = 0, 0.0
+        self._retried: dict[int, int] = {}
         for commit in commits.values():
             self.add(commit)
         self._fresh = 0  # what was there before says nothing about the rate
@@ -112,24 +118,39 @@ class Tally:
         before = self.commits.get(commit.unit)
         if before is None:
             self.samples_done += commit.samples
+            self._fresh += commit.samples
         else:
             self.errors -= Counter(before.errors)
+            if commit.generation > before.generation:  # the others are what they were
+                self._fresh += self._retried.pop(commit.unit, before.failed)
         self.errors += Counter(commit.errors)
         self.commits[commit.unit] = commit
-        self._fresh += commit.samples
+        if self.worst is not None and self.worst.unit == commit.unit:
+            self.worst = max(self.commits.values(), key=_share_failed)
+        elif self.worst is None or _share_failed(commit) > _share_failed(self.worst):
+            self.worst = commit
+
+    def retry(self, unit: int, samples: int) -> None:
+        """So many failed samples of a unit are to be tried again."""
+        self._retried[unit] = samples
 
     @property
     def failed(self) -> int:
         return self.errors.total()
 
+    @property
+    def shards(self) -> Iterable[int]:
+        return self._shards
+
+    def shard(self, number: int) -> list[Unit]:
+        """The units of a shard, in order."""
+        return self._shards[number]
+
+    def _generation(self, unit: int) -> int:
+        return self.commits[unit].generation if unit in self.commits else -1
+
     def status(self, workers: Iterable[Progress] = (), finished: bool = False) -> Status:
-        # What a worker said last may be of a unit whose commit has come since.
-        workers = tuple(
-            replace(Progress(worker.worker, None), seen=worker.seen)
-            if worker.unit and worker.unit.isdigit() and int(worker.unit) in self.commits
-            else worker
-            for worker in workers
-        )
+        workers = _at_work(workers, self._generation)
         under_way = sum(map(_worth, workers))
         fresh = self._fresh + under_way
         if not self._began and any(worker.unit for worker in workers):
@@ -145,7 +166,22 @@ class Tally:
             finished=finished,
             workers=workers,
             rate=fresh / (monotonic() - self._began) if fresh and self._began else None,
+            samples_retried=sum(self._retried.values()),
         )
+
+
+def _share_failed(commit: Commit) -> float:
+    return commit.failed / commit.samples
+
+
+def _at_work(workers: Iterable[Progress], generation: Callable[[int], int]) -> tuple[Progress, ...]:
+    """The workers as they are: what one said last may be of a unit whose commit has come since."""
+    return tuple(
+        replace(Progress(worker.worker, None), seen=worker.seen)
+        if worker.unit and worker.unit.isdigit() and generation(int(worker.unit)) >= worker.generation
+        else worker
+        for worker in workers
+    )
 
 
 def _worth(worker: Progress) -> float:
@@ -155,35 +191,11 @@ def _worth(worker: Progress) -> float:
     return worker.done + (worker.batch * worker.step / worker.steps if worker.steps else 0.0)
 
 
-class Heart:
-    """A driver's sign of life, renewed by `beat` and taken back by `stop`."""
-
-    def __init__(self, store: Store) -> None:
-        self._store = store
-        self.name = f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:6]}"
-        self._path = f"{HEARTBEATS}/{self.name}.json"
-        self._next = 0.0
-
-    def beat(self, now: Status) -> None:
-        if monotonic() >= self._next:
-            beat = {
-                "time": time.time(),
-                "rate": now.rate,
-                "samples_under_way": now.samples_under_way,
-                "workers": [asdict(worker) for worker in now.workers],
-            }
-            self._store.put(self._path, json.dumps(beat).encode())
-            self._next = monotonic() + BEAT_S
-
-    def stop(self) -> None:
-        self._store.delete(self._path)
-
-
 def drivers(store: Store, bury: bool = False) -> list[Driver]:
     """The drivers whose heartbeats are there; those of the dead are removed if asked."""
     found = []
     for path, beat in _beats(store).items():
-        driver = Driver(path.rpartition("/")[2].removesuffix(".json"), time.time() - beat["time"])
+        driver = Driver(_driver(path), time.time() - beat["time"])
         if bury and not driver.alive:
             store.delete(path)
         else:
@@ -192,33 +204,87 @@ def drivers(store: Store, bury: bool = False) -> list[Driver]:
 
 
 def _beats(store: Store) -> dict[str, dict[str, Any]]:
-    return {path: json.loads(beat) for path, beat in store.read_all(store.list(HEARTBEATS)).items()}
+    beats = {}
+    for path, beat in store.read_all(store.list(HEARTBEATS)).items():
+        with suppress(ValueError):  # a torn one is as good as none
+            beats[path] = json.loads(beat)
+    return beats
 
 
-def status(where: str | Manifest) -> Status:
-    """How far a run is, from what is stored alone; of a manifest, or of an output path or URL.
+def over_budget(errors: Errors, failed: int, samples: int, codes: Mapping[str, int], worst: Commit | None) -> str:
+    """What of a run is over its budget of failures, as a clause; '' if nothing is."""
+    if failed > errors.max_failed_fraction * samples:
+        told = ", ".join(f"{count} {code}" for code, count in Counter(codes).most_common())
+        limit = f"errors.max_failed_fraction ({errors.max_failed_fraction:g})"
+        return f"{failed} of {samples} samples failed ({told}), more than {limit} allows"
+    if worst is not None and worst.failed > errors.max_failed_fraction_per_unit * worst.samples:
+        limit = f"errors.max_failed_fraction_per_unit ({errors.max_failed_fraction_per_unit:g})"
+        return (
+            f"{worst.failed} of the {worst.samples} samples of unit {worst.unit:06d} failed, more than {limit} allows"
+        )
+    return ""
+
+
+def status(where: str | Manifest | Look) -> Status:
+    """How far a run is, from what is stored alone; of a manifest, an output path or URL, or as it was looked at.
 
     Raises:
         RequestError: no run stands there.
     """
-    store = store_of(where)
-    recorded = read_run(store)
-    if recorded is None:
-        raise RequestError(f"{store.url}: no run here (no run.json); `smsbatch run` starts one")
-    units = read_units(store) if store.exists(UNITS) else []
-    tally = Tally(recorded["name"], units, Ledger(store).commits())
-    counted = tally.status(finished=is_reported(store) and len(tally.commits) == len(units))
-    beats = _beats(store)
-    if counted.finished or not beats:
-        return counted
+    look = where if isinstance(where, Look) else Look(where)
+    errors: Counter[str] = Counter()
+    for counted in (
+        *(record.errors for record in look.records.values()),
+        *(commit.errors for commit in look.commits.values()),
+    ):
+        errors.update(counted)
+    beats = _beats(look.store)
     ages = {path: time.time() - beat["time"] for path, beat in beats.items()}
-    known = tuple(Driver(path.rpartition("/")[2].removesuffix(".json"), age) for path, age in ages.items())
     # Of those who are not at work any more, what was in hand is lost, and there is no rate.
     alive = [beat for path, beat in beats.items() if ages[path] < DEAD_AFTER_S]
-    workers = tuple(Progress(**worker) for beat in alive for worker in beat["workers"])
+    workers = _at_work(
+        (Progress(**worker) for beat in alive for worker in beat["workers"]),
+        lambda unit: look.generations.get(unit, -1),
+    )
+    done = bool(look.units) and len(look.generations) == len(look.units)
+    now = Status(
+        name=look.run["name"],
+        units=len(look.units),
+        units_done=len(look.generations),
+        samples=sum(map(len, look.units.values())),
+        samples_done=sum(len(look.units[unit]) for unit in look.generations),
+        samples_under_way=sum(map(_worth, workers)),
+        errors=dict(errors),
+        finished=done and not alive and is_reported(look.store),
+    )
+    note = "" if alive else _note(look, now)
+    if now.finished or not beats:
+        return replace(now, note=note)
     return replace(
-        tally.status(workers),
-        drivers=known,
+        now,
+        workers=workers,
+        drivers=tuple(Driver(_driver(path), age) for path, age in ages.items()),
         rate=sum(beat["rate"] or 0.0 for beat in alive) or None,
         heartbeat_age_s=min(ages.values()),
+        samples_retried=max((beat.get("samples_retried", 0) for beat in alive), default=0),
+        note=note,
     )
+
+
+def _note(look: Look, now: Status) -> str:
+    """Of a run that nobody works on."""
+    over = over_budget(look.allowed, now.failed, now.samples, now.errors, look.worst())
+    if over:
+        state = "finished" if now.finished else "stopped"
+        return f"{state}, but {over}; mend the cause and run with --retry-failed, or raise the limit"
+    if now.finished:
+        return ""
+    if not now.units:
+        return "it has no plan yet; if nobody is planning it, `smsbatch run` does"
+    if now.units_done < now.units:
+        return "nobody is at work on it; `smsbatch run` goes on"
+    return "nobody is at work on it, and shards or the report are missing; `smsbatch run` writes them"
+
+
+def _driver(path: str) -> str:
+    return path.rpartition("/")[2].removesuffix(".json")

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from smsbatch.data import pixels, shards
-from smsbatch.data.index import read_index
+from smsbatch.data.index import SAMPLES, UNITS, digest_index, read_index
 from smsbatch.data.records import (
     ILLEGIBLE,
     KINDS,
@@ -32,10 +32,11 @@ from smsbatch.data.records import (
 from smsbatch.data.store import storage_errors
 from smsbatch.errors import SampleError, StorageError
 from smsbatch.execution.record import store_of
+from smsbatch.execution.report import REPORT, SUCCESS
 from smsbatch.execution.standing import Problem, Standing, one_line
 from smsbatch.manifest import Manifest
 
-__all__ = ["Audit", "Problem", "Verification", "verify"]
+__all__ = ["Audit", "Verification", "verify"]
 
 THREADS = 4  # shards that are looked at together; each has its two files in scratch
 _TOLD = 3  # of many things wrong with one file so many are named
@@ -129,6 +130,8 @@ class Audit(Standing):
         for found in all_found.values():
             problems += found.problems
         problems += self._index()
+        if full and only is None:
+            problems += self._samples()
         return Verification(
             name=self.run["name"],
             full=full,
@@ -295,7 +298,8 @@ class Audit(Standing):
     def _index(self) -> list[Problem]:
         """index.json tells readers of the dataset what the records tell us."""
         if not self.reported:
-            return []
+            gone = [name for name in REPORT if not self.store.exists(name)] if self.store.exists(SUCCESS) else []
+            return [Problem(name, "is gone", "report") for name in gone]
         try:
             listed = {
                 line[kind]["path"]: FileProof(line[kind]["sha256"], line[kind]["bytes"])
@@ -312,6 +316,16 @@ class Audit(Standing):
         different = sorted(path for path in listed.keys() & known.keys() if listed[path] != known[path])
         different += sorted(known.keys() - listed.keys())
         return [Problem("index.json", f"tells other digests of {different[0]}", "report")] if different else []
+
+    def _samples(self) -> list[Problem]:
+        """The index that every unit is read by is, to the last byte's place, the one that was planned."""
+        if SAMPLES in self.damaged or UNITS in self.damaged or not self.units:
+            return []
+        with _scratch() as folder:
+            path = Path(folder, "samples.parquet")
+            self.store.fetch(SAMPLES, path)
+            same = digest_index(path) == self.run["index_sha256"]
+        return [] if same else [Problem(SAMPLES, "is not the index that was planned", "plan")]
 
     def _pending(self, found: dict[int, _Found]) -> Iterator[str]:
         if not self.units:

@@ -14,8 +14,9 @@ from time import perf_counter
 from typing import TYPE_CHECKING
 
 from smsbatch.data.index import read_index, read_units
-from smsbatch.data.ledger import Commit, Ledger
+from smsbatch.data.ledger import Ledger
 from smsbatch.data.objects import Reader, public
+from smsbatch.data.records import Commit
 from smsbatch.data.sample import Entry, Outcome, Sample, Unit
 from smsbatch.data.sources import load_sample
 from smsbatch.data.store import Store
@@ -26,7 +27,7 @@ from smsbatch.manifest import Manifest
 if TYPE_CHECKING:
     from smsbatch.execution.stylizer import Stylizer
 
-__all__ = ["Cancelled", "Estimate", "Progress", "Task", "Worker"]
+__all__ = ["Cancelled", "Estimate", "Progress", "Task", "Worker", "failed"]
 
 _READERS = 16  # threads that wait for a store or a web server
 
@@ -48,7 +49,7 @@ class Task:
 class Progress:
     """Where a worker is: `done` of `samples` in its unit, `step` of `steps` of the `batch` it computes now.
 
-    `seen` is when that was so, in seconds since 1970 by the worker's clock.
+    `seen` is when that was so, in seconds since 1970 by the worker's clock: a step that hangs grows old.
     """
 
     worker: str
@@ -58,6 +59,7 @@ class Progress:
     batch: int = 0
     step: int = 0
     steps: int = 0
+    generation: int = 0
     seen: float | None = None
 
 
@@ -95,7 +97,7 @@ class Worker:
         self._stylizer = Stylizer(self.manifest, self._device)
 
     def progress(self) -> Progress:
-        return replace(self._progress, seen=time.time())
+        return self._progress if self._progress.unit else replace(self._progress, seen=time.time())
 
     def cancel(self) -> None:
         """Make `process` raise Cancelled at its next step; what is committed stays."""
@@ -117,20 +119,18 @@ class Worker:
         if stands is not None and stands.generation >= task.generation:
             return stands
         started = perf_counter()
-        before = self._ledger.outcomes(stands) if stands is not None else None
-        outcomes = self._outcomes(unit, range(unit.start, unit.stop), lost, deaths, before, task.codes)
-        commit = self._ledger.attempt(
-            unit, outcomes, worker=self.name, seconds=perf_counter() - started, generation=task.generation
-        )
+        outcomes = self._outcomes(task, range(unit.start, unit.stop), lost, deaths)
+        seconds = perf_counter() - started + (stands.seconds if stands is not None else 0.0)  # of all generations
+        commit = self._ledger.attempt(unit, outcomes, worker=self.name, seconds=seconds, generation=task.generation)
         if not self._store.conditional:
             return commit
         commit = self._ledger.decide(commit)
         self._ledger.publish(unit.shard, self._shards[unit.shard])  # None while another unit is missing
         return commit
 
-    def probe(self, unit: Unit, rows: range) -> None:
+    def probe(self, task: Task, rows: range) -> None:
         """Do the work on some rows of a unit and throw it away: to see whether they kill the worker."""
-        self._outcomes(unit, rows)
+        self._outcomes(task, rows)
 
     def measure(self, entries: Sequence[Entry]) -> Estimate:
         """Stylize some samples, throw the results away and say what they cost.
@@ -139,7 +139,7 @@ class Worker:
             SampleError: none of them could be stylized; the first one's error.
         """
         started = perf_counter()
-        outcomes = self._stylize("probe", list(self._readers.map(self._reading(), entries)))
+        outcomes = self._stylize(None, list(self._readers.map(self._reading(), entries)))
         seconds = perf_counter() - started
         pictures = [outcome.image for outcome in outcomes if outcome.image is not None]
         if not pictures:
@@ -153,24 +153,16 @@ class Worker:
             device=self._stylizer.prior.device.type,
         )
 
-    def _outcomes(
-        self,
-        unit: Unit,
-        rows: range,
-        lost: Collection[int] = (),
-        deaths: int = 0,
-        before: Sequence[Outcome] | None = None,
-        codes: Collection[str] = (),
-    ) -> list[Outcome]:
-        """What becomes of some rows of a unit; with what was `before`, only of those that failed by one of `codes`."""
-        entries = read_index(self._store, rows.start, rows.stop)
-        known = dict(zip(rows, before, strict=True)) if before is not None else {}
-        kept = {row for row, outcome in known.items() if outcome.error_code not in codes}
+    def _outcomes(self, task: Task, rows: range, lost: Collection[int] = (), deaths: int = 0) -> list[Outcome]:
+        """What becomes of some rows of a unit; of a later generation, most of them are what they were."""
+        known = self._known(task)
+        kept = {row for row in rows if row in known and known[row].error_code not in task.codes}
         items: dict[int, Sample | Outcome] = {row: known[row] for row in kept}
-        items |= {row: self._lost(entry) for row, entry in zip(rows, entries, strict=True) if row in lost}
-        todo = {row: entry for row, entry in zip(rows, entries, strict=True) if row not in items}
+        entries = dict(zip(rows, read_index(self._store, rows.start, rows.stop), strict=True))
+        items |= {row: self._lost(entry) for row, entry in entries.items() if row in lost and row not in kept}
+        todo = {row: entry for row, entry in entries.items() if row not in items}
         items |= zip(todo, self._readers.map(self._reading(), todo.values()), strict=True)
-        outcomes = self._stylize(unit.name, [items[row] for row in rows])
+        outcomes = self._stylize(task, [items[row] for row in rows])
         return [
             outcome
             if row in kept
@@ -178,33 +170,47 @@ class Worker:
             for row, outcome in zip(rows, outcomes, strict=True)
         ]
 
-    def _stylize(self, unit: str, items: Sequence[Sample | Outcome]) -> list[Outcome]:
+    def _known(self, task: Task) -> dict[int, Outcome]:
+        """Row by row what the generation before has made of a unit."""
+        stands = self._ledger.committed(task.unit.id) if task.generation else None
+        if stands is None:
+            return {}
+        return dict(zip(range(task.unit.start, task.unit.stop), self._ledger.outcomes(stands), strict=True))
+
+    def _stylize(self, task: Task | None, items: Sequence[Sample | Outcome]) -> list[Outcome]:
         samples = [item for item in items if isinstance(item, Sample)]
         assert self._stylizer is not None, "setup() first"
         with self._compute:
-            self._show(unit, len(samples), 0, 0, 0)
-            stylized = iter(self._stylizer.stylize(samples, partial(self._show, unit, len(samples))))
+            show = partial(self._show, task, len(samples))
+            show(0, 0, 0)
+            stylized = iter(self._stylizer.stylize(samples, show))
             self._progress = Progress(self.name, None)
         return [next(stylized) if isinstance(item, Sample) else item for item in items]
 
-    def _show(self, unit: str, samples: int, done: int, batch: int, step: int) -> None:
+    def _show(self, task: Task | None, samples: int, done: int, batch: int, step: int) -> None:
+        self._check()
+        unit, generation = ("probe", 0) if task is None else (task.unit.name, task.generation)
+        steps = self.manifest.objective.steps
+        self._progress = Progress(self.name, unit, done, samples, batch, step, steps, generation, time.time())
+
+    def _check(self) -> None:
         if self._cancelled.is_set():
             raise Cancelled
-        self._progress = Progress(self.name, unit, done, samples, batch, step, self.manifest.objective.steps)
 
     def _reading(self) -> partial[Sample | Outcome]:
         """Reads one unit's entries, with what it learns of their objects on the way."""
         return partial(self._read, Reader(self.manifest.storage, self.manifest.source.max_bytes))
 
     def _read(self, reader: Reader, entry: Entry) -> Sample | Outcome:
+        self._check()
         try:
             return load_sample(entry, self.manifest.source, reader)
         except SampleError as error:
-            return _failed(entry, error.code, str(error))
+            return failed(entry, error.code, str(error))
 
     def _lost(self, entry: Entry) -> Outcome:
         message = f"its worker died {self.manifest.compute.retries + 1} times, and again on this sample alone"
-        return _failed(entry, "worker_lost", message)
+        return failed(entry, "worker_lost", message)
 
     @cached_property
     def _store(self) -> Store:
@@ -219,6 +225,7 @@ class Worker:
         return {shard: list(units) for shard, units in groupby(read_units(self._store), lambda unit: unit.shard)}
 
 
-def _failed(entry: Entry, code: str, message: str) -> Outcome:
+def failed(entry: Entry, code: str, message: str) -> Outcome:
+    """The outcome of a sample that could not be read."""
     url = public(entry.url)
     return Outcome(entry.key, url, error_code=code, error_message=message, original_key=entry.original_key)

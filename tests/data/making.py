@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from smsbatch.data import pixels
+from smsbatch.data import objects, pixels
 from smsbatch.data.index import build_index, read_index
-from smsbatch.data.objects import Reader
+from smsbatch.data.objects import Reader, Stat
 from smsbatch.data.sample import Entry, Outcome, Sample, Unit
 from smsbatch.data.sources import load_sample, nothing_found, parts, scan
 from smsbatch.data.store import Store
@@ -39,6 +39,16 @@ def indexed(source: Source, storage: Storage = STORAGE) -> tuple[list[Entry], li
 
 def loaded(entry: Entry, source: Source, storage: Storage = STORAGE) -> Sample:
     return load_sample(entry, source, Reader(storage, source.max_bytes))
+
+
+def expand(pattern: str, storage: Storage) -> list[str]:
+    """The names alone."""
+    return [url for url, _ in objects.expand(pattern, storage)]
+
+
+def stat(url: str, storage: Storage) -> Stat | None:
+    """Of the object of exactly that name."""
+    return dict(objects.expand(url, storage)).get(url)
 
 
 def make_tar(

@@ -339,6 +339,8 @@ FOLDERS = [
     ),
 ]
 
+UNUSABLE = ["ftp", "github", "dbfs", "webhdfs", "gist", "jupyter", "hdfs", "tar", "zip", "dir", "generic", "reference"]
+
 TABLES = [
     Case(
         "a missing column",
@@ -370,6 +372,37 @@ TABLES = [
         files("table", ["t.csv"], {"t.csv": b"url,key\na.jpg,1\nb.jpg,1\n"}, columns={"key": "key"}),
         refused="{b.jpg}: key '1' is also in {a.jpg}",
     ),
+    Case(
+        "duplicate keys at signed addresses",
+        files(
+            "table",
+            ["t.csv"],
+            {"t.csv": b"url,key\nhttps://h/a?X-Goog-Signature=1,1\nhttps://ghp_x@h/b,1\n"},
+            columns={"key": "key"},
+        ),
+        refused="https://***@h/b: key '1' is also in https://h/a?X-Goog-Signature=***; keys must be",
+    ),
+    *[
+        Case(
+            f"an address of {scheme}",
+            files(
+                "table",
+                ["t.csv"],
+                {"a.jpg": JPG, "t.csv": f"url,key\na.jpg,a\n{scheme}://host/b.jpg,b\na.jpg,z\n".encode()},
+                columns={"key": "key"},
+            ),
+            {"a": "", "b": f"read_error: {row}", "z": ""},
+        )
+        for scheme, row in [
+            *[(scheme, f"{scheme}://: its driver cannot be used by an address alone") for scheme in UNUSABLE],
+            ("gs", "gs://: its driver is not installed"),
+            ("what", "what://: nothing is known that reads such addresses"),
+            ("data", "data://host/b.jpg: "),
+            ("memory", "memory://host/b.jpg: "),
+            ("file", "file://host/b.jpg: No such file"),
+            ("file://~nobody-at-all", "file://~nobody-at-all://host/b.jpg: No such file"),
+        ]
+    ],
 ]
 
 

@@ -17,8 +17,9 @@ import hashlib
 import itertools
 import multiprocessing
 import os
+import random
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -26,9 +27,11 @@ from pathlib import Path
 import pytest
 from making import leftovers, outcome, outcomes_of
 
-from smsbatch.data.ledger import Commit, FileProof, Ledger, Published, new_attempt
+from smsbatch.data import shards
+from smsbatch.data.ledger import Ledger
+from smsbatch.data.records import Commit, FileProof, Published, new_attempt
 from smsbatch.data.sample import Outcome, Unit
-from smsbatch.data.shards import read_rows, read_tar
+from smsbatch.data.shards import read_rows, read_tar, write_tar
 from smsbatch.data.store import Store
 from smsbatch.errors import StorageError
 
@@ -303,11 +306,11 @@ def test_an_attempt_that_is_not_what_was_committed_is_not_published(tmp_path: Pa
         path.write_bytes(data[:-512] if damage == "cut" else data[:600] + bytes([data[600] ^ 1]) + data[601:])
     with pytest.raises(
         StorageError,
-        match=r"(is not what was committed|is gone, .* collected by gc); delete .*/commits/000000\.json and run again",
+        match=rf"(is not what was committed|is gone, .*`gc --attempts`); run `smsbatch repair {tmp_path}`$",
     ):
         ledger.publish(0, [UNIT])
     assert store.list("shards") == store.list("metrics") == []
-    store.delete("_smsbatch/commits/000000.json")  # the advice
+    store.delete("_smsbatch/commits/000000.json")  # as repair does, which keeps it elsewhere
     finish(ledger, [UNIT])
     check_published(store, [UNIT])
 
@@ -316,7 +319,9 @@ def test_an_attempt_that_is_not_what_was_committed_is_not_published(tmp_path: Pa
 def test_a_commit_of_another_making_is_named(tmp_path: Path, data: bytes) -> None:
     store = Store(tmp_path)
     store.put("_smsbatch/commits/000000.json", data)
-    with pytest.raises(StorageError, match=r"commits/000000\.json is empty, cut or of another version .*; delete it"):
+    with pytest.raises(
+        StorageError, match=r"commits/000000\.json is empty, cut or of another version .*; run `smsbatch repair"
+    ):
         Ledger(store).commits()
 
 
@@ -332,7 +337,7 @@ def test_a_damaged_commit_is_never_published(tmp_path: Path) -> None:
         with pytest.raises(StorageError, match=r"commits/000001\.json is empty, cut or of another version"):
             act()
     assert store.list("shards") == []
-    store.delete("_smsbatch/commits/000001.json")  # the advice
+    store.delete("_smsbatch/commits/000001.json")  # as repair does, which keeps it elsewhere
     finish(ledger, units)
     check_published(store, units)
 
@@ -474,11 +479,74 @@ def test_an_attempt_that_was_collected_is_not_decided(tmp_path: Path) -> None:
     assert ledger.decide(late) == ledger.committed(0)
 
 
+@pytest.mark.parametrize("kind", ["tar", "parquet"])
+def test_an_attempt_that_arrived_short_is_not_decided(tmp_path: Path, kind: str) -> None:
+    """No store that we know stores a part, but no store is asked after every upload either."""
+
+    class Short(Store):
+        def create(self, path: str, source: bytes | Path) -> bool:
+            if path.endswith(kind) and isinstance(source, Path):
+                source = source.read_bytes()[:-1]
+            return super().create(path, source)
+
+    with pytest.raises(StorageError, match=rf"\.{kind} is gone or cut; run again"):
+        Ledger(Short(tmp_path)).commit(UNIT, outcomes_of(UNIT), worker="w", seconds=1.0)
+    assert Ledger(Store(tmp_path)).done() == set()
+
+
+def test_a_disk_that_gives_back_other_bytes_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def cut_short(path: Path, outcomes: Sequence[Outcome]) -> None:
+        write_tar(path, outcomes)
+        os.truncate(path, 600)
+
+    monkeypatch.setattr(shards, "write_tar", cut_short)
+    with pytest.raises(StorageError, match=r"unit\.tar: .*; check the disk and run again$"):
+        Ledger(Store(tmp_path)).commit(UNIT, outcomes_of(UNIT), worker="w", seconds=1.0)
+
+
+class Counting(Store):
+    """Counts the names it was asked for."""
+
+    asked = 0
+
+    def size(self, path: str) -> int | None:
+        self.asked += 1
+        return super().size(path)
+
+    def read_all(self, paths: Iterable[str]) -> dict[str, bytes]:
+        paths = list(paths)
+        self.asked += len(paths)
+        return super().read_all(paths)
+
+
+@pytest.mark.parametrize(("at_once", "most"), [(1, 100), (16, 250)])
+def test_whether_a_shard_is_complete_is_seldom_more_than_one_request(tmp_path: Path, at_once: int, most: int) -> None:
+    """Workers begin units in order, and end those that are in hand in any."""
+    units, chance = cut(100, 1, 100), random.Random(0)
+    order, waiting = [], list(units)
+    while waiting:
+        order.append(waiting.pop(chance.randrange(min(at_once, len(waiting)))))
+    ledger = Ledger(Counting(tmp_path))
+    assert isinstance(ledger.store, Counting)
+    asked = 0
+    for unit in order:
+        before = ledger.store.asked
+        assert ledger.publish(0, units) is None
+        asked += ledger.store.asked - before
+        ledger.commit(unit, outcomes_of(unit), worker="w", seconds=1.0)
+    assert asked <= most
+    before = ledger.store.asked
+    assert [commit.unit for commit in ledger._current(units) or ()] == [unit.id for unit in units]
+    assert ledger.store.asked - before == 1 + 2 * len(units)
+
+
 def test_outcomes_that_were_collected_are_named(tmp_path: Path) -> None:
     ledger = Ledger(Store(tmp_path))
     commit = ledger.commit(UNIT, outcomes_of(UNIT), worker="w", seconds=1.0)
     ledger.store.delete(f"_smsbatch/attempts/000000/{commit.attempt}.tar")
-    with pytest.raises(StorageError, match=r"\.tar is gone, deleted or collected by gc; delete .*000000\.json"):
+    with pytest.raises(
+        StorageError, match=r"\.tar is gone, .*`gc --attempts`; samples of unit 000000 cannot be tried again"
+    ):
         ledger.outcomes(commit)
 
 

@@ -27,8 +27,16 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from smsbatch.data.ledger import COMMITS, GENERATIONS, Commit, FileProof, Ledger, Published
-from smsbatch.data.records import commit_file, published_file
+from smsbatch.data.ledger import Ledger
+from smsbatch.data.records import (
+    COMMITS,
+    GENERATIONS,
+    Commit,
+    FileProof,
+    Published,
+    commit_file,
+    published_file,
+)
 from smsbatch.data.sample import Outcome, Unit
 from smsbatch.data.shards import read_rows, read_tar
 from smsbatch.data.store import Store

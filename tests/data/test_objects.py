@@ -15,10 +15,11 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
+from making import expand, stat
 from tenacity import wait_none
 
 from smsbatch.data import remote
-from smsbatch.data.objects import Reader, Stat, expand, list_files, open_url, stat
+from smsbatch.data.objects import GAP, Reader, Stat, absolute, list_files, open_url
 from smsbatch.data.sample import Span
 from smsbatch.data.store import Store
 from smsbatch.errors import RequestError, SampleError
@@ -220,6 +221,60 @@ def _put(store: Store, content: bytes) -> str:
     return store.locate("data")
 
 
+class Counting(Reader):
+    """Remembers what it asked for."""
+
+    def __init__(self, storage: Storage, max_bytes: int) -> None:
+        super().__init__(storage, max_bytes)
+        self.asked: list[tuple[int, int | None]] = []
+
+    def _read(self, span: Span, limit: int) -> bytes:
+        self.asked.append((span.offset, span.length))
+        return super()._read(span, limit)
+
+
+def test_spans_that_lie_close_together_are_read_at_once(store: Store) -> None:
+    content = os.urandom(3_000_000)
+    store.put("data", content)
+    store.put("other", content)
+    url, other = store.locate("data"), store.locate("other")
+    far = 600 + GAP + 1
+
+    def asked(*spans: Span, max_bytes: int = 10_000_000) -> list[tuple[int, int | None]]:
+        reader = Counting(store.storage, max_bytes)
+        wanted = [content[span.offset :][: span.length] for span in spans]
+        assert reader.read_all(spans) == wanted
+        return reader.asked
+
+    assert asked(Span(url, 512, 100), Span(url, 2000, 0), Span(url, 1024, 50)) == [(512, 1488)]
+    assert asked(Span(url, 512, 88), Span(url, far - 1, 9)) == [(512, far - 1 + 9 - 512)]
+    assert asked(Span(url, 512, 88), Span(url, far, 9)) == [(512, 88), (far, 9)]
+    assert asked(Span(url, 512, 88), Span(other, 600, 9)) == [(512, 88), (600, 9)]
+    assert asked(Span(url, 0, 3_000_000), Span(url, 600, 9)) == [(0, 3_000_000), (600, 9)], "a whole file"
+    assert asked(Span(url), Span(other)) == [(0, None), (0, None)]
+    three = [Span(url, 512 + 700_000 * n, 700_000) for n in range(3)]
+    assert asked(*three) == [(512, 2_100_000)]
+    assert asked(*three, max_bytes=700_000) == [(512, 1_400_000), (1_400_512, 700_000)]
+    assert asked() == []
+
+
+def test_what_is_wrong_with_one_of_several_spans_is_told_as_of_it_alone(store: Store) -> None:
+    store.put("data", b"0123456789")
+    url = store.locate("data")
+    for spans, wrong in (
+        ([Span(url, 1, 3), Span(url, 6, 9)], Span(url, 6, 9)),
+        ([Span(url, 20, 3), Span(url, 1, 3)], Span(url, 20, 3)),
+        ([Span(url, 1, 3), Span(url, 1, 1001)], Span(url, 1, 1001)),
+        ([Span(url, 1, 3, "old"), Span(url, 4, 3, "old")], Span(url, 1, 3, "old")),
+        ([Span(url + "x", 1, 3), Span(url + "x", 4, 3)], Span(url + "x", 1, 3)),
+    ):
+        if wrong.etag and store.url.startswith("memory:"):
+            continue
+        with pytest.raises(SampleError) as caught:
+            Reader(store.storage, 1000).read_all(spans)
+        assert (caught.value.code, str(caught.value)) == failure(Reader(store.storage, 1000), wrong)
+
+
 def test_a_reader_serves_many_threads(store: Store) -> None:
     store.put("data", bytes(range(256)))
     reader, url = Reader(store.storage, 1000), store.locate("data")
@@ -274,7 +329,7 @@ def test_names_of_the_package_have_no_version() -> None:
 
 
 def test_a_source_without_a_driver_is_a_wrong_request() -> None:
-    for act in (stat, expand, open_url, lambda url, storage: list(list_files(url, storage))):
+    for act in (absolute, expand, open_url, lambda url, storage: list(list_files(url, storage))):
         with pytest.raises(RequestError, match=r"^gs://: .*gcsfs"):
             act("gs://bucket/x", HERE)
 
@@ -363,6 +418,24 @@ def test_a_body_is_never_read_beyond_the_limit(web: Web, reader: Reader) -> None
         "read_error",
         "its server sends no parts of files; download it first",
     )
+
+
+def test_spans_of_a_server_without_parts_are_read_one_by_one(web: Web, reader: Reader) -> None:
+    for kind in ("whole", "ranges", "endless"):
+        spans = [Span(f"{web.url}/{kind}/{time.monotonic()}", start, 10) for start in (500, 100, 900)]
+        assert reader.read_all(spans) == [BODY[span.offset :][:10] for span in spans]
+
+
+@pytest.mark.parametrize("bug", [TypeError, KeyError, AttributeError, MemoryError, AssertionError])
+def test_a_bug_is_no_samples_fault(bug: type[Exception], reader: Reader, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*args: object) -> None:
+        raise bug("x")
+
+    monkeypatch.setattr(remote.Door, "_get", broken)
+    with pytest.raises(bug, match="x"):
+        reader.read(Span("memory://x"))
+    monkeypatch.setattr(remote.Door, "_get", lambda *args: [][0])
+    assert failure(reader, Span("memory://x")) == ("read_error", "memory://x: IndexError: list index out of range")
 
 
 def test_redirects_stay_on_the_web(web: Web, reader: Reader, tmp_path: Path) -> None:

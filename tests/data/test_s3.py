@@ -11,13 +11,16 @@ from itertools import product
 from pathlib import Path
 
 import pytest
+from making import expand, loaded, make_tar, source_of, stat
 from s3server import SEEDED, Faults, Server
 from tenacity import wait_none
 
 from smsbatch.data import remote
 from smsbatch.data import s3 as s3_door
-from smsbatch.data.objects import Reader, expand, list_files, open_url, stat
+from smsbatch.data.index import from_table
+from smsbatch.data.objects import Reader, list_files, open_url
 from smsbatch.data.sample import Span
+from smsbatch.data.sources import parts, scan
 from smsbatch.data.store import Store
 from smsbatch.errors import SampleError, StorageError
 from smsbatch.manifest import Storage
@@ -99,7 +102,7 @@ def test_one_fault_is_not_seen(store: Store, faults: Faults, call: str, fault: s
 def test_faults_are_outlived_up_to_the_retries_and_named_beyond(store: Store, faults: Faults, fault: str) -> None:
     faults.inject(fault, times=3, method="PUT")
     assert store.create("a", b"1")
-    assert len(faults.requests) == 5, "four tries and a look at what arrived"
+    assert len(faults.requests) == 4
     faults.inject(fault, times=4, method="PUT")
     with pytest.raises(StorageError, match=rf"^cannot write {store.url}/b: .*; .*what is committed is kept") as caught:
         store.create("b", b"1")
@@ -196,16 +199,32 @@ def test_without_conditions_none_is_sent(store: Store, faults: Faults) -> None:
     assert any(request.conditional for request in faults.requests)
 
 
-def test_what_arrived_short_is_noticed(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    upload = s3_door.S3._upload
-    monkeypatch.setattr(
-        s3_door.S3, "_upload", lambda self, path, source, **options: upload(self, path, b"sh", **options)
-    )
+@pytest.mark.parametrize("lost", [False, True])
+def test_a_create_that_was_beaten_by_what_is_gone_already_has_lost(
+    store: Store, faults: Faults, monkeypatch: pytest.MonkeyPatch, lost: bool
+) -> None:
+    """Another publisher has the name, or ours arrived and its answer did not; either way somebody deletes it."""
+    head = s3_door.S3._head
+
+    def too_late(self: s3_door.S3, path: str) -> object:
+        self._call("delete_object", Bucket=path.partition("/")[0], Key=path.partition("/")[2])
+        return head(self, path)
+
+    if lost:
+        faults.inject("reset_after", method="PUT")
+    else:
+        store.put("a", b"theirs")
+    monkeypatch.setattr(s3_door.S3, "_head", too_late)
+    assert not store.create("a", b"mine")
+    monkeypatch.undo()
+    assert store.create("a", b"mine")
+
+
+def test_a_create_and_a_put_are_one_request(store: Store, faults: Faults, tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"whole")
-    for write in (store.put, store.create):
-        with pytest.raises(StorageError, match=r"/a: 5 bytes were sent, it has 2; run again"):
-            write("a", tmp_path / "file")
-        store.delete("a")
+    assert store.create("a", tmp_path / "file")
+    store.put("b", tmp_path / "file")
+    assert [request.method for request in faults.requests] == ["PUT", "PUT"]
 
 
 def test_no_such_bucket(s3: Server) -> None:
@@ -313,6 +332,36 @@ def test_sources_on_s3(store: Store, bucket: str) -> None:
         list(list_files(f"{root}/z", storage))
     with pytest.raises(OSError, match="there is no such bucket"):
         list(list_files("s3://nowhere-at-all", storage))
+
+
+def test_what_planning_asks_of_a_store(store: Store, faults: Faults) -> None:
+    for number in range(50):
+        store.put(f"{number:02d}.tar", b"x" * number)
+
+    def requests(pattern: str) -> tuple[int, int]:
+        """HEADs and GETs of fifty tars."""
+        before = calls(faults, "HEAD"), calls(faults, "GET")
+        found = parts(source_of("webdataset", f"{store.url}/{pattern}"), store.storage)
+        assert [(part.url, part.size, part.etag != "") for part in found] == [
+            (f"{store.url}/{number:02d}.tar", number, True) for number in range(50)
+        ]
+        return calls(faults, "HEAD") - before[0], calls(faults, "GET") - before[1]
+
+    assert requests("{00..49}.tar") == (50, 0)
+    heads, listings = requests("*.tar")
+    assert heads + listings <= 5, "however many they are"
+
+
+def test_the_fields_of_a_sample_in_a_tar_are_one_request(store: Store, faults: Faults, tmp_path: Path) -> None:
+    members = [("a.jpg", b"1" * 70_000), ("a.json", b"{}"), ("a.txt", b"words"), ("b.jpg", b"2")]
+    store.put("a.tar", make_tar(tmp_path / "a.tar", members))
+    source = source_of("webdataset", f"{store.url}/a.tar")
+    (part,) = parts(source, store.storage)
+    entries = from_table(scan(part, source, store.storage).table)
+    before = len(faults.requests)
+    sample = loaded(entries[0], source, store.storage)
+    assert len(faults.requests) == before + 1
+    assert (sample.image, sample.caption, sample.fields) == (b"1" * 70_000, "words", {"json": b"{}", "txt": b"words"})
 
 
 def test_an_object_replaced_under_a_reader_is_noticed(store: Store) -> None:

@@ -21,6 +21,7 @@ from webdataset.tariterators import base_plus_ext, group_by_keys, tar_file_itera
 
 from smsbatch import tiny
 from smsbatch.data import sources
+from smsbatch.data.index import from_table
 from smsbatch.data.objects import Reader
 from smsbatch.data.sample import Entry, Sample, Span
 from smsbatch.data.sources import load_sample, parts, scan
@@ -86,13 +87,18 @@ def test_a_relative_path_is_stored_absolute(tmp_path: Path, monkeypatch: pytest.
     make_tar(tmp_path / "a.tar", [("a.jpg", b"x")])
     make_files(tmp_path / "folder", {"b.jpg": b"y"})
     monkeypatch.chdir(tmp_path)
-    urls = [listed("webdataset", "a.tar")[0][0].url, listed("folder", "folder")[0][0].url]
+    sources = source_of("webdataset", "a.tar"), source_of("folder", "folder")
+    found = [(source, part) for source in sources for part in parts(source, STORAGE)]
+    assert [part.url for _, part in found] == [f"{tmp_path}/a.tar", f"{tmp_path}/folder"]
+    monkeypatch.chdir("/")  # where another process may scan
+    urls = [from_table(scan(part, source, STORAGE).table)[0].url for source, part in found]
     assert urls == [f"{tmp_path}/a.tar", f"{tmp_path}/folder/b.jpg"]
 
 
 def test_a_tiny_name_stays_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make_files(tmp_path, {"photos/b.jpg": b"y", "photos/b.txt": b"hay"})
     monkeypatch.setattr(tiny, "resolve", lambda url: url.replace("tiny:", f"{tmp_path}/"))
+    assert [part.url for part in parts(source_of("folder", "tiny:photos"), STORAGE)] == ["tiny:photos"]
     (entry,), _ = listed("folder", "tiny:photos")
     assert entry.url == "tiny:photos/b.jpg"
     assert load(entry, ["txt"]).caption == "hay"

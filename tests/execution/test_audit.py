@@ -21,11 +21,12 @@ import smsbatch as sb
 from smsbatch.data.index import read_units
 from smsbatch.data.ledger import Ledger
 from smsbatch.data.store import Store
-from smsbatch.execution.audit import gc, repair, verify
+from smsbatch.execution.audit import gc, repair
 from smsbatch.execution.record import store_of
 from smsbatch.execution.report import SUCCESS, write_report
 from smsbatch.execution.standing import of_output
 from smsbatch.execution.status import HEARTBEATS
+from smsbatch.execution.verification import verify
 
 TAR, PARQUET = "shards/000000.tar", "metrics/000000.parquet"
 RECORD = "_smsbatch/published/000000.json"
@@ -202,6 +203,7 @@ def test_rows_of_other_samples_are_named(out: Path) -> None:
     found = {problem.place: problem for problem in verify(str(out), full=True).problems}
     assert "p000 is missing, which is planned" in found[PARQUET].what
     assert "stranger is missing, which is among the rows" in found[TAR].what
+    assert found.pop("index.json").remedy == "report"
     assert {problem.remedy for problem in found.values()} == {"recompute"}
 
 
@@ -323,8 +325,9 @@ def test_gc_removes_what_nothing_needs_and_keeps_what_may_be_work_in_hand(tmp_pa
     ledger.commit(units[0], MIXED[:4], worker="w", seconds=1.0)
     old = ledger.attempt(units[1], MIXED[4:8], worker="dead", seconds=1.0)
     young = ledger.attempt(units[1], MIXED[4:8], worker="busy", seconds=1.0)
-    for path in store.list("_smsbatch/attempts/000001"):
-        if old.attempt in path:
+    again = ledger.attempt(units[0], MIXED[:4], worker="busy", seconds=1.0, generation=1)
+    for path in store.list("_smsbatch/attempts"):
+        if lost.attempt in path or old.attempt in path:
             age(Path(store.locate(path)))
     for name in ("old", "young"):
         store.put(f"_smsbatch/tmp/{name}", b"123")
@@ -345,6 +348,7 @@ def test_gc_removes_what_nothing_needs_and_keeps_what_may_be_work_in_hand(tmp_pa
         "_smsbatch/superseded/x/commits/000000.json",
         f"{HEARTBEATS}/dead.json",
     }
+    assert ledger.decide(again) == again, "a retry that is about to be decided"
     assert young.attempt
     assert found.objects == len(gone)
     assert verify(store.url, full=True).ok
@@ -369,7 +373,10 @@ def test_gc_of_an_older_generation(out: Path) -> None:
     again = [stylized(n) for n in range(4)]
     ledger.commit(units[0], again, worker="w", seconds=1.0, generation=1)
     assert verify(str(out)).pending == ("published shards with newer commits: 1",)
-    assert gc(str(out), dry_run=True).objects == 2, "the older attempt lost"
+    assert gc(str(out), dry_run=True).objects == 0, "the older attempt lost, but is young"
+    for path in out.glob("_smsbatch/attempts/*/*"):
+        age(path)
+    assert gc(str(out), dry_run=True).objects == 2
     ledger.publish(0, units[:2])
     write_report(store)
     kinds = {heap.kind: heap.objects for heap in gc(str(out)).heaps}

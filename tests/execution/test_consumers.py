@@ -189,3 +189,21 @@ def test_pictures_are_what_the_rows_say(finished: Finished) -> None:
                     encoded = content.read()
                     assert hashlib.sha256(encoded).hexdigest() == found[key]["sha256"]
                     assert Image.open(io.BytesIO(encoded)).size == (found[key]["width"], found[key]["height"])
+
+
+@LEAVES_FILES_OPEN
+@pytest.mark.usefixtures("_collected")
+@pytest.mark.parametrize("first", ["a plain.name", "dotted.name"])
+def test_datasets_reads_a_folder_in_which_only_some_have_captions(
+    first: str, tmp_path: Path, model: Path, lora: Path
+) -> None:
+    """No captions but for every second picture, and a key that had to be mapped: before or after a plain one."""
+    import datasets
+
+    photos = make_photos(tmp_path / "photos", [first, "second", "third", "z dotted.name"])
+    manifest = write_manifest(tmp_path, model, lora, photos)
+    sb.run(sb.load(manifest))
+    files = [str(file) for file in sorted((tmp_path / "out/shards").glob("*.tar"))]
+    read = datasets.load_dataset("webdataset", data_files=files, split="train", cache_dir=str(tmp_path / "cache"))
+    assert len(read) == 4
+    assert sorted(read["txt"]) == ["", "", "waves number 0", "waves number 2"]

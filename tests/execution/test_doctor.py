@@ -125,3 +125,23 @@ def test_an_output_path_alone(tmp_path: Path) -> None:
     found = by_name(doctor(str(tmp_path)))
     assert found["output"].state == "ok"
     assert "source" not in found
+
+
+def test_a_folder_of_somebody_else_is_left_alone(file: Path, tmp_path: Path) -> None:
+    """As `run` would refuse it; and nothing is left in it."""
+    (tmp_path / "holiday.jpg").write_bytes(b"mine")
+    found = by_name(doctor(sb.load(file, [f"output.path={tmp_path}"])))["output"]
+    assert found.state == "fail"
+    assert "is no run and not empty" in found.found
+    assert [path.name for path in tmp_path.iterdir()] == ["holiday.jpg"]
+
+
+def test_the_first_picture_of_a_table_is_read(file: Path, tmp_path: Path) -> None:
+    (tmp_path / "table.csv").write_text("url\nnowhere.png\n")
+    overrides = [
+        f"source={{format: table, urls: {tmp_path / 'table.csv'}}}",
+        f"output.path={tmp_path / 'out'}",
+    ]
+    found = by_name(doctor(sb.load(file, overrides)))["source"]
+    assert found.state == "fail"
+    assert "nowhere.png" in found.found

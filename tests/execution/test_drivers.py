@@ -15,9 +15,10 @@ from jobs import make_photos, rows, write_manifest
 import smsbatch as sb
 from smsbatch.data.sample import Unit
 from smsbatch.data.store import Store
-from smsbatch.execution import status as status_module
+from smsbatch.execution import heart as heart_module
 from smsbatch.execution.drive import _shuffled
-from smsbatch.execution.status import Heart, drivers
+from smsbatch.execution.heart import Heart
+from smsbatch.execution.status import drivers
 from smsbatch.execution.worker import Progress, Task
 
 
@@ -43,19 +44,33 @@ def test_whoever_leaves_in_order_takes_his_heartbeat_along(job: Path, tmp_path: 
     assert list(beats.iterdir()) == []
 
 
-def test_a_heart_beats_now_and_then(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_heart_beats_on_while_the_driver_is_busy_otherwise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = Store(tmp_path)
-    heart = Heart(store)
-    nothing = sb.Status("x", 1, 0, 1, 0, 0.0, {}, False)
-    monkeypatch.setattr(status_module, "BEAT_S", 1000.0)
-    heart.beat(nothing)
-    (beat,) = tmp_path.rglob("*.json")
-    written = beat.stat().st_mtime_ns
-    heart.beat(nothing)
-    assert beat.stat().st_mtime_ns == written
-    assert [driver.name for driver in drivers(store)] == [heart.name]
-    heart.stop()
+    monkeypatch.setattr(heart_module, "BEAT_S", 0.01)
+    with Heart(store, sb.Status("x", 1, 0, 1, 0, 0.0, {}, False)) as heart:
+        (beat,) = tmp_path.rglob("*.json")
+        heart.now = sb.Status("x", 1, 0, 1, 0, 0.5, {}, False)
+        deadline = time.monotonic() + 30
+        while json.loads(beat.read_text())["samples_under_way"] != 0.5:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        assert [driver.name for driver in drivers(store)] == [heart.name]
     assert drivers(store) == []
+
+
+def test_a_store_that_is_gone_does_not_hide_why_a_driver_leaves(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def gone(store: Store, path: str) -> None:
+        raise sb.StorageError("gone")
+
+    def leave() -> None:
+        with Heart(Store(tmp_path / "out"), sb.Status("x", 1, 0, 1, 0, 0.0, {}, False)):
+            monkeypatch.setattr(Store, "delete", gone)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        leave()
 
 
 def test_the_dead_are_buried_by_the_next_driver(job: Path, tmp_path: Path) -> None:
@@ -71,8 +86,10 @@ def test_a_second_driver_takes_shards_in_another_order() -> None:
     shuffled = _shuffled(todo, "a-driver")
     assert sorted(shuffled, key=lambda task: task.unit.id) == todo
     assert [task.unit.shard for task in shuffled] != [task.unit.shard for task in todo]
-    for place in range(0, 400, 4):  # shards stay together, so that they are complete soon
-        assert len({task.unit.shard for task in shuffled[place : place + 4]}) == 1
+    for place in range(0, 400, 4):  # shards stay together, so that they are complete soon; each from its end
+        together = [task.unit.id for task in shuffled[place : place + 4]]
+        assert together == sorted(together, reverse=True)
+        assert together[0] - together[-1] == 3
 
 
 class TestAStoreWithoutCreateOnlyPut:

@@ -11,7 +11,9 @@ from made_up_run import MIXED, make_run, stylized
 import smsbatch as sb
 from smsbatch.data.index import read_units
 from smsbatch.data.ledger import Ledger
+from smsbatch.data.store import Store
 from smsbatch.execution.failures import failures
+from smsbatch.execution.look import Look
 
 FAILED = ["p001", "p009", "p010"]
 
@@ -54,6 +56,29 @@ def test_units_without_failures_are_not_read(tmp_path: Path) -> None:
     for path in store.list("metrics"):
         store.put(path, b"x" * (store.size(path) or 0))  # whoever reads it fails
     assert keys(store.url) == []
+
+
+def test_no_commit_is_read_twice_nor_one_whose_shard_is_published(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = make_run(tmp_path, MIXED)
+    store.delete("_smsbatch/published/000001.json")
+    read: list[str] = []
+    read_one = Store._read_if_there
+    monkeypatch.setattr(Store, "_read_if_there", lambda self, path: (read.append(path), read_one(self, path))[1])
+    look = Look(store.url)
+    assert [row["key"] for row in failures(look)] == FAILED
+    assert sb.status(look).failed == 3
+    look.renew()
+    assert sb.status(look).failed == 3
+    assert [path for path in read if path.startswith("_smsbatch/commits")] == ["_smsbatch/commits/000002.json"]
+    assert read.count("_smsbatch/published/000000.json") == 1
+
+
+def test_of_a_published_file_that_is_gone_from_its_attempts(tmp_path: Path) -> None:
+    store = make_run(tmp_path, MIXED)
+    store.delete("metrics/000000.parquet")
+    assert keys(store.url) == FAILED
 
 
 def test_no_run_here(tmp_path: Path) -> None:

@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+import json
+import re
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from jobs import KEYS, commits, make_photos, pictures, rows, tars, write_manifest
 
 import smsbatch as sb
+from smsbatch.data import pixels
+from smsbatch.data.index import read_units
+from smsbatch.errors import ERROR_CODES
+from smsbatch.execution import drive, stylizer
+from smsbatch.execution.record import store_of
+from smsbatch.execution.worker import Task, Worker
 
 
 @pytest.fixture
@@ -106,21 +116,147 @@ class TestRetry:
 
 class TestBudgets:
     def test_a_run_that_cannot_end_well_stops_early(self, job: Path, tmp_path: Path) -> None:
+        out = tmp_path / "out"
         overrides = ["errors.max_failed_fraction=0.1", "output.samples_per_unit=1", "compute.batch_size=1"]
-        with pytest.raises(sb.RunError, match=r"stopped: 1 of 6 samples have failed \(1 decode_error\)") as stopped:
+        with pytest.raises(
+            sb.RunError, match=r"1 of 6 samples failed \(1 decode_error\).*; stopped, \d of 6 "
+        ) as stopped:
             sb.run(sb.load(job, overrides))
         assert "`smsbatch errors" in str(stopped.value)
-        done = commits(tmp_path / "out")
+        done = commits(out)
         assert 1 <= len(done) < 6
-        assert not (tmp_path / "out/report.html").exists()
-        with pytest.raises(sb.RunError, match="stopped: "):  # said again, before any work
+        assert not (out / "report.html").exists()
+        with pytest.raises(sb.RunError, match="stopped"):  # said again, before any work
             sb.run(sb.load(job, overrides))
-        assert commits(tmp_path / "out") == done
+        assert commits(out) == done
         report = sb.run(sb.load(job, [*overrides, "errors.max_failed_fraction=0.5"]))
         assert (report.planned, report.failed) == (6, 3)
+        assert (out / "_SUCCESS").exists()
+        with pytest.raises(sb.RunError, match="everything is written"):
+            sb.run(sb.load(job, overrides))
+        assert not (out / "_SUCCESS").exists(), "of a stricter budget it is no success"
 
-    def test_a_unit_that_fails_as_a_whole_stops_the_run(self, job: Path, tmp_path: Path) -> None:
+    def test_mended_failures_no_longer_count_and_new_ones_do(self, job: Path, tmp_path: Path) -> None:
+        """The budget's own advice, on a run that has not done all: it stops again at the next one too many."""
+        overrides = ["errors.max_failed_fraction=0.1", "output.samples_per_unit=1", "compute.batch_size=1"]
+        with pytest.raises(sb.RunError, match="stopped"):
+            sb.run(sb.load(job, overrides))
+        mend(tmp_path, "photo-1")
+        with pytest.raises(sb.RunError, match=r"1 of 6 samples failed \(1 bad_caption\).*stopped"):
+            sb.run(sb.load(job, overrides), retry_failed=True, allow_drift=["inputs"])
+        assert len({name.partition(".")[0] for name in commits(tmp_path / "out")}) < 6
+
+    @pytest.mark.parametrize("units_after", [True, False])
+    def test_a_unit_that_fails_as_a_whole_is_no_success(self, job: Path, tmp_path: Path, units_after: bool) -> None:
+        """Neither in the middle nor as the last one, and not when the run is simply started again."""
         (tmp_path / "photos/photo-0.png").write_bytes(b"")
-        with pytest.raises(sb.RunError, match="2 of the 2 samples of unit 000000 have failed"):
-            sb.run(sb.load(job, ["errors.max_failed_fraction_per_unit=0.5"]))
-        assert "000000" in commits(tmp_path / "out")
+        limit = 6 if units_after else 2
+        overrides = ["errors.max_failed_fraction_per_unit=0.5", "errors.max_failed_fraction=1", f"source.limit={limit}"]
+        for _ in range(2):
+            with pytest.raises(sb.RunError, match="2 of the 2 samples of unit 000000 failed"):
+                sb.run(sb.load(job, overrides))
+            assert "000000" in commits(tmp_path / "out")
+            assert not (tmp_path / "out/_SUCCESS").exists()
+
+
+class TestEveryCode:
+    def test_is_a_row_of_a_run(self, tmp_path: Path, model: Path, lora: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """What no file can cause by itself is caused here: no memory, a result that is not finite, no encoder."""
+        keys = ["empty", "small", "large", "caption", "memory", "finite", "encoder", "fine"]
+        photos = make_photos(tmp_path / "photos", keys)
+        (photos / "empty.png").write_bytes(b"")
+        (photos / "caption.txt").write_bytes(b"\xff\xff")
+        make_photos(photos, ["small"], size=(20, 20))
+        make_photos(photos, ["large"], size=(200, 200))
+        for key in ("memory", "finite", "encoder"):
+            (photos / f"{key}.txt").write_text(key)
+        optimize, encode = stylizer.optimize, pixels.encode
+
+        def optimize_badly(prior: Any, style: Any, z: Any, texts: Any, *rest: Any) -> Any:
+            if texts.target[0].equal(prior.embed(["wavy style, memory"])[0]):
+                raise torch.OutOfMemoryError("a batch of one")
+            result = optimize(prior, style, z, texts, *rest)
+            return result * torch.nan if texts.target[0].equal(prior.embed(["wavy style, finite"])[0]) else result
+
+        encoded = []
+
+        def encode_badly(picture: Any, *rest: Any) -> bytes:
+            encoded.append(picture)
+            if len(encoded) == 1:
+                raise sb.SampleError("encode_error", "no room for it")
+            return encode(picture, *rest)
+
+        monkeypatch.setattr(stylizer, "optimize", optimize_badly)
+        monkeypatch.setattr(pixels, "encode", encode_badly)
+        manifest = write_manifest(
+            tmp_path,
+            model,
+            lora,
+            photos,
+            image={"max_pixels": 10_000},
+            compute={"batch_size": 1},
+            errors={"max_failed_fraction": 1},
+            output={"samples_per_unit": 8},
+        )
+        sb.run(sb.load(manifest))
+        assert {key: row["error_code"] for key, row in rows(tmp_path / "out").items()} == {
+            "empty": "decode_error",
+            "small": "too_small",
+            "large": "too_large",
+            "caption": "bad_caption",
+            "memory": "oom",
+            "finite": "diverged",
+            "encoder": "encode_error",
+            "fine": None,
+        }
+
+    def test_has_one_list(self) -> None:
+        package = Path(sb.__file__).parent
+        raised = {
+            code
+            for file in package.rglob("*.py")
+            for code in re.findall(r'(?:SampleError\(|failed\(entry, )\s*"([a-z_]+)"', file.read_text())
+        }
+        assert raised <= set(ERROR_CODES)
+        assert len(raised) >= len(ERROR_CODES) - 1  # `timeout` stands behind a condition
+
+    def test_a_misspelt_one_is_refused(self, job: Path) -> None:
+        with pytest.raises(sb.RequestError, match="decode_eror: no such error code; there are read_error, timeout"):
+            sb.run(sb.load(job), retry_failed=True, codes=["decode_eror"])
+
+
+def test_a_retry_that_dies_does_not_cost_what_had_succeeded(job: Path, tmp_path: Path) -> None:
+    """All rows of a unit are searched for what kills its workers; what was fine before is not among them."""
+    sb.run(sb.load(job))
+    mend(tmp_path, "photo-1")
+    worker = Worker(sb.load(job), "w")
+    worker.setup()
+    unit = read_units(store_of(sb.load(job)))[0]
+    task = Task(unit, 1, ("decode_error",))
+    worker.probe(task, range(unit.start, unit.stop))
+    commit = worker.process(task, lost=tuple(range(unit.start, unit.stop)), deaths=3)
+    assert commit.errors == {"worker_lost": 1}
+    first, second = worker._ledger.outcomes(commit)
+    assert (first.key, first.error_code, first.attempts) == ("photo-0", None, 1)
+    assert (second.key, second.error_code, second.attempts) == ("photo-1", "worker_lost", 5)
+
+
+def test_a_retry_that_is_killed_before_its_report_is_reported_by_the_next_run(
+    job: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    sb.run(sb.load(job))
+    (tmp_path / "photos/photo-2.txt").write_text("waves number 2")
+
+    def killed(store: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(drive, "write_report", killed)
+        with pytest.raises(KeyboardInterrupt):
+            sb.run(sb.load(job), retry_failed=True, allow_drift=["inputs"])
+    assert not (out / "_SUCCESS").exists()
+    assert not sb.status(str(out)).finished
+    sb.run(sb.load(job))
+    assert json.loads((out / "index.json").read_text())["failed"] == 2
+    assert sb.verify(str(out), full=True).ok

@@ -252,7 +252,7 @@ class TestAllowedDrift:
         data[-1] ^= 1
         copy.write_bytes(data)
         manifest = sb.load(job, [f"style.lora={copy}", "objective.steps=3", "objective.guidance=2"])
-        with LocalPool(manifest) as pool, pytest.raises(sb.DriftError, match="key weights"):
+        with LocalPool(manifest) as pool, pytest.raises(sb.DriftError, match="weights: the file"):
             establish(manifest, store_of(manifest), pool, ["objective"])
         with LocalPool(manifest) as pool:
             establish(manifest, store_of(manifest), pool, ["objective", "weights"])

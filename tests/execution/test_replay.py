@@ -13,7 +13,11 @@ from jobs import KEYS, make_photos, pictures, write_manifest
 
 import smsbatch as sb
 from smsbatch.data.pixels import decode, encode
+from smsbatch.data.sample import Entry, Span
+from smsbatch.execution import replay as replay_module
+from smsbatch.execution.record import store_of, the_run
 from smsbatch.execution.replay import replay
+from smsbatch.manifest import Storage
 
 
 @pytest.fixture(scope="module")
@@ -50,6 +54,17 @@ def test_a_failed_sample_tells_its_error(out: str, tmp_path: Path) -> None:
     assert again.before is not None
     assert again.row["error_code"] == again.before["error_code"] == "decode_error"
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_signed_url_is_told_without_its_signature(out: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    signed = "http://127.0.0.1:1/zero.png?X-Amz-Signature=5ec2e7"
+    monkeypatch.setattr(replay_module, "read_index", lambda *_: [Entry("zero", "png", {"png": Span(signed, 0, None)})])
+    store = store_of(out)
+    manifest = sb.Manifest.model_validate(the_run(store)["manifest"]).model_copy(update={"storage": Storage(retries=0)})
+    outcome = replay_module._again(store, manifest, 0)
+    assert outcome.error_code == "read_error"
+    assert outcome.url.startswith("http://127.0.0.1:1/zero.png?X-Amz-Signature=")
+    assert "5ec2e7" not in f"{outcome.url} {outcome.error_message}"
 
 
 def test_what_a_manifest_may_change_and_what_not(job: Path, tmp_path: Path) -> None:
@@ -97,7 +112,14 @@ def test_refusals(out: str, tmp_path: Path) -> None:
     with pytest.raises(sb.RequestError, match="--to FILE"):
         replay(out, KEYS[0], tmp_path)
     assert mine.read_bytes() == b"the source, perhaps"
-    with pytest.raises(sb.RequestError, match="no planned run here"):
+    for target, said in (
+        ("nowhere/x.png", "no folder"),
+        ("s3://bucket/x.png", "of its disk"),
+        (str(tmp_path / "x.jpg"), "are png; name it so"),
+    ):
+        with pytest.raises(sb.RequestError, match=said):
+            replay(out, KEYS[0], target)
+    with pytest.raises(sb.RequestError, match="no run here"):
         replay(str(tmp_path), KEYS[0])
 
 

@@ -7,17 +7,25 @@ import json
 import re
 import subprocess
 import sys
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from made_up_run import HOSTILE, MIXED, failed, make_run, stylized
+from s3server import Faults, Server
 
+from smsbatch.data.index import read_units
+from smsbatch.data.ledger import Ledger
 from smsbatch.data.sample import Outcome
 from smsbatch.data.store import Store
 from smsbatch.errors import RequestError, RunError, StorageError
+from smsbatch.execution import report as report_module
 from smsbatch.execution.report import Distribution, is_reported, summarize, write_report
 
 # ----------------------------------------------------------------------------------------------------------- numbers
@@ -79,11 +87,108 @@ def test_numbers_are_plain_data(tmp_path: Path) -> None:
     assert json.loads(json.dumps(report.to_dict()))["metrics"]["lpips"]["count"] == 9
 
 
+# ----------------------------------------------------------------------------------------------------------- requests
+
+
+def requests(faults: Faults) -> Counter[str]:
+    """What was asked of the store since this was asked last, by the folder."""
+    asked = Counter(urlsplit(request.path).path.split("/", 3)[-1].rpartition("/")[0] for request in faults.requests)
+    faults.requests.clear()
+    return asked
+
+
+@pytest.fixture
+def remote(tmp_path: Path, s3: Server) -> Iterator[Callable[[int], tuple[Store, Faults]]]:
+    """Runs of so many shards on S3, whose requests are counted."""
+    with ExitStack() as stack:
+
+        def made(shards: int) -> tuple[Store, Faults]:
+            folder = tmp_path / str(shards)
+            folder.mkdir()
+            local = make_run(folder, [stylized(n) for n in range(8 * shards)])
+            url = f"s3://{s3.bucket()}/run"
+            s3.upload(Path(local.url), url)
+            faults = stack.enter_context(Faults(s3.endpoint))
+            return Store(url, s3.storage.model_copy(update={"endpoint": faults.endpoint})), faults
+
+        yield made
+
+
+def test_a_shard_more_costs_two_requests_and_nothing_when_nothing_is_to_do(
+    remote: Callable[[int], tuple[Store, Faults]],
+) -> None:
+    cost: dict[str, list[int]] = {}
+    for shards in (2, 6):
+        store, faults = remote(shards)
+        ledger = Ledger(store)
+        commits = ledger.commits()
+        requests(faults)
+        summarize(store, commits)
+        cost.setdefault("counting", []).append(requests(faults).total())
+        written = write_report(store, commits)
+        published = ledger.publications()
+        requests(faults)
+        assert summarize(store, commits, published) == written
+        cost.setdefault("nothing to do", []).append(requests(faults).total())
+        summarize(store)
+        cost.setdefault("nothing to do, asked by itself", []).append(requests(faults).total())
+    assert {name: (many - few) / 4 for name, (few, many) in cost.items()} == {
+        "counting": 2,  # its record, its rows
+        "nothing to do": 0,
+        "nothing to do, asked by itself": 1,  # its record, several at a time
+    }
+    assert cost["nothing to do"][0] < 10
+
+
+# --------------------------------------------------------------------------------------------- numbers that were kept
+
+
+def test_the_numbers_are_kept_in_the_index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = make_run(tmp_path, MIXED)
+    counted = summarize(store)
+    assert write_report(store) == counted
+    monkeypatch.setattr(report_module, "_count", None)  # whoever counts fails
+    assert summarize(store) == counted
+
+
+def forge(store: Store) -> None:
+    index = json.loads(store.read("index.json"))
+    index["report"]["numbers"]["seconds"] = 1e9
+    store.put("index.json", json.dumps(index).encode())
+
+
+def tear(store: Store) -> None:
+    store.put("index.json", b"{}")
+
+
+def drop(store: Store) -> None:
+    store.delete("index.json")
+
+
+@pytest.mark.parametrize("hurt", [forge, tear, drop])
+def test_numbers_that_are_not_as_they_were_written_are_counted_anew(
+    hurt: Callable[[Store], None], tmp_path: Path
+) -> None:
+    store = make_run(tmp_path, MIXED)
+    written = write_report(store)
+    hurt(store)
+    assert summarize(store) == written
+
+
+def test_numbers_of_an_older_generation_are_counted_anew(tmp_path: Path) -> None:
+    store = make_run(tmp_path, MIXED)
+    assert write_report(store).failed == 3
+    ledger, units = Ledger(store, metrics=("lpips",)), read_units(store)
+    ledger.commit(units[0], [stylized(n) for n in range(4)], worker="w", seconds=1.0, generation=1)
+    ledger.publish(0, units[:2])
+    assert summarize(store).failed == 2
+
+
 # ------------------------------------------------------------------------------------------------ what has no report
 
 
 def test_no_run_no_report(tmp_path: Path) -> None:
-    with pytest.raises(RequestError, match=r"holds no run \(run.json is missing\)"):
+    with pytest.raises(RequestError, match=r"no run here"):
         write_report(Store(tmp_path))
 
 
@@ -104,7 +209,16 @@ def test_a_shard_that_was_deleted_is_missed(tmp_path: Path) -> None:
 
 def test_rows_of_other_samples_than_planned_are_refused(tmp_path: Path) -> None:
     store = make_run(tmp_path, [*MIXED[:11], stylized(11, key="another")])
-    with pytest.raises(RunError, match=r"metrics/000001.parquet has not the rows of its 4 planned images"):
+    with pytest.raises(
+        RunError, match=r"000001.parquet has not the rows of its 4 planned images; run `smsbatch repair"
+    ):
+        write_report(store)
+
+
+def test_rows_that_cannot_be_read_are_to_be_repaired(tmp_path: Path) -> None:
+    store = make_run(tmp_path, MIXED)
+    store.put("metrics/000001.parquet", b"x" * (store.size("metrics/000001.parquet") or 0))
+    with pytest.raises(RunError, match=r"000001.parquet cannot be read; run `smsbatch repair --full "):
         write_report(store)
 
 
@@ -128,7 +242,7 @@ def test_a_second_report_changes_nothing(tmp_path: Path, monkeypatch: pytest.Mon
         method = getattr(Store, name)
         monkeypatch.setattr(Store, name, lambda *args, method=method: (written.append(args[1]), method(*args))[1])
     write_report(store)
-    assert written == ["index.json", "README.md", "report.html"]
+    assert written == ["README.md", "report.html", "index.json"]
     assert set(store.list()) - before == set(written)
     first = {name: store.read(name) for name in written}
     write_report(store)

@@ -15,7 +15,8 @@ from made_up_run import HOSTILE, MIXED, failed, make_run, picture, stylized
 
 from smsbatch.data import pixels
 from smsbatch.data.store import Store
-from smsbatch.execution.report import SHOW_ALL, SHOW_END, SHOW_SAMPLE, write_report
+from smsbatch.execution.gallery import SHOW_ALL, SHOW_END, SHOW_SAMPLE
+from smsbatch.execution.report import write_report
 from smsbatch.execution.report_page import duration, moment
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -102,7 +103,7 @@ def test_a_run_in_which_all_failed_has_a_report(tmp_path: Path) -> None:
     found = page(make_run(tmp_path, [failed(n, "decode_error", "broken") for n in range(5)]))
     assert "No image was stylized, so there is nothing to show." in found.text
     assert "img" not in dict(found.elements)
-    assert "5 of 5 images (100 %); the manifest allows 1 %." in found.text
+    assert "5 of 5 images (100 %); the limit was 1 % when the run was planned." in found.text
 
 
 # -------------------------------------------------------------------------------------------------------------- page
@@ -112,7 +113,7 @@ def test_the_page_tells_numbers_failures_settings_and_time(tmp_path: Path) -> No
     text = " ".join(page(make_run(tmp_path, MIXED)).text)
     for said in (
         "9 of 12 images stylized as “oil painting style”, 20 steps each",
-        "3 of 12 images (25 %); the manifest allows 1 %.",
+        "3 of 12 images (25 %); the limit was 1 % when the run was planned.",
         "damaged JPEG data: broken",
         "perhaps cut",
         "spectral_weight 0.0005",

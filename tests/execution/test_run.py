@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import tarfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,8 +15,19 @@ from jobs import KEYS, commits, make_photos, pictures, rows, tars, write_manifes
 import smsbatch as sb
 from smsbatch.execution.plan import establish
 from smsbatch.execution.pool import LocalPool
+from smsbatch.execution.ray_pool import RayPool
 from smsbatch.execution.record import store_of
 from smsbatch.execution.worker import Task, Worker
+
+
+def make_tar(path: Path, members: list[tuple[str, bytes]]) -> None:
+    path.parent.mkdir(exist_ok=True)
+    with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
+        for name, data in members:
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+
 
 Job = Callable[..., sb.Manifest]
 
@@ -129,6 +142,27 @@ def test_an_actor_that_finds_no_place_holds_nothing_up(job: Job) -> None:
 
 
 @pytest.mark.usefixtures("cluster")
+class TestMapOnACluster:
+    def test_of_many_items_keeps_their_order(self, job: Job) -> None:
+        with RayPool(job("compute.pool=ray")) as pool:
+            assert list(pool.map(abs, range(-200, 0))) == list(range(200, 0, -1))
+
+    def test_indexes_a_source_of_many_tars(self, job: Job, tmp_path: Path) -> None:
+        """What a scan has to say comes back as it is: a key that stands twice, a tar that is cut."""
+        for number in range(70):
+            make_tar(tmp_path / f"tars/{number:03}.tar", [(f"key-{number}.jpg", b"x"), (f"key-{number}.txt", b"y")])
+        manifest = job("compute.pool=ray", "source.format=webdataset", f"source.urls={tmp_path}/tars/*.tar")
+        plan = sb.plan(manifest)
+        assert plan.samples == 70
+        cut = tmp_path / "tars/033.tar"
+        cut.write_bytes(cut.read_bytes()[:1200])  # in its second header
+        assert "033.tar" in sb.plan(manifest).notices[0]
+        (tmp_path / "tars/044.tar").write_bytes(b"no tar at all" * 100)
+        with pytest.raises(sb.SourceError, match=r"044\.tar: not an uncompressed tar"):
+            sb.plan(manifest)
+
+
+@pytest.mark.usefixtures("cluster")
 def test_relative_paths_are_those_of_the_driver(
     job: Job, lora: Path, photos: Path, monkeypatch: pytest.MonkeyPatch, undisturbed: Path
 ) -> None:
@@ -170,7 +204,9 @@ class TestChangedInputs:
         return manifest
 
     def test_are_refused(self, changed: sb.Manifest) -> None:
-        with pytest.raises(sb.DriftError, match=r"the inputs \(key inputs\): .*changing was changed"):
+        with pytest.raises(
+            sb.DriftError, match=r"changed: inputs: .*photo-3\.png was changed; .*photo-4\.png is gone;"
+        ):
             sb.run(changed)
         assert not (Path(changed.output.path) / "_smsbatch/commits").exists()
 
@@ -180,7 +216,7 @@ class TestChangedInputs:
         assert set(found) == set(KEYS), "the plan stands: what is new is not taken"
         assert {key: row["error_code"] for key, row in found.items() if row["error_code"]} == {"photo-4": "read_error"}
         assert "No such file" in found["photo-4"]["error_message"]
-        assert any("changed since it was planned: the inputs" in notice for notice in report.notices)
+        assert any("changed since it was planned: inputs" in notice for notice in report.notices)
         sb.run(changed)  # noted with the run, and not asked again
 
 
