@@ -327,6 +327,13 @@ class Storage(_Section):
     retries: int = Field(6, ge=0)
     """Further tries after throttling, server and connection errors, with exponential backoff and jitter."""
 
+    @field_validator("endpoint")
+    @classmethod
+    def _a_url(cls, value: str | None) -> str | None:
+        if value is not None and not value.startswith(("http://", "https://")):
+            raise ValueError(f"{value} is no URL; put http:// or https:// in front")
+        return value
+
 
 class Errors(_Section):
     """How many failures a run may have. Beyond that it stops, with all commits kept, and the exit code is 1."""

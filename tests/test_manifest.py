@@ -274,3 +274,7 @@ def test_to_redact_takes_no_time_for_any_text(piece: str) -> None:
 def test_how_storage_is_reached_changes_no_result(file: Path) -> None:
     moved = sb.load(file, ["storage.endpoint=http://localhost:9000", "storage.retries=1"])
     assert moved.identity == sb.load(file).identity
+
+
+def test_an_endpoint_without_its_scheme_is_explained(file: Path) -> None:
+    assert "put http:// or https:// in front" in fails(file, "storage.endpoint=127.0.0.1:9000")

@@ -104,12 +104,15 @@ def _webdataset(part: Part, source: Source, storage: Storage, notices: list[str]
     """Fields of one sample need not be adjacent."""
     samples: dict[str, dict[str, Span]] = {}
     odd: list[str] = []
+    nameless: list[str] = []
+    key = ""
     try:
         with open_url(part.url, storage) as file:
             members = Members(file)
             for name, offset, length in members:
                 split = split_name(name)
                 if split is None:
+                    nameless.append(name)
                     continue
                 key, extension = split
                 if not is_extension(extension):
@@ -127,10 +130,16 @@ def _webdataset(part: Part, source: Source, storage: Storage, notices: list[str]
         raise _refused(part.url, error) from error
     if members.damage:
         notices.append(f"{part.url}: {members.damage}; samples found: {len(samples)}")
+        others = [set(fields) for name, fields in samples.items() if name != key]
+        for lost in set.intersection(*others) - set(samples[key]) if others else ():
+            # Cut between picture and caption: without its caption the last sample would pass as a good one.
+            samples[key][lost] = Span(part.url, part.size, 1, part.etag)
     if members.special:
         notices.append(f"{part.url}: links, devices or sparse files passed over: {members.special}")
     if odd:
         notices.append(f"{part.url}: members with unusable extensions passed over: {len(odd)}, first {odd[0][:99]!r}")
+    if nameless:
+        notices.append(f"{part.url}: hidden members, or without extension: {len(nameless)}, first {nameless[0][:99]!r}")
     if not samples and not members.damage:
         notices.append(f"{part.url}: no samples in it")
     for name, fields in samples.items():

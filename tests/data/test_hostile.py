@@ -187,6 +187,12 @@ TARS = [
     ),
     Case(
         "cut between picture and caption",
+        tar(("a.txt", b"words"), ("b.jpg", JPG), ("b.txt", b"words"), cut=1024 + BLOCKS),
+        {"a": "", "b": "read_error"},
+        "perhaps cut; samples found: 2",
+    ),
+    Case(
+        "cut after a picture where none has a caption",
         tar(("b.jpg", JPG), ("b.txt", b"words"), cut=BLOCKS),
         {"a": "", "b": ""},
         "perhaps cut; samples found: 2",

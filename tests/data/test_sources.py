@@ -139,7 +139,7 @@ def test_the_index_has_the_bytes_the_library_reads(tmp_path: Path, format: int) 
         sample.pop("__url__")
     assert ours == theirs
     assert list(ours) == ["dir-v1/0001", "0002", "naïve", "0004"]
-    assert notices == []
+    assert [notice for notice in notices if "hidden members, or without extension" not in notice] == []
 
 
 @pytest.mark.parametrize("format", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
@@ -245,6 +245,23 @@ def test_cut_between_image_and_caption_is_noticed(tmp_path: Path) -> None:
     (entry,), notices = listed("webdataset", cut(path, 1024))
     assert load(entry, ["txt"]).caption == ""
     assert "perhaps cut" in notices[0]
+
+
+def test_a_sample_that_lost_its_caption_to_a_cut_is_no_good_sample(tmp_path: Path) -> None:
+    """Where all others have one, it would be stylized without, and pass."""
+    members = [("a.jpg", b"x"), ("a.txt", b"text"), ("b.jpg", b"x"), ("b.txt", b"text")]
+    (first, second), notices = listed("webdataset", cut(make_tar(tmp_path / "a.tar", members), 3 * 1024))
+    assert load(first, ["txt"]).caption == "text"
+    with pytest.raises(SampleError, match="cut off, 1 of 1 bytes"):
+        load(second, ["txt"])
+    assert "perhaps cut" in notices[0]
+
+
+def test_members_that_are_no_samples_are_told(tmp_path: Path) -> None:
+    members = [("README", b"x"), (".hidden.jpg", b"x"), ("a.jpg", b"x")]
+    (entry,), notices = listed("webdataset", make_tar(tmp_path / "a.tar", members))
+    assert entry.key == "a"
+    assert "hidden members, or without extension: 2, first 'README'" in notices[0]
 
 
 def test_empty_shards_are_noticed_and_an_empty_source_refused(tmp_path: Path) -> None:
