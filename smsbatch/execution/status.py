@@ -255,7 +255,7 @@ def status(where: str | Manifest | Look) -> Status:
         samples_done=sum(len(look.units[unit]) for unit in look.generations),
         samples_under_way=sum(map(_worth, workers)),
         errors=dict(errors),
-        finished=done and not alive and is_reported(look.store),
+        finished=done and len(look.records) == len(look.shards) and is_reported(look.store),
     )
     note = "" if alive else _note(look, now)
     if now.finished or not beats:

@@ -194,7 +194,7 @@ def test_rows_of_other_samples_are_named(out: Path) -> None:
     forged = table.set_column(0, table.schema.field("key"), keys)
     pq.write_table(forged, out / PARQUET)
     record = json.loads((out / RECORD).read_text())
-    from smsbatch.data.ledger import FileProof
+    from smsbatch.data.records import FileProof
 
     proof = FileProof.of(out / PARQUET)
     record["files"]["parquet"] = {"sha256": proof.sha256, "bytes": proof.bytes}

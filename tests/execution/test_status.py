@@ -80,8 +80,7 @@ def test_a_unit_that_is_not_done_any_more(store: Store) -> None:
 
 
 def test_a_worker_that_tries_again_is_not_waiting(store: Store) -> None:
-    write_report(store)
-    busy = Progress("w", "000000", 1, 1, 0, 0, 0, generation=1)
+    busy = Progress("w", "000000", 1, 1, 0, 0, 0, generation=1)  # whose driver has taken the old report away
     beat(store, busy, rate=0.5, samples_retried=3)
     now = sb.status(store.url)
     assert (now.workers, now.finished, now.note) == ((busy,), False, "")
@@ -145,3 +144,12 @@ def test_it_says_that_a_run_stopped_by_its_budget(errors: dict[str, float], said
     assert "report" in sb.status(manifest).note, "the limit was raised"
     write_report(store)
     assert sb.status(store.url).note.startswith("finished, but ")
+
+
+def test_what_a_killed_driver_left_does_not_unmake_a_finished_run(store: Store) -> None:
+    """Its heartbeat is young for a minute, while another has done the rest."""
+    write_report(store)
+    beat(store)
+    assert sb.status(store.url).finished
+    store.delete("_smsbatch/published/000001.json")
+    assert not sb.status(store.url).finished
