@@ -248,7 +248,7 @@ def test_a_retry_that_is_killed_before_its_report_is_reported_by_the_next_run(
     sb.run(sb.load(job))
     (tmp_path / "photos/photo-2.txt").write_text("waves number 2")
 
-    def killed(store: object) -> None:
+    def killed(*_: object) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
