@@ -101,7 +101,7 @@ class TestEveryPool:
     def test_too_many_failures_end_the_run_with_an_error_but_keep_it(self, pool: str, job: Job, tmp_path: Path) -> None:
         folder = make_photos(tmp_path / "bad")
         (folder / "zzz.jpg").write_bytes(b"")
-        whole = ("output.samples_per_unit=8", "output.samples_per_shard=8")  # of two units, the run would stop after one
+        whole = ("output.samples_per_unit=8", "output.samples_per_shard=8")  # of two units, it would stop after one
         manifest = job(f"compute.pool={pool}", f"source.urls={folder}", *whole)
         with pytest.raises(sb.RunError, match="1 of 7 samples failed"):
             sb.run(manifest)
