@@ -13,7 +13,7 @@ help: ## what there is
 demo: $(VENV)/.run ## stylize photographs with the embedded model, on a local Ray (6 minutes with installation)
 	@$(BIN)/smsbatch run manifests/demo.yaml
 
-test: $(VENV)/.dev ## the tests, on the CPU, without network (10 minutes)
+test: $(VENV)/.dev ## the tests, on the CPU, without network (13 minutes)
 	$(BIN)/python -m pytest -m "not slow"
 
 test-slow: $(VENV)/.dev ## the tests that take long
