@@ -213,7 +213,9 @@ def establish(manifest: Manifest, store: Store, pool: Pool, allow_drift: Collect
             raise DriftError(f"{store.url}: the source is not the one this run began with; choose another output.path")
         write_objects(store, draft.parts)
         write_index(store, draft.index)
-        write_units(store, draft.plan.units)
+        # As run.json has them: a faster driver may have measured another size of unit.
+        per_unit, per_shard = run["planned"]["samples_per_unit"], manifest.output.samples_per_shard
+        write_units(store, cut(draft.built.samples, per_unit, per_shard))
     return _standing(manifest, store, run)
 
 

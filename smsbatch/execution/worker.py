@@ -198,7 +198,7 @@ class Worker:
             raise Cancelled
 
     def _reading(self) -> partial[Sample | Outcome]:
-        """Reads one unit's entries, with what it learns of their objects on the way."""
+        """What reads an entry, for many threads at once."""
         return partial(self._read, Reader(self.manifest.storage, self.manifest.source.max_bytes))
 
     def _read(self, reader: Reader, entry: Entry) -> Sample | Outcome:
