@@ -1,61 +1,18 @@
-"""The manifest: what to run. Every field, its default, its explanation and its validation.
-
-A manifest is frozen and resolved: two equal manifests ask for the same run. `manifest_file.py` reads one from YAML.
-"""
+"""The sections of a manifest and the manifest itself: every field, its default, its explanation and its validation."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import re
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
-__all__ = [
-    "SECRET",
-    "Compute",
-    "Errors",
-    "Fake",
-    "Image",
-    "Manifest",
-    "Model",
-    "Objective",
-    "Output",
-    "Source",
-    "Storage",
-    "Style",
-]
+from smsbatch.manifest.objective import Objective
+from smsbatch.manifest.section import Section
 
-SECRET = re.compile(
-    # Before a web server's host anything, elsewhere a password: `abfs://container@account` is no secret.
-    r"(?:(?<=http://)|(?<=https://))[^/\s]+(?=@)|(?<=://)[^/\s:]*:[^/\s]*(?=@)"
-    # The first look keeps the time linear in the length of what may be anybody's text.
-    r"|(?P<shown>[?&#](?=[^?#=&\s]*=)(?:(?:[^?#=&\s]*[-_.])?(?:sig|auth|pwd|authorization)|key|[^?#=&\s]*"
-    r"(?:signature|token|secret|credential|passw|passphrase|jwt|(?:api|access|private)[-_]?key)[^?#=&\s]*)=)[^&\s'\"]*"
-    r"|\b(?:AKIA|ASIA)[0-9A-Z]{16}\b",
-    re.IGNORECASE,
-)
-"""What opens a door by itself, anywhere in a text: userinfo of a URL, a signature or token in its query (the group
-`shown` is all but the value), an AWS access key. A manifest may not hold it, a message does not show it."""
-
-
-class _Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, populate_by_name=True)
-
-    @field_validator("*", mode="before")
-    @classmethod
-    def _no_secret(cls, value: Any) -> Any:
-        """A manifest is stored with the run, for everybody to read."""
-        for item in value if isinstance(value, list | tuple) else (value,):
-            if isinstance(item, str) and SECRET.search(item):
-                raise ValueError(
-                    "holds a secret, which a manifest must not: credentials come from the environment "
-                    "(AWS_PROFILE, ~/.aws, the machine's role); signed URLs belong in a table"
-                )
-        return value
+__all__ = ["Compute", "Errors", "Image", "Manifest", "Model", "Output", "Source", "Storage", "Style"]
 
 
 def _or_one(schema: dict[str, Any]) -> None:
@@ -63,7 +20,7 @@ def _or_one(schema: dict[str, Any]) -> None:
     schema["anyOf"] = [{"type": "string"}, {"type": schema.pop("type"), "items": schema.pop("items")}]
 
 
-class Columns(_Section):
+class Columns(Section):
     """Which columns of a table mean what."""
 
     image: str = "url"
@@ -74,7 +31,7 @@ class Columns(_Section):
     """Its key, unique in the run; without one keys are made of the table's name and the row's number."""
 
 
-class Source(_Section):
+class Source(Section):
     """Where the samples come from."""
 
     format: Literal["webdataset", "folder", "table"]
@@ -112,153 +69,88 @@ class Source(_Section):
         return value
 
 
-class Model(_Section):
-    """The prior: a latent diffusion model in diffusers' pipeline format."""
+class Model(Section):
+    """A latent diffusion model: Stable Diffusion 1.x or 2.x."""
 
-    path: str
-    """Folder, hub id, or `tiny` for the embedded model."""
+    path: str = Field(min_length=1)
+    """Folder in diffusers' pipeline format, hub id, single-file `.safetensors` checkpoint, or `tiny`: the embedded
+    model."""
     revision: str | None = None
     """Branch, tag or commit on the hub."""
+    config: str | None = None
+    """Of a single-file checkpoint: the folder or hub id in diffusers' format that has its configuration and tokenizer;
+    default: found by the checkpoint's own keys, on the hub."""
 
 
-class Style(_Section):
-    """The style score: the prior with this LoRA merged into its UNet."""
+class Style(Section):
+    """The style score: a model with LoRAs merged into it."""
 
-    lora: str
-    """A kohya LoRA or LoCon file, or `tiny:styles/<name>.safetensors`."""
-    scale: float = Field(0.8, gt=0, le=4)
-    """Multiplies the LoRA's weight difference. 0.8: the released code's."""
+    lora: tuple[str, ...] = Field((), json_schema_extra=_or_one)
+    """LoRA files, one or a list: kohya, LyCORIS (LoCon, LoHa, LoKr, full) or peft's format;
+    `tiny:styles/<name>.safetensors`. Without one the style is in the words of `prompt` alone."""
+    scale: float | tuple[float, ...] = 0.8
+    """Multiplies the LoRAs' weight differences: one number for all, or a list. 0.8: the released code's."""
+    text_encoder: bool = True
+    """Apply the LoRAs' parts for the text encoder, if they have any. The released code drops them: false."""
     prompt: str = Field(min_length=1)
     """The words the LoRA was trained with, trigger words included."""
+    model: Model | None = None
+    """Another checkpoint for the style score; default: the same as `model`. A path stands for `{path: ...}`."""
 
-
-class Fake(_Section):
-    """The fake score: the prior with one LoRA per sample, trained on its current result (paper, Eq. 19)."""
-
-    rank: int = Field(8, ge=1)
-    """Rank r of the LoRA."""
-    alpha: float = Field(32.0, gt=0)
-    """The LoRA is scaled by alpha / rank."""
-    learning_rate: float = Field(1e-3, gt=0)
-    """Of AdamW, constant."""
-    betas: tuple[float, float] = (0.9, 0.999)
-    """Of AdamW."""
-    weight_decay: float = Field(0.0, ge=0)
-    """Of AdamW."""
-    weight: Literal["alpha_bar", "one"] = "alpha_bar"
-    """What the noise error is multiplied by before squaring: `alpha_bar` (released code) or nothing (Eq. 19)."""
-    trains_on: Literal["result", "before"] = "result"
-    """The latent after this iteration's update (released code) or before it (Algorithm 1)."""
-
-
-PRESETS: dict[str, dict[str, Any]] = {
-    "released": {},  # the defaults below
-    "paper": {
-        "guidance": 1.0,
-        "fake_guidance": 1.0,
-        "prompt": "{caption}",
-        "edit_prompt": "Turn it into {style}",
-        "relevance": "abs_mean",
-        "spectral_norm": "l2",
-        "grid": 1,
-        "fake": {"weight": "one", "trains_on": "before"},
-    },
-}
-"""What a preset sets; a field given in the manifest wins over it."""
-
-
-class Objective(_Section):
-    """What optimizes a latent, with every constant. Defaults are those of the authors' released code."""
-
-    name: Literal["sms"] = "sms"
-    """`sms`: Style Matching Score (paper, Eq. 6)."""
-    preset: Literal["released", "paper"] = "released"
-    """`released`: the authors' published constants, without their bugs; `paper`: the paper's formulas.
-
-    Where the paper is silent (w_t, learning rates, lambda), `paper` takes the released constants."""
-    steps: int = Field(500, ge=1)
-    """Iterations per image."""
-    guidance: float = Field(4.5, ge=1)
-    """Classifier-free guidance g of the style score; 1 is none."""
-    fake_guidance: float = Field(4.5, ge=1)
-    """Classifier-free guidance of the fake score."""
-    prompt: str = "{style}, {caption}"
-    """Target prompt; `{style}` is `style.prompt`, `{caption}` the sample's, which may be empty."""
-    edit_prompt: str = "Turn into {style}"
-    """Instruction of the relevance map (Eq. 4)."""
-    relevance: Literal["mean_abs", "abs_mean", "off"] = "mean_abs"
-    """Relevance map: mean over channels and absolute value, in this order, or no map."""
-    spectral_weight: float = Field(5e-4, ge=0)
-    """lambda of Eq. 6, on the per-entry mean of the penalty."""
-    spectral_norm: Literal["l1", "l2"] = "l1"
-    """Norm of Eq. 3: absolute values (released code) or squares (paper)."""
-    t_min: int = Field(20, ge=1, le=998)
-    """Smallest timestep of 1000."""
-    t_max: int = Field(500, ge=2, le=999)
-    """Upper bound of the timesteps at the first iteration; it falls linearly (Eq. 7)."""
-    grid: Literal[1, 2] = 2
-    """1: every timestep; 2: the released code's 500-step grid, odd timesteps only."""
-    learning_rate: float = Field(0.1, gt=0)
-    """Peak learning rate of AdamW on the latent."""
-    betas: tuple[float, float] = (0.9, 0.999)
-    """Of AdamW on the latent."""
-    weight_decay: float = Field(0.01, ge=0)
-    """Of AdamW on the latent. The released code's, by torch's default: it pulls the image toward grey."""
-    warmup: float = Field(0.2, ge=0, lt=1)
-    """Linear warm-up, as a fraction of the steps."""
-    horizon: float = Field(1.5, ge=1)
-    """Where the cosine after the warm-up would reach zero, in runs."""
-    fake: Fake = Fake()
-
-    @model_validator(mode="before")
+    @field_validator("lora", mode="before")
     @classmethod
-    def _preset(cls, data: Any) -> Any:
-        if not isinstance(data, Mapping) or data.get("preset") not in PRESETS:
-            return data
-        merged = PRESETS[data["preset"]] | dict(data)
-        given = data.get("fake", {})
-        if isinstance(given, Mapping):
-            merged["fake"] = PRESETS[data["preset"]].get("fake", {}) | dict(given)
-        return merged
+    def _one_or_many(cls, value: object) -> object:
+        return (value,) if isinstance(value, str) else () if value is None else value
 
-    @model_validator(mode="after")
-    def _ordered(self) -> Objective:
-        if self.t_min >= self.t_max:
-            raise ValueError(f"t_min ({self.t_min}) must be below t_max ({self.t_max})")
-        return self
-
-    @field_validator("prompt", "edit_prompt")
+    @field_validator("model", mode="before")
     @classmethod
-    def _known_words(cls, value: str) -> str:
-        unknown = sorted(set(re.findall(r"\{(\w*)\}", value)) - {"style", "caption"})
-        if unknown:
-            raise ValueError(f"unknown {{{unknown[0]}}}; {{style}} and {{caption}} are known")
+    def _path_alone(cls, value: object) -> object:
+        return {"path": value} if isinstance(value, str) else value
+
+    @field_validator("lora")
+    @classmethod
+    def _named(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if not all(value):
+            raise ValueError("names no file; leave it out for a style in words alone")
         return value
 
-    def prompts(self, style: str, caption: str) -> tuple[str, str]:
-        """Target prompt and edit instruction of one sample."""
-        words = {"style": style, "caption": caption}
-        target, edit = (
-            re.sub(r"\{(style|caption)\}", lambda match: words[match[1]], template).strip(" ,")
-            for template in (self.prompt, self.edit_prompt)
-        )
-        return target, edit
+    @field_validator("scale")
+    @classmethod
+    def _in_range(cls, value: float | tuple[float, ...]) -> float | tuple[float, ...]:
+        for scale in value if isinstance(value, tuple) else (value,):
+            if not -4 <= scale <= 4 or scale == 0:
+                raise ValueError(f"{scale} is not between -4 and 4, or is 0")
+        return value
+
+    @model_validator(mode="after")
+    def _as_many(self) -> Style:
+        if isinstance(self.scale, tuple) and len(self.scale) != len(self.lora):
+            raise ValueError(f"scale lists {len(self.scale)} numbers for {len(self.lora)} LoRAs")
+        return self
+
+    @property
+    def loras(self) -> list[tuple[str, float]]:
+        """Every LoRA file with its scale."""
+        scales = self.scale if isinstance(self.scale, tuple) else (self.scale,) * len(self.lora)
+        return list(zip(self.lora, scales, strict=True))
 
 
-class Image(_Section):
+class Image(Section):
     """From the source's pictures to the size that is stylized, which is the size of the result."""
 
     resolution: int = Field(512, ge=32)
     """Pixels of the side that `fit` speaks of."""
-    fit: Literal["short_side", "center_crop", "none"] = "short_side"
-    """`short_side`: scaled, any aspect ratio; `center_crop`: a square; `none`: left as it is."""
+    fit: Literal["short_side", "center_crop", "bucket", "none"] = "short_side"
+    """`short_side`: scaled, any aspect ratio; `center_crop`: a square; `bucket`: scaled and cropped by a little to the
+    nearest of a few sizes of about resolution x resolution pixels, so that pictures of many shapes batch well; `none`:
+    left as it is."""
     max_pixels: int = Field(100_000_000, ge=1, le=178_000_000)
     """A source picture with more pixels is a failed row (`too_large`), and is never decoded."""
     min_side: int = Field(32, ge=32)
     """A source picture with a shorter side, in pixels, is a failed row (`too_small`). Below 32 LPIPS sees nothing."""
 
 
-class Output(_Section):
+class Output(Section):
     """Where results go, and in which pieces."""
 
     path: str = Field(min_length=1)
@@ -275,7 +167,7 @@ class Output(_Section):
     """Of webp and jpg."""
 
 
-class Compute(_Section):
+class Compute(Section):
     """Where and how it runs. Nothing here changes what a sample looks like, up to the rounding of the kernels."""
 
     pool: Literal["ray", "local"] = "ray"
@@ -290,8 +182,12 @@ class Compute(_Section):
     """CPU threads of torch in a worker; `auto`: the machine's cores, divided among the workers."""
     batch_size: int = Field(8, ge=1)
     """Samples optimized together: those of a unit that have one size after `image.fit`."""
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Of the frozen models; `auto`: bf16 on CUDA, else fp32. Latents, LoRAs and optimizers are always fp32."""
+    channels_last: bool = False
+    """Lay the UNets' convolutions out with channels last. Measure first: docs/benchmarks.md."""
+    compile: bool = False
+    """Compile the UNets with torch.compile: minutes at the start, once per shape. Measure first."""
     retries: int = Field(2, ge=0)
     """How often a unit is tried again after its worker died, before the guilty sample is searched for."""
 
@@ -310,7 +206,7 @@ class Compute(_Section):
         return value
 
 
-class Storage(_Section):
+class Storage(Section):
     """How object stores and web servers are reached. Credentials come from where every tool finds them (AWS_PROFILE,
     ~/.aws, the machine's role, ...) and never from here."""
 
@@ -335,7 +231,7 @@ class Storage(_Section):
         return value
 
 
-class Errors(_Section):
+class Errors(Section):
     """How many failures a run may have. Beyond that it stops, with all commits kept, and the exit code is 1."""
 
     max_failed_fraction: float = Field(0.01, ge=0, le=1)
@@ -344,7 +240,7 @@ class Errors(_Section):
     """Failed samples of one unit over its samples: what is wrong with all at once should not go on for long."""
 
 
-class Manifest(_Section):
+class Manifest(Section):
     """One job."""
 
     task: Literal["optimize"] = "optimize"
@@ -371,11 +267,14 @@ class Manifest(_Section):
 
     def absolute(self) -> Manifest:
         """The same job for a process with another working folder: relative local paths made absolute."""
-        model = {"path": _absolute(self.model.path)} if Path(self.model.path).exists() else {}
+        style = {
+            "lora": tuple(map(_absolute, self.style.lora)),
+            "model": self.style.model and _located(self.style.model),
+        }
         return self.model_copy(
             update={
-                "model": self.model.model_copy(update=model),
-                "style": self.style.model_copy(update={"lora": _absolute(self.style.lora)}),
+                "model": _located(self.model),
+                "style": self.style.model_copy(update=style),
                 "output": self.output.model_copy(update={"path": _absolute(self.output.path)}),
             }
         )
@@ -387,6 +286,14 @@ class Manifest(_Section):
         plain["compute"] = plain["compute"]["precision"]
         del plain["errors"], plain["storage"], plain["output"]["path"]
         return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
+
+
+def _located(model: Model) -> Model:
+    """With what lies here by its absolute path; the rest are hub ids."""
+    paths = {"path": model.path, "config": model.config}
+    return model.model_copy(
+        update={name: _absolute(path) for name, path in paths.items() if path and Path(path).exists()}
+    )
 
 
 def _absolute(path: str) -> str:

@@ -1,0 +1,40 @@
+"""What all sections of a manifest have in common: frozen, no unknown keys, no secrets."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, field_validator
+
+__all__ = ["SECRET", "Section"]
+
+SECRET = re.compile(
+    # Before a web server's host anything, elsewhere a password: `abfs://container@account` is no secret.
+    r"(?:(?<=http://)|(?<=https://))[^/\s]+(?=@)|(?<=://)[^/\s:]*:[^/\s]*(?=@)"
+    # The first look keeps the time linear in the length of what may be anybody's text.
+    r"|(?P<shown>[?&#](?=[^?#=&\s]*=)(?:(?:[^?#=&\s]*[-_.])?(?:sig|auth|pwd|authorization)|key|[^?#=&\s]*"
+    r"(?:signature|token|secret|credential|passw|passphrase|jwt|(?:api|access|private)[-_]?key)[^?#=&\s]*)=)[^&\s'\"]*"
+    r"|\b(?:AKIA|ASIA)[0-9A-Z]{16}\b",
+    re.IGNORECASE,
+)
+"""What opens a door by itself, anywhere in a text: userinfo of a URL, a signature or token in its query (the group
+`shown` is all but the value), an AWS access key. A manifest may not hold it, a message does not show it."""
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", use_attribute_docstrings=True, populate_by_name=True, allow_inf_nan=False
+    )
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_secret(cls, value: Any) -> Any:
+        """A manifest is stored with the run, for everybody to read."""
+        for item in value if isinstance(value, list | tuple) else (value,):
+            if isinstance(item, str) and SECRET.search(item):
+                raise ValueError(
+                    "holds a secret, which a manifest must not: credentials come from the environment "
+                    "(AWS_PROFILE, ~/.aws, the machine's role); signed URLs belong in a table"
+                )
+        return value
