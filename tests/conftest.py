@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 
 os.environ.setdefault(
@@ -14,7 +15,7 @@ import pytest
 import torch
 from models import save_lora, save_model
 
-pytest_plugins = ["s3server"]
+pytest_plugins = ["goldens", "s3server"]
 torch.set_num_threads(1)
 
 
@@ -26,3 +27,15 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def lora(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_lora(tmp_path_factory.mktemp("lora") / "style.safetensors", model)
+
+
+@pytest.fixture(scope="session")
+def v_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Stable Diffusion 2.x that predicts v."""
+    return save_model(tmp_path_factory.mktemp("v_model"), second=True)
+
+
+@pytest.fixture
+def copied(model: Path, tmp_path: Path) -> Path:
+    """A model's folder of the test's own, to spoil."""
+    return Path(shutil.copytree(model, tmp_path / "copied"))

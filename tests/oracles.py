@@ -1,8 +1,9 @@
-"""The mathematics of SMS a second time: slow, one sample at a time, float64, straight from the formulas.
+"""The mathematics of the six objectives a second time: slow, one sample at a time, float64, straight from the formulas.
 
 Contract: nothing here is shared with `smsbatch`, so an agreement between the two is evidence. Every function takes and
 returns plain numpy arrays; a latent is `[c, h, w]`. "released" is what the authors' code computes (without its bugs),
-"paper" what arXiv 2503.07601 writes. Timesteps are indices 0..999 into the schedule, as in diffusers.
+"paper" what arXiv 2503.07601 writes. A direction is G of section "directions", before the map R and the identity term.
+Timesteps are indices 0..999 into the schedule, as in diffusers.
 
     z_t = a_t z + b_t eps        a_t = sqrt(abar_t), b_t = sqrt(1 - abar_t)
 """
@@ -12,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from fractions import Fraction
+from functools import cache
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -19,17 +21,20 @@ from numpy.typing import NDArray
 
 Array = NDArray[np.float64]
 Preset = Literal["released", "paper"]
-Score = Callable[[Array, int, str], Array]  # (z_t, t, "cond" | "null" | "edit") -> predicted noise
+Score = Callable[[Array, int, str], Array]  # (z_t, t, "target" | "source" | "edit" | "null") -> predicted noise
+Features = Callable[[Array, int, str], list[Array]]  # (z_t, t, words) -> [tokens, channels] of every layer
 
 # ---------------------------------------------------------------------------------------------------- noise schedule
 
 
+@cache
 def betas(steps: int = 1000, first: float = 0.00085, last: float = 0.012) -> Array:
     """Scaled-linear schedule of SD 1.x: beta_t = (sqrt(first) + t/(steps-1) (sqrt(last) - sqrt(first)))^2."""
     root = [math.sqrt(first) + t / (steps - 1) * (math.sqrt(last) - math.sqrt(first)) for t in range(steps)]
     return np.array([r * r for r in root])
 
 
+@cache
 def alphas_cumprod(steps: int = 1000) -> Array:
     """abar_t = prod_{s <= t} (1 - beta_s)."""
     product, result = 1.0, []
@@ -51,6 +56,12 @@ def predicted_clean(z_t: Array, e: Array, t: int) -> Array:
     return np.asarray((z_t - math.sqrt(1.0 - abar) * e) / math.sqrt(abar))
 
 
+def predicted_noise(v: Array, z_t: Array, t: int) -> Array:
+    """What a v-prediction says of the noise: with v = a eps - b z, eps = a v + b z_t."""
+    abar = alphas_cumprod()[t]
+    return np.asarray(math.sqrt(abar) * v + math.sqrt(1.0 - abar) * z_t)
+
+
 # ----------------------------------------------------------------------------------------------------------- weights
 
 
@@ -67,6 +78,11 @@ def weight_one(t: int) -> float:
     return 1.0
 
 
+def weight_one_minus_abar(t: int) -> float:
+    """w_t = 1 - abar_t, DreamFusion's sigma_t^2."""
+    return 1.0 - float(alphas_cumprod()[t])
+
+
 def weight_dmd(t: int, z: Array, z_t: Array, e_target: Array) -> float:
     """DMD's scale-free weight: w = (b_t / a_t) / mean |z - x0_target|, x0_target = (z_t - b_t e_target) / a_t.
 
@@ -75,6 +91,14 @@ def weight_dmd(t: int, z: Array, z_t: Array, e_target: Array) -> float:
     abar = alphas_cumprod()[t]
     distance = float(np.mean(np.abs(z - predicted_clean(z_t, e_target, t))))
     return math.sqrt(1.0 - abar) / math.sqrt(abar) / distance
+
+
+def weight_named(name: str, t: int, z: Array, z_t: Array, e_target: Array) -> float:
+    """The manifest's four; only DMD's depends on more than t."""
+    if name == "dmd":
+        return weight_dmd(t, z, z_t, e_target)
+    constant = {"posterior_variance": weight_released, "one_minus_abar": weight_one_minus_abar, "one": weight_one}
+    return constant[name](t)
 
 
 # ------------------------------------------------------------------------------------------------- timestep sampling
@@ -98,6 +122,18 @@ def paper_range(i: int, n: int, t_min: int = 20, t_max: int = 500) -> list[int]:
     return list(range(t_min, max(upper, t_min) + 1))
 
 
+def whole_range(t_min: int, t_max: int, grid: int) -> list[int]:
+    """What is drawn from where nothing narrows: t_min..t_max, both included; on grid 2 the odd ones, t_max excluded."""
+    return [t for t in range(t_min, t_max + 1) if grid == 1 or (t % 2 == 1 and t < t_max)]
+
+
+def linear_timestep(i: int, n: int, t_min: int, t_max: int, grid: int) -> int:
+    """The i-th of n equal steps from the whole range's last timestep down towards its first, floored to the grid."""
+    whole = whole_range(t_min, t_max, grid)
+    exact = whole[-1] - Fraction(i, n) * (whole[-1] - whole[0])
+    return max(t for t in whole if t <= exact)
+
+
 # ---------------------------------------------------------------------------------------------------- style gradient
 
 
@@ -117,14 +153,22 @@ def _minmax(x: Array) -> Array:
     return np.ones_like(x) if high <= low else np.asarray((x - low) / (high - low))
 
 
-def relevance_paper(e_edit: Array, e_null: Array) -> Array:
+def _clipped(x: Array, k: float | None) -> Array:
+    """Outliers down to Q3 + k (Q3 - Q1), quartiles of one map by linear interpolation (Watch Your Steps, k = 1.5)."""
+    if k is None:
+        return x
+    first, third = np.quantile(x, [0.25, 0.75])
+    return np.minimum(x, third + k * (third - first))
+
+
+def relevance_paper(e_edit: Array, e_null: Array, clip: float | None = None) -> Array:
     """Eq. 4, one map for all channels: R = minmax(mean_c |e_edit - e_null|). Returns [h, w]."""
-    return _minmax(np.abs(e_edit - e_null).mean(axis=0))
+    return _minmax(_clipped(np.abs(e_edit - e_null).mean(axis=0), clip))
 
 
-def relevance_released(e_edit: Array, e_null: Array) -> Array:
+def relevance_released(e_edit: Array, e_null: Array, clip: float | None = None) -> Array:
     """As released the mean comes first, so opposite channels cancel: R = minmax(|mean_c (e_edit - e_null)|)."""
-    return _minmax(np.abs((e_edit - e_null).mean(axis=0)))
+    return _minmax(_clipped(np.abs((e_edit - e_null).mean(axis=0)), clip))
 
 
 # ---------------------------------------------------------------------------------------------------------- spectrum
@@ -156,34 +200,48 @@ def idct2(x: Array) -> Array:
     return out
 
 
-def low_pass_mask(h: int, w: int, t: int) -> Array:
-    """One where i + j <= floor(t/500 (h + w - 2)), else zero: everything from t = 500 on, only the mean at t = 0."""
-    threshold = math.floor(Fraction(t, 500) * (h + w - 2))
+def low_pass_mask(h: int, w: int, t: int, t_max: int = 500, cutoff: float | None = None) -> Array:
+    """One where i + j <= floor(thld (h + w - 2)), else zero; thld = t/t_max, or `cutoff` as it is written in decimals.
+
+    Everything from t = t_max on, only the mean at t = 0.
+    """
+    kept = Fraction(t, t_max) if cutoff is None else Fraction(str(cutoff))
+    threshold = math.floor(kept * (h + w - 2))
     return np.array([[1.0 if i + j <= threshold else 0.0 for j in range(w)] for i in range(h)])
 
 
-def _spectral_error(z: Array, z_src: Array, t: int) -> Array:
-    return np.asarray(low_pass_mask(*z.shape[1:], t) * (dct2(z) - dct2(z_src)))
+def _spectral_error(z: Array, z_src: Array, t: int, t_max: int, cutoff: float | None) -> Array:
+    return np.asarray(low_pass_mask(*z.shape[1:], t, t_max, cutoff) * (dct2(z) - dct2(z_src)))
 
 
-def spectral_loss_released(z: Array, z_src: Array, t: int) -> float:
+def spectral_loss_released(z: Array, z_src: Array, t: int, t_max: int = 500, cutoff: float | None = None) -> float:
     """As released: mean over ALL c h w entries, masked zeros too, of |mask (DCT z - DCT z_src)|."""
-    return float(np.abs(_spectral_error(z, z_src, t)).mean())
+    return float(np.abs(_spectral_error(z, z_src, t, t_max, cutoff)).mean())
 
 
-def spectral_loss_paper(z: Array, z_src: Array, t: int) -> float:
+def spectral_loss_paper(z: Array, z_src: Array, t: int, t_max: int = 500, cutoff: float | None = None) -> float:
     """Eq. 3: || mask (DCT z - DCT z_src) ||_2^2, a sum."""
-    return float((_spectral_error(z, z_src, t) ** 2).sum())
+    return float((_spectral_error(z, z_src, t, t_max, cutoff) ** 2).sum())
 
 
-def spectral_gradient_released(z: Array, z_src: Array, t: int) -> Array:
+def spectral_gradient_released(z: Array, z_src: Array, t: int, t_max: int = 500, cutoff: float | None = None) -> Array:
     """d/dz of `spectral_loss_released`: IDCT(sign(mask error)) / chw, for the DCT is orthonormal. sign(0) = 0."""
-    return idct2(np.sign(_spectral_error(z, z_src, t))) / z.size
+    return idct2(np.sign(_spectral_error(z, z_src, t, t_max, cutoff))) / z.size
 
 
-def spectral_gradient_paper(z: Array, z_src: Array, t: int) -> Array:
+def spectral_gradient_paper(z: Array, z_src: Array, t: int, t_max: int = 500, cutoff: float | None = None) -> Array:
     """d/dz of `spectral_loss_paper`: 2 IDCT(mask error)."""
-    return 2.0 * idct2(_spectral_error(z, z_src, t))
+    return 2.0 * idct2(_spectral_error(z, z_src, t, t_max, cutoff))
+
+
+def mse_loss(z: Array, z_src: Array) -> float:
+    """Identity by all of the latent alike: mean((z - z_src)^2)."""
+    return float(((z - z_src) ** 2).mean())
+
+
+def mse_gradient(z: Array, z_src: Array) -> Array:
+    """d/dz of `mse_loss`."""
+    return np.asarray(2.0 * (z - z_src) / z.size)
 
 
 def finite_difference(f: Callable[[Array], float], z: Array, step: float = 1e-6) -> Array:
@@ -197,7 +255,7 @@ def finite_difference(f: Callable[[Array], float], z: Array, step: float = 1e-6)
     return gradient
 
 
-# --------------------------------------------------------------------------------------------------- fake score, AdamW
+# ---------------------------------------------------------------------------------------- fake score, AdamW, plain SGD
 
 
 def fake_loss_released(e: Array, eps: Array, t: int) -> float:
@@ -209,6 +267,12 @@ def fake_loss_released(e: Array, eps: Array, t: int) -> float:
 def fake_loss_paper(e: Array, eps: Array) -> float:
     """Eq. 19: mean((e - eps)^2)."""
     return float(((e - eps) ** 2).mean())
+
+
+def fake_loss_v(v: Array, z: Array, eps: Array, t: int) -> float:
+    """The same of a model that predicts v: mean((v - v*)^2), v* = a eps - b z; it is the eps-MSE / a_t^2."""
+    abar = alphas_cumprod()[t]
+    return float(((v - (math.sqrt(abar) * eps - math.sqrt(1.0 - abar) * z)) ** 2).mean())
 
 
 class AdamState(NamedTuple):
@@ -243,6 +307,11 @@ def adamw_step(
     return x, AdamState(m, v, step)
 
 
+def sgd_step(x: Array, direction: Array, lr: float) -> Array:
+    """x <- x - lr G, with G as the directions below give it, not divided by the number of entries."""
+    return np.asarray(x - lr * direction)
+
+
 def learning_rate(step: int, n: int = 500, peak: float = 0.1) -> float:
     """The released schedule, its 500 steps stretched to `n`: with s = 500 step / n,
 
@@ -270,6 +339,147 @@ def lora_delta(down: Array, up: Array, alpha: float | None = None, scale: float 
         for r in range(rank):
             delta[o] += factor * float(up[o, r].reshape(())) * down[r]
     return delta
+
+
+# -------------------------------------------------------------------------------------------------------- directions
+
+
+def _predicted(score: Score, z_t: Array, t: int, words: str, g: float) -> Array:
+    return guided(score(z_t, t, "null"), score(z_t, t, words), g)
+
+
+def vsd_direction(
+    z: Array, t: int, eps: Array, style: Score, fake: Score, g: float, g_fake: float, weight: str
+) -> Array:
+    """VSD, and SMS before its map: G = w_t (e_style^g(z_t; y) - e_fake^g'(z_t; y))."""
+    z_t = add_noise(z, eps, t)
+    e_style, e_fake = _predicted(style, z_t, t, "target", g), _predicted(fake, z_t, t, "target", g_fake)
+    return style_gradient(weight_named(weight, t, z, z_t, e_style), e_style, e_fake)
+
+
+def sds_direction(z: Array, t: int, eps: Array, style: Score, g: float, weight: str) -> Array:
+    """G = w_t (e^g(z_t; y) - eps)."""
+    z_t = add_noise(z, eps, t)
+    e = _predicted(style, z_t, t, "target", g)
+    return np.asarray(weight_named(weight, t, z, z_t, e) * (e - eps))
+
+
+def dds_direction(z: Array, z_src: Array, t: int, eps: Array, style: Score, g: float, weight: str) -> Array:
+    """G = w_t (e^g(z_t; y) - e^g(z_t^src; y_src)), the same t and eps."""
+    z_t = add_noise(z, eps, t)
+    e = _predicted(style, z_t, t, "target", g)
+    e_src = _predicted(style, add_noise(z_src, eps, t), t, "source", g)
+    return np.asarray(weight_named(weight, t, z, z_t, e) * (e - e_src))
+
+
+class Posterior(NamedTuple):
+    """q(z_{t'} | z_t, x0) = N(c0 x0 + c1 z_t, sigma^2), and a' = a_{t'}, b' = b_{t'}."""
+
+    a: float
+    b: float
+    c0: float
+    c1: float
+    sigma: float
+
+
+def pds_posterior(t: int, consistent: bool = False) -> Posterior:
+    """The posterior that PDS' authors code: t' = t - 2, but beta_t and alpha_t = 1 - beta_t of a single step.
+
+    `consistent` takes beta = 1 - abar_t / abar_{t'}, of the two steps together.
+    """
+    abar = alphas_cumprod()
+    now, before = float(abar[t]), float(abar[t - 2])
+    beta = 1.0 - now / before if consistent else float(betas()[t])
+    c0, c1 = math.sqrt(before) * beta / (1 - now), math.sqrt(1 - beta) * (1 - before) / (1 - now)
+    return Posterior(math.sqrt(before), math.sqrt(1 - before), c0, c1, math.sqrt(beta * (1 - before) / (1 - now)))
+
+
+def pds_coefficients(t: int, consistent: bool = False) -> tuple[float, float]:
+    """psi_t = (a' - c0 - c1 a_t) / sigma_t and chi_t = c0 b_t / (a_t sigma_t)."""
+    posterior, abar = pds_posterior(t, consistent), float(alphas_cumprod()[t])
+    psi = (posterior.a - posterior.c0 - posterior.c1 * math.sqrt(abar)) / posterior.sigma
+    return psi, posterior.c0 * math.sqrt((1 - abar) / abar) / posterior.sigma
+
+
+def pds_direction(z: Array, z_src: Array, t: int, eps: Array, style: Score, g: float) -> Array:
+    """Closed form: G = psi_t (z - z_src) + chi_t (e^g(z_t; y) - e^g(z_t^src; y_src))."""
+    psi, chi = pds_coefficients(t)
+    return np.asarray(psi * (z - z_src) + chi * dds_direction(z, z_src, t, eps, style, g, "one"))
+
+
+def pds_direction_long(
+    z: Array, z_src: Array, t: int, eps: Array, eps_before: Array, style: Score, g: float, consistent: bool = False
+) -> Array:
+    """By its definition: G = zt~ of the result - zt~ of the source, zt~ = (z_{t'} - mu(z_t, e^g)) / sigma_t.
+
+    z_{t'} = a' z + b' eps' with a noise eps' of its own, and mu = c0 x0 + c1 z_t.
+    """
+    posterior = pds_posterior(t, consistent)
+
+    def stochastic_latent(x: Array, words: str) -> Array:
+        x_t = add_noise(x, eps, t)
+        x0 = predicted_clean(x_t, _predicted(style, x_t, t, words, g), t)
+        x_before = posterior.a * x + posterior.b * eps_before
+        return np.asarray((x_before - posterior.c0 * x0 - posterior.c1 * x_t) / posterior.sigma)
+
+    return np.asarray(stochastic_latent(z, "target") - stochastic_latent(z_src, "source"))
+
+
+# ------------------------------------------------------------------------------------------- contrastive term of CDS
+
+
+def patch_nce(
+    source: Array, result: Array, size: tuple[int, int], patch: int, positions: list[int], tau: float = 0.07
+) -> float:
+    """One layer, one patch size: the mean over positions i of -log softmax_j(r_i . g_j / tau) at j = i.
+
+    `source`, `result` [tokens, channels] in rows of `size` (h, w); averaged over patch x patch (what does not fill a
+    patch is left out), then r, g of length 1. As in the authors' code the source's patch i is the query, the result's
+    patches are the keys; CUT (arXiv 2007.15651), where the loss is from, has it the other way round.
+    """
+    h, w = size[0] // patch, size[1] // patch
+
+    def unit_patches(tokens: Array) -> Array:
+        image = tokens.reshape(*size, -1)[: h * patch, : w * patch]
+        means = image.reshape(h, patch, w, patch, -1).mean(axis=(1, 3)).reshape(h * w, -1)[positions]
+        return np.asarray(means / np.maximum(np.linalg.norm(means, axis=1, keepdims=True), 1e-12))
+
+    similar = np.exp(unit_patches(source) @ unit_patches(result).T / tau)  # at most exp(1 / 0.07) = 1.6e6
+    return float(-np.log(np.diagonal(similar) / similar.sum(axis=1)).mean())
+
+
+def contrastive_loss(
+    source: list[Array], result: list[Array], sizes: list[tuple[int, int]], positions: list[list[list[int]]]
+) -> float:
+    """Sum over layers and over patch sizes 1 and 2. `positions[layer][0 or 1]`: at most 256 drawn ones each."""
+    return sum(
+        patch_nce(r, g, size, patch, chosen)
+        for r, g, size, layer in zip(source, result, sizes, positions, strict=True)
+        for patch, chosen in zip((1, 2), layer, strict=True)
+    )
+
+
+def contrastive_gradient(
+    z: Array,
+    z_src: Array,
+    t: int,
+    eps: Array,
+    features: Features,
+    sizes: list[tuple[int, int]],
+    positions: list[list[list[int]]],
+) -> Array:
+    """d/dz of `contrastive_loss`, the source's features held, by finite differences through z_t = a_t z + b_t eps."""
+    source = features(add_noise(z_src, eps, t), t, "source")
+
+    def loss(x: Array) -> float:
+        return contrastive_loss(source, features(add_noise(x, eps, t), t, "target"), sizes, positions)
+
+    return finite_difference(loss, z, 1e-5)
+
+
+CDS_SCALE = 64**2 / 2000
+"""The authors minimize 2000/(h w) L_dds + w_cut L_cut by SGD at 0.1. Divided by 2000/64^2, for 64 x 64, L_dds has the
+gradient G of DDS, the learning rate is 0.0488, and L_cut comes with this factor."""
 
 
 # ----------------------------------------------------------------------------------------------------- one iteration
@@ -304,10 +514,6 @@ def sms_iteration(
     paper: `guidance` is 1 (no CFG), w_t = 1 unless given, gradient = R G + lam d(L2), all of it sums.
     """
     z_t, z_src_t = add_noise(z, eps, t), add_noise(z_src, eps, t)
-
-    def predicted(score: Score) -> Array:
-        return guided(score(z_t, t, "null"), score(z_t, t, "cond"), guidance)
-
     e_edit, e_null = e_real(z_src_t, t, "edit"), e_real(z_src_t, t, "null")
     if preset == "released":
         w = weight_released(t) if weight is None else weight
@@ -317,5 +523,7 @@ def sms_iteration(
         w = weight_one(t) if weight is None else weight
         relevance, spectral = relevance_paper(e_edit, e_null), spectral_gradient_paper(z, z_src, t)
         reduction = 1.0
-    style = style_gradient(w, predicted(e_style), predicted(e_fake))
+    style = style_gradient(
+        w, _predicted(e_style, z_t, t, "target", guidance), _predicted(e_fake, z_t, t, "target", guidance)
+    )
     return Iteration(style, relevance, spectral, reduction * relevance[None] * style + lam * spectral)

@@ -58,6 +58,26 @@ def test_dmd_weight_turns_a_noise_difference_into_a_normalised_clean_difference(
     np.testing.assert_allclose(oracles.weight_dmd(250, z, z_t, e_real) * (e_real - e_fake), expected, rtol=1e-9)
 
 
+@pytest.mark.parametrize("t", [21, 300, 980])
+def test_noise_of_a_v_prediction_is_that_of_diffusers_velocity(scheduler: DDIMScheduler, t: int) -> None:
+    z, eps = noise(4, 3, 5), noise(4, 3, 5, seed=1)
+    v = scheduler.get_velocity(torch.from_numpy(z)[None], torch.from_numpy(eps)[None], torch.tensor([t]))[0].numpy()
+    np.testing.assert_allclose(oracles.predicted_noise(v, oracles.add_noise(z, eps, t), t), eps, atol=1e-4)
+    assert oracles.fake_loss_v(v, z, eps, t) == pytest.approx(0, abs=1e-10)
+    e = noise(4, 3, 5, seed=2)
+    abar = oracles.alphas_cumprod()[t]
+    v_of_e = (e - np.sqrt(1 - abar) * oracles.add_noise(z, eps, t)) / np.sqrt(abar)
+    assert oracles.fake_loss_v(v_of_e, z, eps, t) == pytest.approx(oracles.fake_loss_paper(e, eps) / abar)
+
+
+def test_weights_by_name() -> None:
+    z, z_t, e = (noise(4, 3, 5, seed=s) for s in range(3))
+    assert oracles.weight_named("one", 300, z, z_t, e) == 1.0
+    assert oracles.weight_named("one_minus_abar", 999, z, z_t, e) == pytest.approx(0.9953, abs=1e-4)
+    assert oracles.weight_named("posterior_variance", 301, z, z_t, e) == oracles.weight_released(301)
+    assert oracles.weight_named("dmd", 300, z, z_t, e) == oracles.weight_dmd(300, z, z_t, e)
+
+
 # ------------------------------------------------------------------------------------------------- timestep sampling
 
 
@@ -98,6 +118,18 @@ def test_ranges_are_exact_where_floats_are_not() -> None:
     assert oracles.paper_range(479, 500, 20, 500) == [20, 21]
 
 
+@pytest.mark.parametrize(("t_min", "t_max", "grid", "ends"), [(20, 500, 2, (499, 21)), (50, 948, 1, (948, 50))])
+def test_linear_timesteps_fall_from_end_to_end(t_min: int, t_max: int, grid: int, ends: tuple[int, int]) -> None:
+    whole = oracles.whole_range(t_min, t_max, grid)
+    assert (whole[-1], whole[0]) == ends
+    fall = [oracles.linear_timestep(i, 40, t_min, t_max, grid) for i in range(41)]
+    assert (fall[0], fall[40]) == ends
+    steps = np.diff(fall)
+    assert set(fall) <= set(whole)
+    assert steps.max() - steps.min() <= grid
+    assert oracles.whole_range(20, 500, 2) == oracles.released_range(0, 500)
+
+
 # ---------------------------------------------------------------------------------------------------- style gradient
 
 
@@ -130,6 +162,15 @@ def test_relevance_spans_zero_to_one_ignores_scale_and_a_constant_map_is_ones(re
     np.testing.assert_array_equal(relevance(null, null), np.ones((6, 9)))
 
 
+@pytest.mark.parametrize("relevance", [oracles.relevance_paper, oracles.relevance_released])
+def test_clipping_levels_what_is_far_above_the_quartiles(relevance) -> None:  # type: ignore[no-untyped-def]
+    edit = np.array([[[0.0, 1.0, 2.0, 3.0, 100.0]]])  # quartiles 1 and 3: clipped at 3 + 2 k
+    null = np.zeros_like(edit)
+    np.testing.assert_allclose(relevance(edit, null, 1.5), [[0, 1 / 6, 2 / 6, 3 / 6, 1]])
+    np.testing.assert_allclose(relevance(edit, null, 0.0), [[0, 1 / 3, 2 / 3, 1, 1]])
+    np.testing.assert_allclose(relevance(edit, null, 1e9), relevance(edit, null))
+
+
 # ---------------------------------------------------------------------------------------------------------- spectrum
 
 
@@ -154,16 +195,33 @@ def test_mask_of_a_non_square_latent_counts_both_sides() -> None:
     assert oracles.low_pass_mask(3, 5, 0).sum() == 1
 
 
+def test_a_fixed_cut_off_is_read_as_decimals() -> None:
+    assert int(0.29 * 100) == 28  # what floats make of 29
+    assert oracles.low_pass_mask(1, 101, 0, cutoff=0.29).sum() == 30
+    for t in (0, 499):  # 0.3 of 8 + 5 - 2 is 3.3
+        np.testing.assert_array_equal(oracles.low_pass_mask(8, 5, t, cutoff=0.3), np.add.outer(range(8), range(5)) <= 3)
+    assert oracles.low_pass_mask(8, 5, 0, cutoff=1.0).all()
+
+
 @pytest.mark.parametrize("shape", [(2, 4, 4), (1, 3, 6)])
-@pytest.mark.parametrize("t", [21, 150, 499])
+@pytest.mark.parametrize(("t", "cutoff"), [(21, None), (150, None), (499, None), (21, 0.3)])
 @pytest.mark.parametrize("preset", ["released", "paper"])
-def test_spectral_gradients_are_the_slopes_of_their_losses(shape: tuple[int, ...], t: int, preset: str) -> None:
+def test_spectral_gradients_are_the_slopes_of_their_losses(
+    shape: tuple[int, ...], t: int, cutoff: float | None, preset: str
+) -> None:
     z, z_src = noise(*shape), noise(*shape, seed=1)
     loss = getattr(oracles, f"spectral_loss_{preset}")
-    slope = oracles.finite_difference(lambda x: loss(x, z_src, t), z)
-    closed = getattr(oracles, f"spectral_gradient_{preset}")(z, z_src, t)
+    slope = oracles.finite_difference(lambda x: loss(x, z_src, t, 500, cutoff), z)
+    closed = getattr(oracles, f"spectral_gradient_{preset}")(z, z_src, t, 500, cutoff)
     np.testing.assert_allclose(closed, slope, atol=1e-7)
     assert np.abs(closed).max() > 0
+
+
+def test_mse_gradient_is_the_slope_and_the_unmasked_spectrum_again() -> None:
+    z, z_src = noise(2, 3, 6), noise(2, 3, 6, seed=1)
+    slope = oracles.finite_difference(lambda x: oracles.mse_loss(x, z_src), z)
+    np.testing.assert_allclose(oracles.mse_gradient(z, z_src), slope, atol=1e-8)
+    assert oracles.mse_loss(z, z_src) == pytest.approx(oracles.spectral_loss_paper(z, z_src, 500) / z.size)
 
 
 def test_spectral_losses_of_an_unmasked_spectrum_are_plain_norms() -> None:
@@ -239,14 +297,134 @@ def test_convolution_lora_acts_as_its_two_convolutions_in_a_row(k: int) -> None:
     np.testing.assert_allclose(whole, 2.0 * torch.nn.functional.conv2d(middle, torch.from_numpy(up)), atol=1e-10)
 
 
-# ----------------------------------------------------------------------------------------------------- one iteration
+# -------------------------------------------------------------------------------------------------------- directions
 
 
 def scores(seed: int) -> oracles.Score:
     """A made-up network that reacts to everything it is given."""
-    shift = {"cond": 0.3, "null": -0.1, "edit": 0.7}
+    shift = {"target": 0.3, "source": -0.4, "null": -0.1, "edit": 0.7}
     pattern = noise(2, 4, 6, seed=seed)
     return lambda z_t, t, text: np.sin(z_t + shift[text] * pattern) + t / 1000 * pattern
+
+
+PDS_PUBLISHED = [
+    (21, 1.61, 0.232),
+    (101, 0.314, 0.116),
+    (201, 0.140, 0.092),
+    (301, 0.079, 0.084),
+    (499, 0.032, 0.082),
+    (801, 0.010, 0.096),
+]
+
+
+@pytest.mark.parametrize(("t", "psi", "chi"), PDS_PUBLISHED)
+def test_pds_has_the_published_coefficients(t: int, psi: float, chi: float) -> None:
+    assert oracles.pds_coefficients(t) == (
+        pytest.approx(psi, rel=4e-3, abs=6e-4),
+        pytest.approx(chi, abs=6e-4),
+    )
+
+
+@pytest.mark.parametrize("t", [2, 21, 201, 499, 979])
+def test_pds_of_a_posterior_that_agrees_with_itself_is_weighted_dds(t: int) -> None:
+    psi, chi = oracles.pds_coefficients(t, consistent=True)
+    assert psi == pytest.approx(0, abs=1e-10)
+    z, z_src, eps, eps_before = (noise(2, 4, 6, seed=s) for s in range(4))
+    long = oracles.pds_direction_long(z, z_src, t, eps, eps_before, scores(4), 3.0, consistent=True)
+    np.testing.assert_allclose(
+        long, chi * oracles.dds_direction(z, z_src, t, eps, scores(4), 3.0, "one"), rtol=1e-7, atol=1e-9
+    )
+
+
+@pytest.mark.parametrize("t", [21, 201, 979])
+@pytest.mark.parametrize("g", [1.0, 100.0])
+def test_pds_in_closed_form_is_pds_by_its_definition(t: int, g: float) -> None:
+    z, z_src, eps, eps_before = (noise(2, 4, 6, seed=s) for s in range(4))
+    closed = oracles.pds_direction(z, z_src, t, eps, scores(4), g)
+    np.testing.assert_allclose(
+        oracles.pds_direction_long(z, z_src, t, eps, eps_before, scores(4), g), closed, rtol=1e-8, atol=1e-9
+    )
+
+
+def test_dds_and_pds_of_the_source_itself_under_its_own_words_are_zero() -> None:
+    z, eps = noise(2, 4, 6), noise(2, 4, 6, seed=1)
+
+    def same(z_t: Array, t: int, text: str) -> Array:
+        return scores(4)(z_t, t, "null" if text == "null" else "target")
+
+    assert not oracles.dds_direction(z, z, 201, eps, same, 7.5, "one_minus_abar").any()
+    assert not oracles.pds_direction(z, z, 201, eps, same, 7.5).any()
+    assert oracles.dds_direction(z, z, 201, eps, scores(4), 7.5, "one").any()
+
+
+def test_sds_is_vsd_of_a_fake_score_that_knows_the_noise() -> None:
+    z, eps = noise(2, 4, 6), noise(2, 4, 6, seed=1)
+    for weight in ("one", "one_minus_abar", "posterior_variance", "dmd"):
+        vsd = oracles.vsd_direction(z, 301, eps, scores(4), lambda *_: eps, 7.5, 1.0, weight)
+        np.testing.assert_allclose(oracles.sds_direction(z, 301, eps, scores(4), 7.5, weight), vsd)
+
+
+# ------------------------------------------------------------------------------------------- contrastive term of CDS
+
+
+@pytest.mark.parametrize("size", [(4, 4), (3, 5), (2, 6)])
+@pytest.mark.parametrize("patch", [1, 2])
+def test_patch_nce_is_cross_entropy_of_pooled_unit_features(size: tuple[int, int], patch: int) -> None:
+    source, result = noise(size[0] * size[1], 7), noise(size[0] * size[1], 7, seed=1)
+    count = (size[0] // patch) * (size[1] // patch)
+    positions = np.random.default_rng(2).permutation(count)[: max(1, count - 1)].tolist()
+
+    def units(tokens: Array) -> torch.Tensor:
+        image = torch.from_numpy(tokens).T.reshape(1, 7, *size)
+        pooled = torch.nn.functional.avg_pool2d(image, patch)
+        return torch.nn.functional.normalize(pooled, dim=1).flatten(2)[0].T[positions]
+
+    logits = units(source) @ units(result).T / 0.07
+    expected = torch.nn.functional.cross_entropy(logits, torch.arange(len(positions)))
+    assert oracles.patch_nce(source, result, size, patch, positions) == pytest.approx(expected.item())
+
+
+def test_patch_nce_of_equal_features_is_small_and_of_one_position_zero() -> None:
+    source, result = noise(16, 7), noise(16, 7, seed=1)
+    every = list(range(16))
+    same = oracles.patch_nce(source, source, (4, 4), 1, every)
+    assert 0 < same < 0.1 * oracles.patch_nce(source, result, (4, 4), 1, every)
+    assert oracles.patch_nce(source, result, (4, 4), 1, [3]) == pytest.approx(0)
+
+
+def test_contrastive_gradient_is_torchs_through_the_noising() -> None:
+    z, z_src, eps = (noise(2, 4, 6, seed=s) for s in range(3))
+    mixing = torch.from_numpy(noise(5, 2, seed=3))
+
+    def layers(z_t: torch.Tensor) -> list[torch.Tensor]:
+        return [(mixing @ z_t.flatten(1)).sin().T, (mixing @ z_t[:, ::2, ::2].flatten(1)).T]
+
+    def features(z_t: Array, t: int, text: str) -> list[Array]:
+        return [layer.numpy() for layer in layers(torch.from_numpy(z_t) + (text == "source"))]
+
+    sizes, every = [(4, 6), (2, 3)], [[list(range(24)), list(range(6))], [list(range(6)), [0]]]
+    found = oracles.contrastive_gradient(z, z_src, 301, eps, features, sizes, every)
+    x, abar = torch.from_numpy(z).requires_grad_(), oracles.alphas_cumprod()[301]
+    loss = torch.zeros(())
+    for r, g, (h, w) in zip(
+        features(oracles.add_noise(z_src, eps, 301), 301, "source"),
+        layers(abar**0.5 * x + (1 - abar) ** 0.5 * torch.from_numpy(eps)),
+        sizes,
+        strict=True,
+    ):
+        for patch in (1, 2):
+            unit = [
+                torch.nn.functional.normalize(
+                    torch.nn.functional.avg_pool2d(f.T.reshape(1, -1, h, w), patch), dim=1
+                ).flatten(2)[0].T
+                for f in (torch.from_numpy(r), g)
+            ]  # fmt: skip
+            loss = loss + torch.nn.functional.cross_entropy(unit[0] @ unit[1].T / 0.07, torch.arange(len(unit[0])))
+    (expected,) = torch.autograd.grad(loss, x)
+    np.testing.assert_allclose(found, expected.numpy(), atol=1e-6)
+
+
+# ----------------------------------------------------------------------------------------------------- one iteration
 
 
 @pytest.mark.parametrize("preset", ["released", "paper"])
@@ -279,7 +457,7 @@ def test_iteration_asks_each_model_at_the_right_place() -> None:
 
     found = oracles.sms_iteration("released", z, z_src, 101, eps, spy("style"), spy("fake"), spy("real"), 0.0, 4.5)
     assert not found.gradient.any()  # style and fake agree, and lambda is 0
-    for name, base, texts in (("style", z, "cond null"), ("fake", z, "cond null"), ("real", z_src, "edit null")):
-        assert sorted(text for text, _ in asked[name]) == texts.split()
+    for name, base, texts in (("style", z, "target null"), ("fake", z, "target null"), ("real", z_src, "edit null")):
+        assert sorted(text for text, _ in asked[name]) == sorted(texts.split())
         for _, z_t in asked[name]:
             np.testing.assert_allclose(z_t, oracles.add_noise(base, eps, 101))

@@ -1,160 +1,189 @@
-"""Low-rank adaptations: style files of the wild, and the fake score's one LoRA per sample.
+"""Style LoRA files of the wild, read as differences of a prior's parameters.
 
-Style files are kohya's: `lora_unet_<module path with _>.{lora_down,lora_up}.weight` and `.alpha`, on linear layers,
-1x1 and 3x3 convolutions (LoCon). delta W = (alpha / rank) up @ down.
+    kind            parts of a module, r = rank                                 delta W
+    LoRA, LoCon     lora_down [r, in, ...], lora_up [out, r, ...]               s up down
+      tucker        and lora_mid [r, r, kh, kw]                                 s sum_pq up_op mid_pqkl down_qi
+    LoHa            hada_w1_a [out, r], hada_w1_b [r, in ...], hada_w2_a, _b    s (w1_a w1_b) * (w2_a w2_b)
+      tucker        wi_a [r, out], wi_b [r, in], hada_ti [r, r, kh, kw]         s (t1; w1_a, w1_b) * (t2; w2_a, w2_b)
+    LoKr            lokr_w1 or lokr_w1_a, _b; lokr_w2 or lokr_w2_a, _b[, t2]    s w1 (x) w2; s = 1 if both are whole
+    full, norm      diff, w_norm (and diff_b, b_norm of the bias)               diff
+    IA3             weight [out], or [in] with on_input                         weight * W
+    DoRA            any of the first three with a magnitude m                   m (W + delta) / |W + delta| - W
+
+s = alpha / r, or alpha / sqrt(r) where peft's configuration says rslora; alpha absent or zero means s = 1 (LoRA,
+2106.09685; LyCORIS, 2309.14859; DoRA, 2402.09353; IA3, 2205.05638).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from functools import partial
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from smsbatch.diffusion.lora_files import Part, survey
 from smsbatch.diffusion.prior import Prior
-from smsbatch.diffusion.weights import locate_lora
 from smsbatch.errors import WeightsError
-from smsbatch.manifest import Fake
+from smsbatch.manifest import Style
 
-__all__ = ["FakeScore", "read_style_lora"]
-
-_PREFIX = "lora_unet_"
-_PARTS = ("lora_down.weight", "lora_up.weight", "alpha")
+__all__ = ["Deltas", "read_lora", "read_style"]
 
 
-def read_style_lora(path: str, layers: Mapping[str, nn.Module]) -> dict[str, Tensor]:
-    """Read a kohya LoRA or LoCon file against the layers of a UNet.
+@dataclass(frozen=True)
+class Deltas:
+    """What to add to parameters, by `<layer>.weight` or `<layer>.bias`: of its shape, float32, on the CPU."""
 
-    Parts for the text encoder (`lora_te...`) are left out, as the released code does; `weights.check_lora` says so.
+    unet: dict[str, Tensor] = field(default_factory=dict)
+    text: dict[str, Tensor] = field(default_factory=dict)
 
-    Returns:
-        Weight differences by the UNet's layer, shaped as the layer's weight, float32, not yet scaled.
+
+def read_style(style: Style, prior: Prior) -> Deltas:
+    """The sum of a style's LoRAs, each times its scale; with no LoRA nothing.
 
     Raises:
-        WeightsError: the file is missing or no safetensors; a key is unknown, incomplete or of another shape.
+        WeightsError: as `read_lora`.
     """
-    try:
-        tensors = load_file(locate_lora(path))
-    except (SafetensorError, OSError) as error:
-        raise WeightsError(f"style.lora: {path} is not a safetensors file ({error}); fetch it again") from error
+    total = Deltas()
+    for path, scale in style.loras:
+        deltas = read_lora(path, prior, text_encoder=style.text_encoder)
+        for into, found in ((total.unet, deltas.unet), (total.text, deltas.text)):
+            for name, delta in found.items():
+                into[name] = into[name] + scale * delta if name in into else scale * delta
+    return total
 
-    modules: dict[str, dict[str, Tensor]] = {}
+
+def read_lora(path: str, prior: Prior, *, text_encoder: bool) -> Deltas:
+    """Read one LoRA file against the layers of a prior, not yet scaled.
+
+    Args:
+        text_encoder: read its parts for the text encoder too.
+
+    Raises:
+        WeightsError: the file is missing or no safetensors, it holds what is not understood, incomplete, not finite, or
+            of a shape or for a layer that the prior has not.
+    """
+    found, deltas = survey(path), Deltas()
+    models = found.models(text_encoder)
+    tensors = load_file(found.file)
     for key, tensor in tensors.items():
-        name, _, part = key.partition(".")
-        if name.startswith("lora_te"):
-            continue
-        if name.startswith(_PREFIX) and part in _PARTS:
-            modules.setdefault(name, {})[part] = tensor
-        else:
-            raise WeightsError(
-                f"style.lora: {path}: key {key} is not of a kohya LoRA or LoCon, the kinds known here; convert the file"
-            )
-    if not modules:
-        raise WeightsError(f"style.lora: {path} holds nothing for a UNet; choose another file")
-
-    paths = {_PREFIX + name.replace(".", "_"): name for name in layers}
-    deltas = {}
-    for name, parts in modules.items():
-        if name not in paths:
-            raise WeightsError(
-                f"style.lora: {path}: the model has no layer for {name}; choose a style made for this model"
-            )
-        try:
-            deltas[paths[name]] = _delta(parts, layers[paths[name]])
-        except KeyError as error:
-            raise WeightsError(f"style.lora: {path}: {name} lacks {error.args[0]}; fetch the file again") from error
-        except RuntimeError as error:
-            raise WeightsError(
-                f"style.lora: {path}: {name} does not fit the model: {error}; choose a style made for this model"
-            ) from error
+        if not tensor.numel() or not tensor.float().isfinite().all():
+            raise WeightsError(f"style.lora: {path}: {key} is empty or holds NaN or infinity; choose another file")
+    for model in models:
+        layers = prior.layers() if model == "unet" else prior.text_layers()
+        into, settings = getattr(deltas, model), _settings_of(model, found.settings)
+        for name, keys in found.place(model, layers).items():
+            parts, layer = {part: tensors[key].float() for part, key in keys.items()}, layers[name]
+            try:
+                for parameter, delta in _deltas(parts, layer, settings, name).items():
+                    into[f"{name}.{parameter}"] = delta
+            except RuntimeError as error:
+                shapes = ", ".join(f"{key} {list(tensors[key].shape)}" for key in keys.values())
+                raise WeightsError(
+                    f"style.lora: {path}: {shapes} do not fit the model's {name} {_shapes(layer)}; "
+                    "choose a style made for this model"
+                ) from error
     return deltas
 
 
-def _delta(parts: Mapping[str, Tensor], layer: nn.Module) -> Tensor:
-    """(alpha / rank) up @ down in the shape of the layer's weight; alpha absent or zero means alpha = rank."""
-    down, up = parts["lora_down.weight"].float(), parts["lora_up.weight"].float()
-    rank = down.shape[0]
-    alpha = (parts["alpha"].item() if "alpha" in parts else 0) or rank
-    weight: Tensor = layer.weight  # type: ignore[assignment]
-    shape = (up.shape[0], *down.shape[1:])
-    if math.prod(shape) != weight.numel() or shape[:2] != weight.shape[:2]:  # a 1x1 convolution may stand for a linear
-        raise RuntimeError(f"a delta of {list(shape)} for a weight of {list(weight.shape)}")
-    return (alpha / rank) * (up.flatten(1) @ down.flatten(1)).view(weight.shape)
+def _settings_of(model: Part, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Of one model: diffusers writes peft's settings with the model's name in front, peft writes them bare."""
+    prefix = {"unet": "unet.", "text": "text_encoder."}[model]
+    return {
+        key.removeprefix(prefix): value for key, value in settings.items() if key.startswith(prefix) or "." not in key
+    }
 
 
-class FakeScore:
-    """The fake score of B samples: the prior with, for each sample, its own LoRA trained on its own current result.
+def _shapes(layer: nn.Module) -> str:
+    return " and ".join(f"{name} {list(tensor.shape)}" for name, tensor in layer.named_parameters(recurse=False))
 
-    The factors are A [B, r, in] and B [B, out, r] on every `to_q` and `to_v` of the attention, applied by one batched
-    product. Losses are summed over samples of per-sample means and AdamW works element by element, so this *is* B
-    separate runs, up to the rounding of the kernels. Rows of a call must be whole copies of the batch: k * B rows,
-    row i belonging to sample i % B.
 
-    Args:
-        generators: one per sample; each draws its own LoRA's initial values (A Kaiming-uniform as peft's, B zero).
+def _deltas(parts: Mapping[str, Tensor], layer: nn.Module, settings: Mapping[str, Any], name: str) -> dict[str, Tensor]:
+    """What to add to a layer's `weight` and `bias`; RuntimeError where it does not fit."""
+    old = {key: value.detach().float().cpu() for key, value in layer.named_parameters(recurse=False)}
+    deltas = {}
+    delta, weight = _product(parts, old["weight"]), old["weight"]
+    if delta is not None:
+        deltas["weight"] = _decomposed(parts, weight, _scale(parts, settings, name) * _fitted(delta, weight))
+    bias = parts.get("diff_b", parts.get("b_norm"))
+    if bias is not None:
+        if "bias" not in old:
+            raise RuntimeError("the layer has no bias")
+        deltas["bias"] = _fitted(bias, old["bias"])
+    return deltas
+
+
+def _product(parts: Mapping[str, Tensor], weight: Tensor) -> Tensor | None:
+    """The module's docstring's table, without s and DoRA."""
+    get = parts.get
+    if "lora_down" in parts:
+        up, mid, down = parts["lora_up"], get("lora_mid"), parts["lora_down"]
+        return _joined(up, down) if mid is None else _joined(up.flatten(1).T, down.flatten(1), mid)
+    if "hada_w1_a" in parts:
+        halves = [_joined(parts[f"hada_w{i}_a"], parts[f"hada_w{i}_b"], get(f"hada_t{i}")) for i in (1, 2)]
+        return halves[0] * halves[1]
+    if "lokr_w1" in parts or "lokr_w1_a" in parts:
+        w1 = parts["lokr_w1"] if "lokr_w1" in parts else _joined(parts["lokr_w1_a"], parts["lokr_w1_b"])
+        w2 = parts["lokr_w2"] if "lokr_w2" in parts else _joined(parts["lokr_w2_a"], parts["lokr_w2_b"], get("lokr_t2"))
+        if w2.ndim == 2:  # of a convolution, LyCORIS writes [out, in * kh * kw]
+            w2 = w2.reshape(len(w2), -1, *weight.shape[2:])
+        return torch.kron(w1.reshape(*w1.shape, *(1 for _ in w2.shape[2:])), w2.contiguous())  # else it views in vain
+    if "weight" in parts:
+        shape = [1] * weight.ndim
+        shape["on_input" in parts and bool(parts["on_input"])] = -1
+        return weight * parts["weight"].reshape(shape)
+    return get("diff", get("w_norm"))
+
+
+def _joined(left: Tensor, right: Tensor, core: Tensor | None = None) -> Tensor:
+    """left [out, r, ...] times right [r, ...]; around a core [r, r, kh, kw], left is [r, out] and right [r, in]."""
+    if core is not None:
+        product: Tensor = torch.einsum("pq...,po,qi->oi...", core, left, right)
+        return product
+    return (left.flatten(1) @ right.flatten(1)).view(len(left), *right.shape[1:])
+
+
+def _fitted(delta: Tensor, parameter: Tensor) -> Tensor:
+    """In the parameter's shape: a 1x1 convolution may stand for a linear layer and back, a matrix for any."""
+    if delta.shape == parameter.shape:
+        return delta
+    if delta.shape[0] != parameter.shape[0] or (delta.ndim != 2 and delta.shape[:2] != parameter.shape[:2]):
+        raise RuntimeError(f"{list(delta.shape)} for {list(parameter.shape)}")
+    return delta.reshape(parameter.shape)
+
+
+def _scale(parts: Mapping[str, Tensor], settings: Mapping[str, Any], name: str) -> float:
+    """s of the module's docstring, for a layer's dotted path `name`."""
+    rank = next((len(parts[p]) for p in ("lora_down", "hada_w1_b", "lokr_w1_b", "lokr_w2_b") if p in parts), None)
+    if rank is None:
+        return 1.0
+    alpha = parts["alpha"].item() if "alpha" in parts else None
+    if alpha is None and settings:
+        patterns = settings.get("alpha_pattern") or {}
+        paths = (name, f"text_model.{name}")  # of a text encoder, with and without; a pattern is the end of a path
+        fits = (a for end, a in patterns.items() if any(re.fullmatch(rf"(.*\.)?({end})", path) for path in paths))
+        alpha = next(fits, settings.get("lora_alpha"))
+        if settings.get("use_rslora"):
+            return (alpha or rank) / math.sqrt(rank)
+    return (alpha or rank) / rank
+
+
+def _decomposed(parts: Mapping[str, Tensor], weight: Tensor, delta: Tensor) -> Tensor:
+    """DoRA's difference at strength 1, which a scale then multiplies; without a magnitude, `delta` itself.
+
+    The magnitude is per output, or per input in older LyCORIS files, whose `dora_scale` is then [1, in, ...].
     """
-
-    def __init__(self, prior: Prior, config: Fake, generators: Sequence[torch.Generator]) -> None:
-        self.prior, self.scale = prior, config.alpha / config.rank
-        self._layers = {name: layer for name, layer in prior.layers().items() if name.endswith(("to_q", "to_v"))}
-        self._down: dict[str, Tensor] = {}
-        self._up: dict[str, Tensor] = {}
-        for name, layer in self._layers.items():
-            out_features, in_features = layer.weight.shape  # type: ignore[misc]
-            bound = in_features**-0.5  # kaiming_uniform with a = sqrt(5)
-            draws = [
-                torch.empty(config.rank, in_features).uniform_(-bound, bound, generator=generator)
-                for generator in generators
-            ]
-            self._down[name] = torch.stack(draws).to(prior.device).requires_grad_()
-            self._up[name] = torch.zeros(
-                len(generators), out_features, config.rank, device=prior.device
-            ).requires_grad_()
-        self._optimizer = torch.optim.AdamW(
-            [*self._down.values(), *self._up.values()],
-            lr=config.learning_rate,
-            betas=config.betas,
-            weight_decay=config.weight_decay,
-        )
-        self._abar_weighted = config.weight == "alpha_bar"
-
-    def __call__(self, z_t: Tensor, t: Tensor, text: Tensor) -> Tensor:
-        """The noise prediction [k * B, C, h, w]."""
-        with self._attached():
-            return self.prior.noise(z_t, t, text)
-
-    def train_step(self, z: Tensor, t: Tensor, eps: Tensor, text: Tensor) -> Tensor:
-        """One AdamW step of every sample's LoRA on eps-MSE at its own `z`, `t` (paper, Eq. 19); the losses [B].
-
-        With weight "alpha_bar" the error is scaled by abar_t before squaring, as the released code's is.
-        """
-        with torch.enable_grad():
-            error = self(self.prior.schedule.add_noise(z, t, eps), t, text) - eps
-            if self._abar_weighted:
-                error = error * self.prior.schedule.abar[t].view(-1, 1, 1, 1)
-            losses = error.square().flatten(1).mean(1)
-            self._optimizer.zero_grad()
-            losses.sum().backward()  # type: ignore[no-untyped-call]
-        self._optimizer.step()
-        return losses.detach()
-
-    @contextmanager
-    def _attached(self) -> Iterator[None]:
-        handles = [layer.register_forward_hook(partial(self._add, name)) for name, layer in self._layers.items()]
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
-
-    def _add(self, name: str, _layer: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
-        x: Tensor = inputs[0]
-        down, up = self._down[name].to(x.dtype), self._up[name].to(x.dtype)
-        copies = x.view(-1, down.shape[0], *x.shape[1:])  # [k, B, tokens, in]
-        return output + self.scale * (copies @ down.mT @ up.mT).view_as(output)
+    magnitude = parts.get("lora_magnitude_vector", parts.get("dora_scale"))
+    if magnitude is None:
+        return delta
+    by_input = "dora_scale" in parts and len(magnitude) == 1 < len(weight)
+    merged = weight + delta
+    norm = merged.transpose(0, int(by_input)).flatten(1).norm(dim=1)
+    shape = [1] * weight.ndim
+    shape[by_input] = -1
+    stretch: Tensor = (magnitude.reshape(norm.shape) / norm).view(shape)
+    return stretch * merged - weight

@@ -1,15 +1,27 @@
 """What turns scores into a gradient on the latent.
 
-    objective   gradient on z                                                     source
-    ─────────   ────────────────────────────────────────────────────────────────  ──────────────────────────
-    sms         R . w_t (e_style(z_t; y) - e_fake(z_t; y)) + lambda dL_freq/dz    arXiv 2503.07601, Eq. 2 to 6
+    objective   its direction G                                                    source
+    ─────────   ─────────────────────────────────────────────────────────────────  ─────────────────────────────────
+    sms         w_t (e_style(z_t; y) - e_fake(z_t; y)),  with R, lambda, narrow t  arXiv 2503.07601, Eq. 2 to 7
+    vsd         w_t (e_style(z_t; y) - e_fake(z_t; y))                             arXiv 2305.16213, Eq. 9
+    sds         w_t (e_style(z_t; y) - eps)                                        arXiv 2209.14988, Eq. 3
+    dds         w_t (e_style(z_t; y) - e_style(z_t^src; y_src))                    arXiv 2304.07090, Eq. 3
+    pds         psi_t (z - z_src) + chi_t (e_style(z_t; y) - e_style(z_t^src; y_src))   arXiv 2311.13831, Eq. 14
+    cds         dds + w_cut dL_con/dz,  L_con over self-attention features         arXiv 2311.18608, Eq. 7
 
-    e_*     noise predictions with classifier-free guidance, e^g(y) = e(null) + g (e(y) - e(null))
-    R       relevance map in [0, 1]: where the bare prior reacts to "turn it into <style>", on the noised *source*
-    L_freq  low frequencies of z against those of the source, cut off at t (`spectrum.py`)
+    every one   gradient = R . G + lambda dL_id/dz
 
-The paper's Eq. 5 writes a squared norm; what it means, and what its authors run, is the gradient above, without the
-UNet's Jacobian (Eq. 2). Gradients are per latent entry (times 1/(C h w)), as a mean-reduced loss gives them: Adam's
+    e_*     noise predictions with classifier-free guidance; without a style LoRA, e_style is the bare prior's
+    z_t     z noised at t by eps; z_t^src the source, by the same eps
+    R       relevance map in [0, 1]: where the bare prior reacts to "turn it into <style>", on the noised source
+    L_id    low frequencies of z against those of the source, cut off at t (`spectrum.py`), or another identity term
+
+R and lambda are SMS's; the constants of the others switch them off, and a manifest may switch them on. So SMS is VSD
+with a map, a spectral term and a range of timesteps that narrows, and its ablations are numbers in a manifest. With or
+without the style LoRA is likewise not a matter of the objective but of which model answers to "style".
+
+The papers write squared norms; what they mean, and their authors run, is the gradient above, without the UNet's
+Jacobian (paper, Eq. 2). Gradients are per latent entry (times 1/(C h w)), as a mean-reduced loss gives them: Adam's
 epsilon is calibrated to that.
 """
 
@@ -17,94 +29,262 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from smsbatch.diffusion.scores import Ask, Scores
 from smsbatch.diffusion.spectrum import SpectralPenalty
 from smsbatch.diffusion.timesteps import Schedule
 from smsbatch.manifest import Objective
 
-__all__ = ["OBJECTIVES", "SMS", "Scores", "Texts", "guided", "relevance_map"]
-
-Score = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""A noise prediction: (z_t [N, C, h, w], t [N], text [N, L, D]) -> eps [N, C, h, w]."""
+__all__ = ["CDS", "DDS", "OBJECTIVES", "PDS", "SDS", "Distillation", "Matching", "positions", "relevance_map"]
 
 
 @dataclass(frozen=True)
-class Scores:
-    """The three score models of DESIGN's glossary; an objective sees these, never adapters."""
+class Point:
+    """Where the scores are asked: result and source [B, C, h, w], noised alike at `t` [B]."""
 
-    style: Score
-    fake: Score
-    real: Score
-
-
-@dataclass(frozen=True)
-class Texts:
-    """Text embeddings [B, L, D]: of the target prompt, of the edit instruction, of the empty prompt."""
-
-    target: Tensor
-    edit: Tensor
-    null: Tensor
+    z: Tensor
+    z_src: Tensor
+    t: Tensor
+    eps: Tensor
+    z_t: Tensor
+    z_t_src: Tensor
 
 
-def guided(score: Score, z_t: Tensor, t: Tensor, text: Tensor, null: Tensor, guidance: float) -> Tensor:
-    """e(null) + guidance (e(text) - e(null)), both in one call; guidance 1 needs, and pays for, the text alone."""
-    if guidance == 1:
-        return score(z_t, t, text)
-    e_null, e_text = _null_and_text(score, z_t, t, text, null)
-    return e_null + guidance * (e_text - e_null)
+class Identity(Protocol):
+    """What holds a result to its source."""
+
+    def gradient(self, z: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        """`(gradient [B, C, h, w], loss [B])`, both per latent entry."""
 
 
-def _null_and_text(score: Score, z_t: Tensor, t: Tensor, text: Tensor, null: Tensor) -> tuple[Tensor, Tensor]:
-    e_null, e_text = score(z_t.repeat(2, 1, 1, 1), t.repeat(2), torch.cat([null, text])).chunk(2)
-    return e_null, e_text
-
-
-def relevance_map(difference: Tensor, order: Literal["mean_abs", "abs_mean"]) -> Tensor:
-    """R [B, 1, h, w] in [0, 1] of `e_real(z_t^src; y_edit) - e_real(z_t^src; null)` [B, C, h, w] (paper, Eq. 4).
-
-    "abs_mean" is the paper's order, absolute value before the mean over channels; "mean_abs" the released code's.
-    Normalized by minimum and maximum of every sample. A constant map says nothing about where, and gives ones.
-    """
-    reduced = difference.mean(1, keepdim=True).abs() if order == "mean_abs" else difference.abs().mean(1, keepdim=True)
-    low, high = reduced.amin((-2, -1), keepdim=True), reduced.amax((-2, -1), keepdim=True)
-    return torch.where(high > low, (reduced - low) / (high - low), 1.0)
-
-
-class SMS:
-    """Style Matching Score for one batch of samples.
+class Distillation:
+    """What the six have in common, for one batch of samples. A subclass says what it asks, and makes G of the answers.
 
     Args:
         config: constants, from the manifest.
-        schedule: of the prior all three scores share.
+        schedule: of the prior all scores share.
         z_src: source latents [B, C, h, w], float32.
     """
 
-    def __init__(self, config: Objective, schedule: Schedule, z_src: Tensor, texts: Texts) -> None:
-        self.config, self.schedule, self.z_src, self.texts = config, schedule, z_src, texts
-        self.penalty = SpectralPenalty(z_src, norm=config.spectral_norm, t_max=config.t_max)
+    def __init__(self, config: Objective, schedule: Schedule, z_src: Tensor) -> None:
+        self.config, self.schedule, self.z_src = config, schedule, z_src
+        self.identity = _identity(config, z_src) if config.identity_weight else None
+        self._maps: Tensor | None = None
+
+    def asks(self, p: Point) -> list[Ask]:
+        """The predictions that `direction` needs."""
+        raise NotImplementedError
+
+    def direction(self, p: Point, scores: Scores, *e: Tensor) -> Tensor:
+        """G [B, C, h, w] of the predictions `e`, in the order of `asks`."""
+        raise NotImplementedError
 
     def gradient(self, z: Tensor, t: Tensor, eps: Tensor, scores: Scores) -> tuple[Tensor, Tensor]:
         """`(gradient [B, C, h, w], loss [B])` at `z` [B, C, h, w], with its own `t` [B] and noise `eps` for each.
 
-        The loss is what a trace shows, |G_style|^2 / 2 + lambda L_freq; the gradient is not its derivative, see above.
+        The loss is what a trace shows, |R . G|^2 / 2 + lambda L_id; the gradient is not its derivative, see above.
         """
-        config, texts = self.config, self.texts
-        z_t = self.schedule.add_noise(z, t, eps)
-        e_style = guided(scores.style, z_t, t, texts.target, texts.null, config.guidance)
-        e_fake = guided(scores.fake, z_t, t, texts.target, texts.null, config.fake_guidance)
-        g_style = self.schedule.posterior_variance(t).view(-1, 1, 1, 1) * (e_style - e_fake)
-        if config.relevance != "off":
-            z_t_src = self.schedule.add_noise(self.z_src, t, eps)
-            e_null, e_edit = _null_and_text(scores.real, z_t_src, t, texts.edit, texts.null)
-            g_style = relevance_map(e_edit - e_null, config.relevance) * g_style
-        g_spectral, l_freq = self.penalty.gradient(z, t)
-        gradient = g_style / z[0].numel() + config.spectral_weight * g_spectral
-        loss = g_style.square().flatten(1).mean(1) / 2 + config.spectral_weight * l_freq
+        p = self._point(z, t, eps)
+        asked = self.asks(p)
+        mapped = self.config.relevance != "off"
+        answers = scores(t, *asked, *(_edits(p.z_t_src) if mapped and self._maps is None else ()))
+        g = self.direction(p, scores, *answers[: len(asked)])
+        if mapped:
+            g = (self._nearest_map(t) if self._maps is not None else self._relevance(*answers[len(asked) :])) * g
+        gradient, loss = g / z[0].numel(), g.square().flatten(1).mean(1) / 2
+        if self.identity is not None:
+            pull, distance = self.identity.gradient(z, t)
+            gradient = gradient + self.config.identity_weight * pull
+            loss = loss + self.config.identity_weight * distance
         return gradient, loss
 
+    def cache_maps(self, scores: Scores, noise: Callable[[], Tensor]) -> None:
+        """Compute the relevance map at `relevance_grid` timesteps, evenly from `t_min` to `t_max`, each with its own
+        noise."""
+        times, maps = self._grid(), []
+        for t in times:
+            p = self._point(self.z_src, t.expand(len(self.z_src)), noise())
+            maps.append(self._relevance(*scores(p.t, *_edits(p.z_t_src))))
+        self._maps = torch.stack(maps)
 
-OBJECTIVES = {"sms": SMS}
+    def weight(self, p: Point, e_style: Tensor) -> Tensor:
+        """w_t [B, 1, 1, 1]. DMD's is (b_t / a_t) / mean |z - x0|, x0 the clean latent that `e_style` implies."""
+        schedule, t = self.schedule, p.t
+        if self.config.weight == "dmd":
+            x0 = (p.z_t - schedule.b(t) * e_style) / schedule.a(t)
+            return schedule.b(t) / schedule.a(t) / (p.z - x0).abs().mean((1, 2, 3), keepdim=True)
+        if self.config.weight == "one_minus_abar":
+            return schedule.b(t).square()
+        if self.config.weight == "posterior_variance":
+            return schedule.posterior_variance(t).view(-1, 1, 1, 1)
+        return torch.ones_like(p.z[:, :1, :1, :1])
+
+    def _point(self, z: Tensor, t: Tensor, eps: Tensor) -> Point:
+        add_noise = self.schedule.add_noise
+        return Point(z, self.z_src, t, eps, add_noise(z, t, eps), add_noise(self.z_src, t, eps))
+
+    def _relevance(self, e_edit: Tensor, e_null: Tensor) -> Tensor:
+        assert self.config.relevance != "off"
+        return relevance_map(e_edit - e_null, self.config.relevance, self.config.relevance_clip)
+
+    def _grid(self) -> Tensor:
+        config, device = self.config, self.z_src.device
+        assert config.relevance_grid is not None
+        return torch.linspace(config.t_min, config.t_max, config.relevance_grid + 2, device=device)[1:-1].round().long()
+
+    def _nearest_map(self, t: Tensor) -> Tensor:
+        assert self._maps is not None
+        nearest = (self._grid()[:, None] - t).abs().argmin(0)
+        return self._maps[nearest, torch.arange(len(t), device=t.device)]
+
+
+def _edits(z_t_src: Tensor) -> tuple[Ask, Ask]:
+    """What the relevance map is made of (paper, Eq. 4)."""
+    return Ask("real", z_t_src, "edit"), Ask("real", z_t_src, "null")
+
+
+def _identity(config: Objective, z_src: Tensor) -> Identity:
+    if config.identity == "spectral":
+        return SpectralPenalty(z_src, norm=config.spectral_norm, t_max=config.t_max, cutoff=config.spectral_cutoff)
+    if config.identity == "mse":
+        return LatentMse(z_src)
+    from smsbatch.diffusion.identity import LatentLpips  # an extra
+
+    return LatentLpips(z_src)
+
+
+class LatentMse:
+    """The mean squared difference to the source (paper, appendix E.1)."""
+
+    def __init__(self, z_src: Tensor) -> None:
+        self.z_src = z_src
+
+    def gradient(self, z: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        """See `Identity`."""
+        difference = z - self.z_src
+        return 2 * difference / z[0].numel(), difference.square().flatten(1).mean(1)
+
+
+class Matching(Distillation):
+    """SMS and VSD: away from what the result is, toward what the style is."""
+
+    def asks(self, p: Point) -> list[Ask]:
+        config = self.config
+        return [Ask("style", p.z_t, "target", config.guidance), Ask("fake", p.z_t, "target", config.fake_guidance)]
+
+    def direction(self, p: Point, scores: Scores, *e: Tensor) -> Tensor:
+        e_style, e_fake = e
+        return self.weight(p, e_style) * (e_style - e_fake)
+
+
+class SDS(Distillation):
+    """Toward what the model would denoise the result to."""
+
+    def asks(self, p: Point) -> list[Ask]:
+        return [Ask("style", p.z_t, "target", self.config.guidance)]
+
+    def direction(self, p: Point, scores: Scores, *e: Tensor) -> Tensor:
+        (e_style,) = e
+        return self.weight(p, e_style) * (e_style - p.eps)
+
+
+class DDS(Distillation):
+    """SDS without what SDS does to an image that already matches its words: the same for the source is subtracted."""
+
+    def asks(self, p: Point) -> list[Ask]:
+        guidance = self.config.guidance
+        return [Ask("style", p.z_t, "target", guidance), Ask("style", p.z_t_src, "source", guidance)]
+
+    def direction(self, p: Point, scores: Scores, *e: Tensor) -> Tensor:
+        e_target, e_source = e
+        return self.weight(p, e_target) * (e_target - e_source)
+
+
+class PDS(DDS):
+    """The stochastic latents of result and source, made equal; see `Schedule.pds_coefficients` for where psi comes
+    from."""
+
+    def direction(self, p: Point, scores: Scores, *e: Tensor) -> Tensor:
+        e_target, e_source = e
+        psi, chi = (coefficient.view(-1, 1, 1, 1) for coefficient in self.schedule.pds_coefficients(p.t))
+        return psi * (p.z - p.z_src) + chi * (e_target - e_source)
+
+
+_PATCHES = 256  # positions of one layer and patch size that are told from each other
+_TAU = 0.07
+_CONTRASTIVE = 64**2 / 2000  # the source's DDS term is 2000 / (64 x 64) G, its contrastive term is not scaled
+
+
+class CDS(DDS):
+    """DDS, and a patch of the result stays closer to the same patch of the source than other patches are.
+
+    L_con = sum over self-attentions of the UNet's upper half and patch sizes 1 and 2 of the cross entropy of f_src . f
+    / tau over positions. As in the authors' code, and unlike their formula, the source's patch is the anchor and the
+    result's patches are the negatives.
+    """
+
+    def direction(self, p: Point, scores: Scores, *e: Tensor) -> Tensor:
+        with torch.no_grad():
+            anchors = scores.features("style", p.z_t_src, p.t, "source")
+        with torch.enable_grad():
+            z_t = p.z_t.detach().requires_grad_()
+            features = scores.features("style", z_t, p.t, "target")
+            loss = z_t.new_zeros(())
+            for layer, (f, f_src) in enumerate(zip(features, anchors, strict=True)):
+                for size in (1, 2):
+                    patches, anchor = (_patches(x, p.z.shape, size) for x in (f, f_src))
+                    chosen = positions(p.eps, patches.shape[1], 2 * layer + size)[..., None].expand(-1, -1, f.shape[-1])
+                    similar = anchor.gather(1, chosen) @ patches.gather(1, chosen).mT / _TAU  # [B, patches, patches]
+                    own = similar.log_softmax(-1).diagonal(dim1=1, dim2=2)
+                    loss = loss - own.mean(1).sum()  # the sum of every sample's own
+            (pull,) = torch.autograd.grad(loss, z_t)
+        weight = self.config.contrastive_weight * _CONTRASTIVE
+        return super().direction(p, scores, *e) + weight * self.schedule.a(p.t) * pull
+
+
+def _patches(features: Tensor, latent: torch.Size, size: int) -> Tensor:
+    """Unit vectors [B, patches, C] of `size` x `size` positions, averaged, of `features` [B, tokens, C]."""
+    height, width = latent[-2:]
+    while height * width > features.shape[1]:  # the UNet halves, rounding up
+        height, width = -(-height // 2), -(-width // 2)
+    grid = features.mT.reshape(len(features), -1, height, width)
+    return F.normalize(F.avg_pool2d(grid, size).flatten(2).mT, dim=-1)
+
+
+def positions(eps: Tensor, patches: int, turn: int) -> Tensor:
+    """Up to 256 different positions of `patches`, [B, n]: the order of some of the noise's entries.
+
+    That is random, the sample's own, another one for every `turn` and draws nothing.
+    """
+    order = eps.flatten(1).roll(turn * 1009, dims=1)[:, :patches].argsort(1)
+    return order[:, :_PATCHES]
+
+
+def relevance_map(difference: Tensor, order: Literal["mean_abs", "abs_mean"], clip: float | None = None) -> Tensor:
+    """R [B, 1, h, w] in [0, 1] of `e_real(z_t^src; y_edit) - e_real(z_t^src; null)` [B, C, h, w] (paper, Eq. 4).
+
+    "abs_mean" is the paper's order, absolute value before the mean over channels; "mean_abs" the released code's.
+    Values above the third quartile + `clip` interquartile ranges are clipped (arXiv 2308.08947). Normalized by minimum
+    and maximum of every sample. A constant map says nothing about where, and gives ones.
+    """
+    reduced = difference.mean(1, keepdim=True).abs() if order == "mean_abs" else difference.abs().mean(1, keepdim=True)
+    if clip is not None:
+        first, third = (reduced.flatten(1).quantile(q, dim=1) for q in (0.25, 0.75))
+        reduced = reduced.minimum((third + clip * (third - first)).view(-1, 1, 1, 1))
+    low, high = reduced.amin((-2, -1), keepdim=True), reduced.amax((-2, -1), keepdim=True)
+    return torch.where(high > low, (reduced - low) / (high - low), 1.0)
+
+
+OBJECTIVES: dict[str, type[Distillation]] = {
+    "sms": Matching,
+    "vsd": Matching,
+    "sds": SDS,
+    "dds": DDS,
+    "pds": PDS,
+    "cds": CDS,
+}

@@ -4,17 +4,28 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from smsbatch.diffusion.lora import FakeScore
-from smsbatch.diffusion.objectives import OBJECTIVES, Scores, Texts
+from smsbatch.diffusion.fake import FakeScore
+from smsbatch.diffusion.objectives import OBJECTIVES
 from smsbatch.diffusion.prior import Prior
+from smsbatch.diffusion.scores import Models
 from smsbatch.diffusion.timesteps import allowed, draw
-from smsbatch.manifest import Objective
+from smsbatch.manifest import Objective, Prompts
 
-__all__ = ["learning_rate", "optimize"]
+__all__ = ["Optimized", "learning_rate", "optimize"]
+
+_STALL_WINDOW = 10
+
+
+class Optimized(NamedTuple):
+    """Latents [B, C, h, w] and how many iterations each took [B]."""
+
+    z: Tensor
+    steps: Tensor
 
 
 def learning_rate(step: int, config: Objective) -> float:
@@ -22,68 +33,103 @@ def learning_rate(step: int, config: Objective) -> float:
 
     The released constants (0.2 and 1.5 of 500 steps) begin at 0, peak at 0.1 and end at 0.0325.
     """
-    warmup, horizon = config.warmup * config.steps, config.horizon * config.steps
+    warmup = config.warmup * config.steps
     if step < warmup:
         return config.learning_rate * step / warmup
-    return config.learning_rate * (1 + math.cos(math.pi * (step - warmup) / (horizon - warmup))) / 2
+    if config.horizon is None:
+        return config.learning_rate
+    return (
+        config.learning_rate * (1 + math.cos(math.pi * (step - warmup) / (config.horizon * config.steps - warmup))) / 2
+    )
 
 
 def optimize(
     prior: Prior,
     style: Prior,
     z_src: Tensor,
-    texts: Texts,
+    prompts: Sequence[Prompts],
     seeds: Sequence[int],
     config: Objective,
     progress: Callable[[int], None] = lambda step: None,
     trace: Callable[[int, Tensor, Tensor], None] | None = None,
-) -> Tensor:
+) -> Optimized:
     """Optimize B latents in lockstep, each exactly as if it were alone.
 
     Every sample has its own seed, from which its timesteps, noises and fake LoRA are drawn on the CPU, so that a result
-    depends neither on its neighbours nor on the device's random numbers. Nothing in the loop reads from the device.
+    depends neither on its neighbours nor on the device's random numbers. Nothing in the loop reads from the device, but
+    with `stall` one number every ten iterations.
 
     Args:
         prior: the bare prior; its UNet carries the fake score's LoRAs.
-        style: the prior with the style.
+        style: the model of the style score; the prior itself where there is no LoRA.
         z_src: source latents [B, C, h, w].
-        texts: embeddings [B, L, D] each.
+        prompts: the words of each sample.
         seeds: one per sample.
         progress: called with the number of finished steps.
-        trace: called with step, loss [B] of the objective and loss [B] of the fake score.
+        trace: called with step, loss [B] of the objective and loss [B] of the fake score, zeros where there is none.
 
     Returns:
-        Latents [B, C, h, w]; a sample that diverged has entries that are not finite, its neighbours are untouched.
+        The results; a sample that diverged has entries that are not finite, its neighbours are untouched.
     """
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     device = z_src.device
 
+    def to_device(drawn: Tensor) -> Tensor:
+        return drawn.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else drawn
+
     def noise() -> Tensor:
-        drawn = [torch.randn(z_src.shape[1:], generator=generator) for generator in generators]
-        return torch.stack(drawn).to(device, non_blocking=True)
+        return to_device(torch.stack([torch.randn(z_src.shape[1:], generator=generator) for generator in generators]))
 
     def times(choices: range) -> Tensor:
-        return torch.tensor([draw(choices, generator) for generator in generators]).to(device, non_blocking=True)
+        return to_device(torch.tensor([draw(choices, generator) for generator in generators]))
 
-    def timesteps(step: int) -> range:
-        return allowed(step, config.steps, t_min=config.t_min, t_max=config.t_max, grid=config.grid)
-
-    fake = FakeScore(prior, config.fake, generators)
-    scores = Scores(style=style.noise, fake=fake, real=prior.noise)
-    objective = OBJECTIVES[config.name](config, prior.schedule, z_src, texts)
+    objective = OBJECTIVES[config.name](config, prior.schedule, z_src)
+    fake = FakeScore(prior, config.fake, generators) if config.name in ("sms", "vsd") else None
+    scores = Models(prior, style, fake, prompts, graph=fake is not None and config.fake.trains_on == "forward")
+    if config.relevance != "off" and config.relevance_grid is not None:
+        with torch.no_grad():
+            objective.cache_maps(scores, noise)
     z = z_src.clone().requires_grad_()
-    optimizer = torch.optim.AdamW([z], lr=0.0, betas=config.betas, weight_decay=config.weight_decay)
+    optimizer = _optimizer(z, config)
+    per_entry = 1 if config.optimizer == "adamw" else z[0].numel()
+    fake_min, fake_max = config.fake_range
+    fake_times = allowed(0, config.steps, t_min=fake_min, t_max=fake_max, grid=config.grid)
+    moving, taken, anchor = z.new_ones(len(z), dtype=torch.bool), z.new_zeros(len(z), dtype=torch.long), z_src
 
     for step in range(config.steps):
-        t, eps = times(timesteps(step)), noise()
+        choices = allowed(
+            step, config.steps, t_min=config.t_min, t_max=config.t_max, grid=config.grid, timesteps=config.timesteps
+        )
+        t, eps = times(choices), noise()
         with torch.no_grad():
             z_before = z.detach().clone()
-            z.grad, loss = objective.gradient(z_before, t, eps, scores)
+            gradient, loss = objective.gradient(z_before, t, eps, scores)
+            z.grad = gradient * per_entry
             optimizer.param_groups[0]["lr"] = learning_rate(step, config)
             optimizer.step()
-        z_fake = z.detach() if config.fake.trains_on == "result" else z_before
-        fake_loss = fake.train_step(z_fake, times(timesteps(0)), noise(), texts.target)
+            if config.stall is not None:
+                z.copy_(torch.where(moving.view(-1, 1, 1, 1), z, z_before))
+                taken += moving
+        fake_loss = torch.zeros_like(loss)
+        if scores.fake_prediction is not None and fake is not None:
+            fake_loss = fake.learn(scores.fake_prediction, t, eps)
+        elif fake is not None:
+            z_fake = z.detach() if config.fake.trains_on == "result" else z_before
+            fake_loss = fake.train_step(z_fake, times(fake_times), noise(), scores.text("fake", "target"))
         if trace is not None:
             trace(step, loss, fake_loss)
         progress(step + 1)
-    return z.detach()
+        if config.stall is not None and (step + 1) % _STALL_WINDOW == 0:
+            moved = (z.detach() - anchor).flatten(1).norm(dim=1) / anchor.flatten(1).norm(dim=1)
+            anchor = z.detach().clone()
+            if step >= config.warmup * config.steps:
+                moving &= ~(moved < config.stall)  # what is not a number goes on, alone
+                if not moving.any():
+                    break
+    return Optimized(z.detach(), taken if config.stall is not None else taken + config.steps)
+
+
+def _optimizer(z: Tensor, config: Objective) -> torch.optim.Optimizer:
+    if config.optimizer == "sgd":
+        return torch.optim.SGD([z], lr=0.0, weight_decay=config.weight_decay)
+    return torch.optim.AdamW([z], lr=0.0, betas=config.betas, weight_decay=config.weight_decay)

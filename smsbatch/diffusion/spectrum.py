@@ -22,14 +22,18 @@ def dct_matrix(n: int) -> Tensor:
     return matrix.float()
 
 
-def low_pass(h: int, w: int, t: Tensor, t_max: int) -> Tensor:
-    """LPF(., thld(t)) as a mask [B, 1, h, w]: coefficient (i, j) stays when `i + j <= t / t_max (h + w - 2)`.
+def low_pass(h: int, w: int, t: Tensor, t_max: int, cutoff: Literal["progressive"] | float = "progressive") -> Tensor:
+    """LPF(., thld(t)) as a mask [B, 1, h, w]: coefficient (i, j) stays when `i + j <= thld (h + w - 2)`.
 
-    Height and width enter separately: the released code takes the width for both and fails on landscape images.
+    thld is t / t_max, or `cutoff` whatever the timestep. Height and width enter separately: the released code takes the
+    width for both and fails on landscape images.
     """
     order = torch.arange(h, device=t.device)[:, None] + torch.arange(w, device=t.device)
-    cutoff = t * (h + w - 2) // t_max
-    return order <= cutoff.view(-1, 1, 1, 1)
+    if cutoff == "progressive":
+        highest = t * (h + w - 2) // t_max
+    else:  # 0.58 of 50 is 29, not 28.999999
+        highest = torch.full_like(t, int(cutoff * (h + w - 2) + 1e-9))
+    return order <= highest.view(-1, 1, 1, 1)
 
 
 class SpectralPenalty:
@@ -42,10 +46,17 @@ class SpectralPenalty:
         z_src: source latents [B, C, h, w].
     """
 
-    def __init__(self, z_src: Tensor, *, norm: Literal["l1", "l2"], t_max: int) -> None:
+    def __init__(
+        self,
+        z_src: Tensor,
+        *,
+        norm: Literal["l1", "l2"],
+        t_max: int,
+        cutoff: Literal["progressive"] | float = "progressive",
+    ) -> None:
         self.rows, self.columns = (dct_matrix(n).to(z_src.device) for n in z_src.shape[-2:])
         self.source = self.transform(z_src)
-        self.norm, self.t_max = norm, t_max
+        self.norm, self.t_max, self.cutoff = norm, t_max, cutoff
 
     def transform(self, z: Tensor) -> Tensor:
         """DCT of every channel, shape of `z`."""
@@ -54,7 +65,7 @@ class SpectralPenalty:
     def gradient(self, z: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """`(gradient [B, C, h, w], loss [B])` at latents `z` [B, C, h, w] and timesteps `t` [B]."""
         entries = z[0].numel()
-        kept = low_pass(z.shape[-2], z.shape[-1], t, self.t_max)
+        kept = low_pass(z.shape[-2], z.shape[-1], t, self.t_max, self.cutoff)
         difference = (self.transform(z) - self.source) * kept
         if self.norm == "l1":
             loss, outer = difference.abs(), difference.sign()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import traceback
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,33 +12,30 @@ import pytest
 import torch
 from models import PROMPTS
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from smsbatch.diffusion.lora import FakeScore, read_style_lora
-from smsbatch.diffusion.objectives import Texts
+from smsbatch.diffusion.fake import FakeScore
+from smsbatch.diffusion.lora import read_style
+from smsbatch.diffusion.objectives import OBJECTIVES
 from smsbatch.diffusion.optimize import learning_rate, optimize
 from smsbatch.diffusion.prior import Prior
 from smsbatch.diffusion.timesteps import allowed, draw
-from smsbatch.manifest import Objective
+from smsbatch.manifest import Model, Objective, Prompts, Style
 
 
 @pytest.fixture(scope="module")
 def prior(model: Path) -> Prior:
-    return Prior.load(str(model))
+    return Prior.load(Model(path=str(model)))
 
 
 @pytest.fixture(scope="module")
 def style(prior: Prior, lora: Path) -> Prior:
-    return prior.with_deltas(read_style_lora(str(lora), prior.layers()))
+    deltas = read_style(Style(lora=str(lora), scale=1.0, prompt="paint"), prior)
+    return prior.with_deltas(deltas.unet, deltas.text)
 
 
-@pytest.fixture(scope="module")
-def texts(prior: Prior) -> Texts:
-    edit = prior.embed(["Turn into paint"] * len(PROMPTS))
-    return Texts(prior.embed(PROMPTS), edit, prior.embed([""] * len(PROMPTS)))
-
-
-def rows(texts: Texts, indices: list[int]) -> Texts:
-    return Texts(texts.target[indices], texts.edit[indices], texts.null[indices])
+WORDS = [Prompts(f"paint, {prompt}", prompt, "Turn into paint") for prompt in PROMPTS]
+SEEDS = [11, 12, 13, 14]
 
 
 def latents(size: tuple[int, int] = (8, 8)) -> Tensor:
@@ -52,16 +50,19 @@ def test_learning_rate(steps: int) -> None:
 
 
 @pytest.mark.parametrize("preset", ["released", "paper"])
-def test_the_loop_step_by_step(prior: Prior, style: Prior, texts: Texts, preset: Literal["released", "paper"]) -> None:
+def test_the_loop_step_by_step(prior: Prior, style: Prior, preset: Literal["released", "paper"]) -> None:
     """The same draws, the scores as black boxes, and everything else done by the oracle in float64."""
     steps = 12
     config = Objective(preset=preset, steps=steps)
     z_src = latents((8, 6))[:1]
-    ours = optimize(prior, style, z_src, rows(texts, [0]), [5], config)
+    ours = optimize(prior, style, z_src, WORDS[:1], [5], config).z
 
     generator = torch.Generator().manual_seed(5)
     fake = FakeScore(prior, config.fake, [generator])
-    words = {"cond": texts.target[:1], "edit": texts.edit[:1], "null": texts.null[:1]}
+    words = {"target": prior.embed([WORDS[0].target]), "edit": prior.embed([WORDS[0].edit]), "null": prior.embed([""])}
+
+    def fake_noise(z_t: Tensor, t: Tensor, text: Tensor) -> Tensor:
+        return prior.noise(z_t, t, text, fake.adapter(1))
 
     def as_oracle(score: Any) -> oracles.Score:
         def call(z_t: Any, t: int, word: str) -> Any:
@@ -83,7 +84,7 @@ def test_the_loop_step_by_step(prior: Prior, style: Prior, texts: Texts, preset:
             t,
             eps.double().numpy(),
             as_oracle(style.noise),
-            as_oracle(fake),
+            as_oracle(fake_noise),
             as_oracle(prior.noise),
             lam=5e-4,
             guidance=4.5 if preset == "released" else 1.0,
@@ -96,7 +97,7 @@ def test_the_loop_step_by_step(prior: Prior, style: Prior, texts: Texts, preset:
         t_fake = draw(allowed(0, steps, t_min=20, t_max=500, grid=config.grid), generator)
         eps_fake = torch.randn(z.shape, generator=generator)
         trained_on = torch.tensor(z if preset == "released" else before, dtype=torch.float32)
-        fake.train_step(trained_on[None], torch.tensor([t_fake]), eps_fake[None], words["cond"])
+        fake.train_step(trained_on[None], torch.tensor([t_fake]), eps_fake[None], words["target"])
     moved = np.abs(z - source).max()
     assert moved > 0.1
     # Adam divides by the gradient's size, so entries whose gradient is rounding move by rounding's sign: compare most.
@@ -104,58 +105,164 @@ def test_the_loop_step_by_step(prior: Prior, style: Prior, texts: Texts, preset:
     assert np.quantile(difference, 0.99) < 0.01 * moved
 
 
-@pytest.mark.parametrize("preset", ["released", "paper"])
-def test_a_batch_is_its_samples_alone(
-    prior: Prior, style: Prior, texts: Texts, preset: Literal["released", "paper"]
-) -> None:
-    """Batch 4 against batch 1, 50 steps, different prompts and seeds: equal within the rounding of the kernels."""
-    config, seeds = Objective(preset=preset, steps=50), [11, 12, 13, 14]
-    z_src = latents()
-    together = optimize(prior, style, z_src, texts, seeds, config)
-    for i in range(4):
-        alone = optimize(prior, style, z_src[i : i + 1], rows(texts, [i]), [seeds[i]], config)
-        difference = (together[i] - alone[0]).abs()
-        assert difference.mean() < 2e-3
+MODES: dict[str, dict[str, Any]] = {
+    "released": {},
+    "paper": {"preset": "paper"},
+    "fast": {"preset": "fast"},
+    **{name: {"name": name, "learning_rate": 0.05, "optimizer": "adamw"} for name in OBJECTIVES if name != "sms"},
+}
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_batch_is_its_samples_alone(prior: Prior, style: Prior, mode: str) -> None:
+    """Batch 4 against batch 1, different prompts and seeds: equal within the rounding of the kernels."""
+    config = Objective.model_validate(MODES[mode] | {"steps": 50 if mode in ("released", "fast") else 15})
+    together = optimize(prior, style, z_src := latents(), WORDS, SEEDS, config).z
+    for i in (0, 3):
+        alone = optimize(prior, style, z_src[i : i + 1], WORDS[i : i + 1], SEEDS[i : i + 1], config).z
+        assert (together[i] - alone[0]).abs().mean() < 2e-3
         assert (together[i] - z_src[i]).abs().mean() > 0.1  # it went somewhere
 
 
-def test_the_same_batch_gives_the_same_bytes(prior: Prior, style: Prior, texts: Texts) -> None:
+def test_the_same_batch_gives_the_same_bytes(prior: Prior, style: Prior) -> None:
     config = Objective(steps=5)
-    first = optimize(prior, style, latents(), texts, [1, 2, 3, 4], config)
+    first = optimize(prior, style, latents(), WORDS, SEEDS, config).z
     torch.manual_seed(123)  # global random state is not looked at
-    assert torch.equal(first, optimize(prior, style, latents(), texts, [1, 2, 3, 4], config))
+    assert torch.equal(first, optimize(prior, style, latents(), WORDS, SEEDS, config).z)
 
 
-def test_a_sample_that_is_not_finite_does_not_touch_its_neighbours(prior: Prior, style: Prior, texts: Texts) -> None:
-    config, z_src = Objective(steps=5), latents()
-    healthy = optimize(prior, style, z_src, texts, [1, 2, 3, 4], config)
+@pytest.mark.parametrize("mode", MODES)
+def test_a_sample_that_is_not_finite_does_not_touch_its_neighbours(prior: Prior, style: Prior, mode: str) -> None:
+    config, z_src = Objective.model_validate(MODES[mode] | {"steps": 4}), latents()
+    healthy = optimize(prior, style, z_src, WORDS, SEEDS, config).z
     z_src[1, 0, 0, 0] = float("nan")
-    ill = optimize(prior, style, z_src, texts, [1, 2, 3, 4], config)
+    ill = optimize(prior, style, z_src, WORDS, SEEDS, config).z
     assert not ill[1].isfinite().all()
     assert torch.equal(ill[[0, 2, 3]], healthy[[0, 2, 3]])
 
 
-def test_progress_and_trace(prior: Prior, style: Prior, texts: Texts) -> None:
+def test_equal_samples_stay_equal(prior: Prior, style: Prior) -> None:
+    """Samples that are, or become, the same keep LoRAs of their own; a batch of one picture four times shows it."""
+    config, z_src = Objective(steps=10), latents()[:1].expand(4, -1, -1, -1)
+    together = optimize(prior, style, z_src, WORDS[:1] * 4, [7] * 4, config).z
+    alone = optimize(prior, style, z_src[:1], WORDS[:1], [7], config).z
+    for row in together:
+        assert (row - alone[0]).abs().mean() < 1e-3
+
+
+def test_a_stalled_sample_stops_and_its_neighbour_does_not_mind(prior: Prior, style: Prior) -> None:
+    """With a threshold between two samples' last movements, one stops early; results are those of each alone."""
+    config = Objective(steps=40, warmup=0, horizon=1)
+    stopping = Objective(steps=40, warmup=0, horizon=1, stall=0.2)
+    whole = optimize(prior, style, latents(), WORDS, SEEDS, config)
+    early = optimize(prior, style, latents(), WORDS, SEEDS, stopping)
+    assert whole.steps.tolist() == [40] * 4
+    assert sorted(set(early.steps.tolist())) == [20, 30]
+    for i in range(4):
+        alone = optimize(prior, style, latents()[i : i + 1], WORDS[i : i + 1], SEEDS[i : i + 1], stopping)
+        assert alone.steps.item() == early.steps[i].item()
+        assert (alone.z[0] - early.z[i]).abs().mean() < 2e-3
+
+
+def calls_of(prior: Prior, monkeypatch: pytest.MonkeyPatch, config: Objective, style: Prior) -> list[int]:
+    """Rows of every call of a UNet."""
+    rows: list[int] = []
+    original = Prior.noise
+
+    def counting(self: Prior, z_t: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        rows.append(len(z_t))
+        return original(self, z_t, *args, **kwargs)
+
+    monkeypatch.setattr(Prior, "noise", counting)
+    optimize(prior, style, latents()[:1], WORDS[:1], [1], config)
+    return rows
+
+
+@pytest.mark.parametrize(
+    ("changes", "first", "each"),
+    [
+        ({}, [], [2, 4, 1]),  # style; fake and real; the fake's training
+        ({"guidance": 1, "fake_guidance": 1}, [], [1, 3, 1]),
+        ({"fake_guidance": 1}, [], [2, 3, 1]),
+        ({"relevance": "off"}, [], [2, 2, 1]),
+        ({"relevance_grid": 3}, [2, 2, 2], [2, 2, 1]),
+        ({"guidance": 1, "fake_guidance": 1, "relevance_grid": 2, "fake": {"trains_on": "forward"}}, [2, 2], [1, 1]),
+        ({"name": "sds"}, [], [2]),
+        ({"name": "dds"}, [], [4]),
+    ],
+)
+def test_what_is_paid_for(
+    prior: Prior,
+    style: Prior,
+    monkeypatch: pytest.MonkeyPatch,
+    changes: dict[str, Any],
+    first: list[int],
+    each: list[int],
+) -> None:
+    """The table of docs/method.md: rows of the UNets' calls, before the first iteration and in each of three."""
+    config = Objective.model_validate({"steps": 3} | changes)
+    rows = calls_of(prior, monkeypatch, config, style)
+    assert rows[: len(first)] == first
+    iterations = [rows[len(first) + i * len(each) :][: len(each)] for i in range(3)]
+    assert [sorted(rows) for rows in iterations] == [sorted(each)] * 3
+    assert len(rows) == len(first) + 3 * len(each)
+
+
+def test_progress_and_trace(prior: Prior, style: Prior) -> None:
     steps: list[int] = []
     losses: list[tuple[int, Tensor, Tensor]] = []
-    optimize(
-        prior,
-        style,
-        latents(),
-        texts,
-        [1, 2, 3, 4],
-        Objective(steps=3),
-        steps.append,
-        lambda step, loss, fake: losses.append((step, loss, fake)),
-    )
+
+    def trace(step: int, loss: Tensor, fake: Tensor) -> None:
+        losses.append((step, loss, fake))
+
+    optimize(prior, style, latents(), WORDS, SEEDS, Objective(steps=3), steps.append, trace)
     assert steps == [1, 2, 3]
     assert [step for step, _, _ in losses] == [0, 1, 2]
     assert all(loss.shape == fake.shape == (4,) for _, loss, fake in losses)
 
 
-def test_seeds_matter(prior: Prior, style: Prior, texts: Texts) -> None:
+def test_seeds_matter(prior: Prior, style: Prior) -> None:
     config = Objective(steps=3)
-    first = optimize(prior, style, latents(), texts, [1, 2, 3, 4], config)
-    second = optimize(prior, style, latents(), texts, [1, 9, 3, 4], config)
+    first = optimize(prior, style, latents(), WORDS, [1, 2, 3, 4], config).z
+    second = optimize(prior, style, latents(), WORDS, [1, 9, 3, 4], config).z
     assert not torch.equal(first[1], second[1])
     assert torch.equal(first[[0, 2, 3]], second[[0, 2, 3]])
+
+
+def test_sgd_steps_by_the_gradient_itself(prior: Prior, style: Prior) -> None:
+    """One step of DDS moves by learning rate times G, whatever the size of the latent."""
+    for size in ((8, 8), (8, 12)):
+        z_src = latents(size)[:1]
+        config = Objective(name="dds", steps=1, prompt="{caption}", source_prompt="{style}", learning_rate=0.1)
+        moved = optimize(prior, style, z_src, [Prompts("a", "b", "c")], [3], config).z - z_src
+        generator = torch.Generator().manual_seed(3)
+        t = torch.tensor([draw(allowed(0, 1, t_min=50, t_max=948, grid=1), generator)])
+        z_t = prior.schedule.add_noise(z_src, t, torch.randn(z_src.shape[1:], generator=generator)[None])
+        with torch.no_grad():
+            e_null, e_a, e_b = style.noise(z_t.repeat(3, 1, 1, 1), t.repeat(3), style.embed(["", "a", "b"])).chunk(3)
+        torch.testing.assert_close(moved, -0.1 * 7.5 * (e_a - e_b), rtol=1e-3, atol=1e-5)
+        assert e_null.shape == e_a.shape
+
+
+class Reads(TorchDispatchMode):
+    """Who takes a value out of a tensor, which on a GPU waits for all that is queued."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.callers: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default):
+            frames = traceback.extract_stack()
+            if not any("/torch/optim/" in frame.filename for frame in frames):  # an optimizer's own count stays here
+                own = [frame for frame in frames if "/smsbatch/diffusion/" in frame.filename][-1]
+                self.callers.add(own.name)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_the_loop_reads_nothing_from_the_device(prior: Prior, style: Prior, mode: str) -> None:
+    reads = Reads()
+    with reads:
+        optimize(prior, style, latents(), WORDS, SEEDS, Objective.model_validate(MODES[mode] | {"steps": 2}))
+    assert reads.callers == {"draw"}  # which is of the CPU's own generators

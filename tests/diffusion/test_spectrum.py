@@ -8,7 +8,7 @@ import numpy as np
 import oracles
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from smsbatch.diffusion.spectrum import SpectralPenalty, dct_matrix, low_pass
@@ -45,20 +45,39 @@ def test_low_pass_keeps_more_at_larger_t(t: int, h: int, w: int) -> None:
     assert bool(smaller[0, 0, 0])
 
 
+@example(hundredths=58, h=26, w=26)
+@given(hundredths=st.integers(0, 100), h=st.integers(1, 40), w=st.integers(1, 40))
+def test_a_fixed_cut_off_keeps_the_same_at_every_timestep(hundredths: int, h: int, w: int) -> None:
+    """Also where a float product falls just below an integer: 0.58 * 50."""
+    ours = low_pass(h, w, torch.tensor([21, 499]), 500, hundredths / 100)
+    expected = oracles.low_pass_mask(h, w, 0, cutoff=hundredths / 100)
+    for row in ours[:, 0].numpy():
+        np.testing.assert_array_equal(row, expected)
+
+
+@pytest.mark.parametrize("t_max", [500, 948])
+def test_the_progressive_cut_off_reaches_all_at_the_largest_timestep(t_max: int) -> None:
+    masks = low_pass(6, 9, torch.tensor([t_max, 201]), t_max)
+    assert bool(masks[0].all())
+    np.testing.assert_array_equal(masks[1, 0].numpy(), oracles.low_pass_mask(6, 9, 201, t_max))
+
+
+@pytest.mark.parametrize("cutoff", ["progressive", 0.3])
 @pytest.mark.parametrize("norm", ["l1", "l2"])
 @pytest.mark.parametrize(("h", "w"), SIZES)
-def test_gradient_and_loss(norm: Literal["l1", "l2"], h: int, w: int) -> None:
+def test_gradient_and_loss(norm: Literal["l1", "l2"], h: int, w: int, cutoff: Literal["progressive"] | float) -> None:
     rng = np.random.default_rng(1)
     timesteps = [21, 250, 499]
     z, z_src = rng.normal(size=(3, 4, h, w)), rng.normal(size=(3, 4, h, w))
-    penalty = SpectralPenalty(torch.tensor(z_src, dtype=torch.float32), norm=norm, t_max=500)
+    penalty = SpectralPenalty(torch.tensor(z_src, dtype=torch.float32), norm=norm, t_max=500, cutoff=cutoff)
     gradient, loss = penalty.gradient(torch.tensor(z, dtype=torch.float32), torch.tensor(timesteps))
+    fixed = None if cutoff == "progressive" else cutoff
     for i, t in enumerate(timesteps):
         if norm == "l1":
-            value = oracles.spectral_loss_released(z[i], z_src[i], t)
-            slope = oracles.spectral_gradient_released(z[i], z_src[i], t)
+            value = oracles.spectral_loss_released(z[i], z_src[i], t, 500, fixed)
+            slope = oracles.spectral_gradient_released(z[i], z_src[i], t, 500, fixed)
         else:  # ours is per entry, the paper's a sum
-            value = oracles.spectral_loss_paper(z[i], z_src[i], t) / z[i].size
-            slope = oracles.spectral_gradient_paper(z[i], z_src[i], t) / z[i].size
+            value = oracles.spectral_loss_paper(z[i], z_src[i], t, 500, fixed) / z[i].size
+            slope = oracles.spectral_gradient_paper(z[i], z_src[i], t, 500, fixed) / z[i].size
         np.testing.assert_allclose(loss[i].item(), value, rtol=1e-4)
         np.testing.assert_allclose(gradient[i].numpy(), slope, atol=1e-6)

@@ -1,6 +1,8 @@
-"""The noise schedule and the timestep sampler against the formulas."""
+"""The noise schedule, its weights and the timestep sampler against the formulas."""
 
 from __future__ import annotations
+
+from typing import Any, Literal
 
 import numpy as np
 import oracles
@@ -11,14 +13,15 @@ from hypothesis import strategies as st
 
 from smsbatch.diffusion.timesteps import Schedule, allowed, draw
 
-ABAR = torch.tensor(oracles.alphas_cumprod(), dtype=torch.float32)
+SCHEDULE = Schedule(torch.tensor(oracles.alphas_cumprod(), dtype=torch.float32))
+TIMESTEPS = list(range(2, 1000))
 
 
 def test_add_noise() -> None:
     rng = np.random.default_rng(0)
     z, eps = rng.normal(size=(2, 4, 3, 5)), rng.normal(size=(2, 4, 3, 5))
     t = [21, 499]
-    ours = Schedule(ABAR).add_noise(
+    ours = SCHEDULE.add_noise(
         torch.tensor(z, dtype=torch.float32), torch.tensor(t), torch.tensor(eps, dtype=torch.float32)
     )
     expected = np.stack([oracles.add_noise(z[i], eps[i], t[i]) for i in range(2)])
@@ -26,10 +29,24 @@ def test_add_noise() -> None:
 
 
 def test_posterior_variance_is_the_released_weight() -> None:
-    t = list(range(2, 1000))
-    ours = Schedule(ABAR).posterior_variance(torch.tensor(t))
+    ours = SCHEDULE.posterior_variance(torch.tensor(TIMESTEPS))
     # float32 abar loses digits where abar_t and abar_{t-1} are nearly one
-    np.testing.assert_allclose(ours.numpy(), [oracles.weight_released(i) for i in t], rtol=5e-3)
+    np.testing.assert_allclose(ours.numpy(), [oracles.weight_released(t) for t in TIMESTEPS], rtol=5e-3)
+
+
+def test_pds_coefficients() -> None:
+    psi, chi = (coefficient.numpy() for coefficient in SCHEDULE.pds_coefficients(torch.tensor(TIMESTEPS)))
+    expected = np.array([oracles.pds_coefficients(t) for t in TIMESTEPS])
+    usual = np.array(TIMESTEPS) >= 20  # below, float32 abar is too coarse, and nobody draws there
+    np.testing.assert_allclose(psi[usual], expected[usual, 0], rtol=5e-3, atol=5e-5)
+    np.testing.assert_allclose(chi[usual], expected[usual, 1], rtol=5e-3)
+
+
+@given(t=st.integers(20, 999))
+def test_pds_with_coefficients_that_agree_with_each_other_has_no_pull_to_the_source(t: int) -> None:
+    consistent, _ = SCHEDULE.pds_coefficients(torch.tensor([t]), stride=1)
+    published, _ = SCHEDULE.pds_coefficients(torch.tensor([t]))
+    assert abs(float(consistent)) < 1e-2 * float(published)
 
 
 @pytest.mark.parametrize("steps", [1, 7, 100, 500])
@@ -44,20 +61,59 @@ def test_released_range(steps: int) -> None:
         assert list(allowed(step, steps, t_min=20, t_max=500, grid=2)) == oracles.released_range(step, steps)
 
 
-@given(
-    steps=st.integers(1, 600), fraction=st.floats(0, 1, exclude_max=True), grid=st.sampled_from([1, 2]), data=st.data()
-)
-def test_a_range_narrows_and_never_empties(steps: int, fraction: float, grid: int, data: st.DataObject) -> None:
-    t_max = data.draw(st.integers(2, 1000))
-    t_min = data.draw(st.integers(1, t_max - 1))
-    step = int(fraction * steps)
-    choices = allowed(step, steps, t_min=t_min, t_max=t_max, grid=grid)
+@st.composite
+def moments(draw: st.DrawFn) -> dict[str, Any]:
+    """Arguments of `allowed`."""
+    steps = draw(st.integers(1, 600))
+    t_max = draw(st.integers(2, 999))
+    return {
+        "step": draw(st.integers(0, steps - 1)),
+        "steps": steps,
+        "t_min": draw(st.integers(1, t_max - 1)),
+        "t_max": t_max,
+        "grid": draw(st.sampled_from([1, 2])),
+    }
+
+
+@given(moments())
+def test_a_range_narrows_and_never_empties(moment: dict[str, Any]) -> None:
+    step, steps, t_max = moment["step"], moment["steps"], moment["t_max"]
+    choices = allowed(**moment)
     assert len(choices) >= 1
-    assert min(choices) >= t_min
+    assert min(choices) >= moment["t_min"]
     assert len(choices) == 1 or max(choices) * steps <= t_max * (steps - step)
     if step:
-        before = allowed(step - 1, steps, t_min=t_min, t_max=t_max, grid=grid)
-        assert set(choices) <= set(before)
+        assert set(choices) <= set(allowed(**moment | {"step": step - 1}))
+
+
+@given(moments())
+def test_uniform_is_the_whole_range_always(moment: dict[str, Any]) -> None:
+    whole = oracles.whole_range(moment["t_min"], moment["t_max"], moment["grid"])
+    choices = allowed(**moment, timesteps="uniform")
+    assert choices == allowed(**moment | {"step": 0})
+    if (
+        whole
+    ):  # between an even t_min and t_min + 1 there is no odd timestep below the upper end; one is taken all the same
+        assert list(choices) == whole
+    else:
+        assert len(choices) == 1
+
+
+@given(moments())
+def test_linear_is_one_timestep_that_falls_from_end_to_end(moment: dict[str, Any]) -> None:
+    limits = {key: moment[key] for key in ("t_min", "t_max", "grid")}
+    choices = allowed(**moment, timesteps="linear")
+    assert len(choices) == 1
+    if oracles.whole_range(**limits):
+        assert choices[0] == oracles.linear_timestep(moment["step"], moment["steps"], **limits)
+    if moment["step"]:
+        assert choices[0] <= allowed(**moment | {"step": moment["step"] - 1}, timesteps="linear")[0]
+
+
+@pytest.mark.parametrize("timesteps", ["adaptive", "uniform", "linear"])
+def test_every_kind_begins_with_its_largest_timesteps(timesteps: Literal["adaptive", "uniform", "linear"]) -> None:
+    assert allowed(0, 50, t_min=20, t_max=500, grid=1, timesteps=timesteps)[-1] == 500
+    assert allowed(0, 50, t_min=20, t_max=500, grid=2, timesteps=timesteps)[-1] == 499
 
 
 def test_draws_are_uniform_over_the_range() -> None:

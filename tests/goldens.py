@@ -1,0 +1,30 @@
+"""Golden files: what a test pins, kept as text in tests/golden; `pytest --regenerate-golden` writes it anew.
+
+Look at the difference before committing it: it is what the change does to every user's results.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+FOLDER = Path(__file__).parent / "golden"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--regenerate-golden", action="store_true", help="write tests/golden anew instead of comparing")
+
+
+@pytest.fixture
+def golden(request: pytest.FixtureRequest) -> Callable[[str, str], str]:
+    """`golden(name, found)` is the text pinned under a name; regenerating, what was found becomes that text."""
+
+    def pinned(name: str, found: str) -> str:
+        file = FOLDER / name
+        if request.config.getoption("--regenerate-golden"):
+            file.write_text(found)
+        return file.read_text()
+
+    return pinned
