@@ -10,6 +10,8 @@ import io
 import struct
 import warnings
 import zlib
+from functools import cache
+from math import log
 
 import numpy as np
 import numpy.typing as npt
@@ -23,7 +25,8 @@ Pixels = npt.NDArray[np.uint8]
 
 MIN_SIDE = 16
 MAX_PIXELS = 89_478_485  # PIL's own limit of a bomb: 256 MiB of pixels
-FITS = ("short_side", "center_crop", "none")
+FITS = ("short_side", "center_crop", "bucket", "none")
+_OVER = 1.05  # of resolution x resolution: the area that a bucket may have
 FORMATS = {"webp": "WEBP", "png": "PNG", "jpg": "JPEG"}
 
 # Pictures only: PIL also opens documents, some by starting other programs (EPS runs ghostscript).
@@ -88,24 +91,61 @@ def _decode(data: bytes, min_side: int, max_pixels: int) -> Pixels:
 
 
 def fit(pixels: Pixels, resolution: int, mode: str = "short_side") -> Pixels:
-    """Resize, antialiased: `short_side` to that length, aspect kept; `center_crop` then cuts a square; or `none`."""
+    """Resize, antialiased and never distorted; what becomes of a picture depends on its own size alone.
+
+    `short_side` to that length, aspect kept; `center_crop` then cuts a square; `bucket` covers the nearest of a few
+    sizes and cuts the rest, alike on both sides; or `none`.
+    """
     if mode not in FITS:
         raise ValueError(f"unknown fit {mode!r}, expected one of {', '.join(FITS)}")
     if mode == "none":
         return pixels
     height, width = pixels.shape[:2]
+    if mode == "bucket":
+        return _cover(pixels, _bucket(width, height, resolution))
     scale = resolution / min(height, width)
     size = (resolution, round(height * scale)) if width <= height else (round(width * scale), resolution)
     if size[0] * size[1] > MAX_PIXELS:
         raise SampleError("too_large", f"{width} x {height} becomes {size[0]} x {size[1]}: too long for its short side")
     if size != (width, height):
-        # Lanczos is sharpest when it averages, but rings at edges that it has to invent.
-        kernel = Image.Resampling.LANCZOS if scale < 1 else Image.Resampling.BICUBIC
-        pixels = np.array(Image.fromarray(pixels).resize(size, kernel))
+        pixels = np.array(Image.fromarray(pixels).resize(size, _kernel(scale)))
     if mode == "center_crop":
         left, top = (size[0] - resolution) // 2, (size[1] - resolution) // 2
         pixels = np.ascontiguousarray(pixels[top : top + resolution, left : left + resolution])
     return pixels
+
+
+def _cover(pixels: Pixels, size: tuple[int, int]) -> Pixels:
+    """The central part of that shape, scaled to `size` (width, height)."""
+    height, width = pixels.shape[:2]
+    scale = max(size[0] / width, size[1] / height)
+    left, top = (max(0.0, width - size[0] / scale) / 2, max(0.0, height - size[1] / scale) / 2)
+    # Cut and scaled at once: a picture a hundred times as long as wide is never held at full length.
+    return np.array(Image.fromarray(pixels).resize(size, _kernel(scale), (left, top, width - left, height - top)))
+
+
+def _kernel(scale: float) -> Image.Resampling:
+    """Lanczos is sharpest when it averages, but rings at edges that it has to invent."""
+    return Image.Resampling.LANCZOS if scale < 1 else Image.Resampling.BICUBIC
+
+
+def _bucket(width: int, height: int, resolution: int) -> tuple[int, int]:
+    """The bucket (width, height) whose aspect ratio is nearest to the picture's."""
+    return min(_buckets(resolution), key=lambda size: abs(log(size[0] / size[1]) - log(width / height)))
+
+
+@cache
+def _buckets(resolution: int) -> tuple[tuple[int, int], ...]:
+    """Widths and heights from 1:2 to 2:1: for either side of whole units the longest other one within the area.
+
+    The unit is an eighth of the resolution, in whole multiples of 8 pixels; of 512 that makes 384 x 704, 384 x 640,
+    448 x 576, 512 x 512 and the same lying.
+    """
+    unit = max(8, round(resolution / 64) * 8)
+    area = resolution**2 * _OVER
+    sizes = {(side, int(area / side / unit) * unit) for side in range(unit, 2 * resolution, unit)}
+    sizes |= {(width, height) for height, width in sizes}
+    return tuple(sorted(size for size in sizes if max(size) <= 2 * min(size)))
 
 
 def encode(pixels: Pixels, format: str, quality: int = 95) -> bytes:

@@ -109,6 +109,7 @@ class Outcome:
     source_sha256: str | None = None
     seed: int | None = None
     steps: int | None = None
+    batch_size: int | None = None
     seconds: float | None = None
     original_key: str | None = None
     attempts: int = 1
@@ -170,6 +171,7 @@ ROW_SCHEMA = pa.schema(
         pa.field("sha256", pa.string()),
         pa.field("seed", pa.uint64()),  # a hash of (run seed, key) may use all 64 bits
         pa.field("steps", pa.int32()),
+        pa.field("batch_size", pa.int32()),  # how many samples were optimized together; null where it came to none
         pa.field("seconds", pa.float64()),
         pa.field("unit", pa.int64(), nullable=False),
         pa.field("shard", pa.int64(), nullable=False),
@@ -180,7 +182,7 @@ ROW_SCHEMA = pa.schema(
 )
 _OF_LEDGER = {"status", "sha256", "unit", "shard", "generation", "attempt", "worker"}
 _OF_OUTCOME = [name for name in ROW_SCHEMA.names if name not in _OF_LEDGER]
-_OF_ONE_RUN = {"error_code", "error_message", "attempts", "seconds", "url"}
+_OF_ONE_RUN = {"error_code", "error_message", "attempts", "batch_size", "seconds", "url"}
 _PROVENANCE = [name for name in _OF_OUTCOME if name not in _OF_ONE_RUN]
 
 

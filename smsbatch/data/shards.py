@@ -101,8 +101,9 @@ def write_rows(path: Path, rows: Sequence[Mapping[str, Any]], metrics: Sequence[
 
 
 def concat_rows(paths: Sequence[Path], target: Path, tar_sha256: str) -> None:
-    """One Parquet of several, rows in their order."""
-    _write_table(target, pa.concat_tables([pq.read_table(path) for path in paths]), tar_sha256)
+    """One Parquet of several, rows in their order; what an older version had no column for is null."""
+    tables = [pq.read_table(path) for path in paths]
+    _write_table(target, pa.concat_tables(tables, promote_options="default"), tar_sha256)
 
 
 def read_rows(source: Path | IO[bytes]) -> list[dict[str, Any]]:
@@ -134,7 +135,7 @@ def read_outcomes(tar: Path, parquet: Path) -> list[Outcome]:
 
 
 def _outcome(row: Mapping[str, Any], fields: dict[str, bytes]) -> Outcome:
-    columns = {name: row[name] for name in OUTCOME_COLUMNS}
+    columns: dict[str, Any] = {name: row.get(name) for name in OUTCOME_COLUMNS}
     measured = {name: value for name, value in row.items() if name not in ROW_SCHEMA.names and value is not None}
     if row["status"] != "success":
         return Outcome(**columns, metrics=measured)

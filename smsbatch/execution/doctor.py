@@ -23,7 +23,7 @@ from smsbatch.data.objects import Reader, list_files, open_url, public
 from smsbatch.data.sources import parts
 from smsbatch.data.store import TEMPORARY, Store
 from smsbatch.data.tables import read_table
-from smsbatch.diffusion.weights import check_lora
+from smsbatch.diffusion.lora_files import check_style
 from smsbatch.errors import RequestError, SmsbatchError
 from smsbatch.execution.record import read_run, refuse_strangers
 from smsbatch.manifest import Manifest, Storage
@@ -212,11 +212,13 @@ def _source(manifest: Manifest) -> Check:
 
 def _weights(manifest: Manifest) -> Check:
     try:
-        notices = check_lora(manifest)
+        notices = check_style(manifest)
     except SmsbatchError as error:
         return _failed("weights", error)
     state: Literal["ok", "warn"] = "warn" if notices else "ok"
-    return Check("weights", state, f"{manifest.model.path} with {manifest.style.lora}", "; ".join(notices))
+    models = {manifest.model.path} | ({manifest.style.model.path} if manifest.style.model else set())
+    found = f"{' and '.join(sorted(models))} with {' and '.join(manifest.style.lora) or 'no LoRA'}"
+    return Check("weights", state, found, "; ".join(notices))
 
 
 def _failed(name: str, error: SmsbatchError) -> Check:

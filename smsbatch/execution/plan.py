@@ -37,7 +37,8 @@ from smsbatch.data.ledger import Ledger
 from smsbatch.data.sample import Unit
 from smsbatch.data.sources import Scanned, nothing_found, parts, scan
 from smsbatch.data.store import Store
-from smsbatch.diffusion.weights import check_lora, digests
+from smsbatch.diffusion.lora_files import check_style
+from smsbatch.diffusion.weights import digests
 from smsbatch.errors import DriftError
 from smsbatch.execution.pool import Pool, pool_of
 from smsbatch.execution.record import (
@@ -244,7 +245,7 @@ class _Draft:
 
 @contextmanager
 def _drafted(manifest: Manifest, pool: Pool, probe: int = 0, samples_per_unit: int | None = None) -> Iterator[_Draft]:
-    output, notices = manifest.output, check_lora(manifest)
+    output, notices = manifest.output, check_style(manifest)
     with _indexed(manifest, pool, notices, manifest.source.limit) as (listed, index, built):
         by_time = output.seconds_per_unit if samples_per_unit is None else None
         estimate = _measure(pool, index, built.samples, max(probe, _PROBED if by_time else 0))

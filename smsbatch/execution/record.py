@@ -31,6 +31,7 @@ __all__ = [
     "check_allowed",
     "check_request",
     "inputs_changed",
+    "manifest_of",
     "read_run",
     "refuse_strangers",
     "store_of",
@@ -43,6 +44,8 @@ INPUTS = "inputs"
 
 _ELSEWHERE = ("compute.", "errors.", "storage.", "output.path")  # where and how, which changes no result
 _NEVER = {"metrics": "rows of one run have the same columns"}
+_RENAMED = {"objective": {"spectral_weight": "identity_weight"}}  # keys of older versions
+_BEFORE = {"style": {"text_encoder": False}}  # what a version did that had no such key, where the default is another
 _NAMED = 3
 _ROWS = 65536  # of the index in memory at once
 _KEYS = {"name", "manifest", "manifest_sha256", "weights", "planned", "notices", "versions", "index_sha256"}
@@ -91,6 +94,26 @@ def the_run(store: Store) -> dict[str, Any]:
     return run
 
 
+def manifest_of(run: Mapping[str, Any]) -> Manifest:
+    """The manifest a run was planned with, in the words of this version.
+
+    Raises:
+        RequestError: it is of a version that has other ones.
+    """
+    plain = dict(run["manifest"])
+    for section in _RENAMED.keys() | _BEFORE.keys():
+        names = _RENAMED.get(section, {})
+        plain[section] = _BEFORE.get(section, {}) | {
+            names.get(key, key): v for key, v in plain.get(section, {}).items()
+        }
+    try:
+        return Manifest.model_validate(plain)
+    except ValueError as error:
+        raise RequestError(
+            f"{RUN}: its manifest is not understood, it is of smsbatch {run.get('smsbatch', '?')}; use that version"
+        ) from error
+
+
 def refuse_strangers(store: Store) -> None:
     """A run writes under plain names, and would replace what somebody else has under the same: sources, perhaps.
 
@@ -137,7 +160,7 @@ def check_request(
     """
     changes = []
     if run["manifest_sha256"] != manifest.identity:
-        then, now = _flat(run["manifest"]), _flat(manifest.dump())
+        then, now = _flat(manifest_of(run).dump()), _flat(manifest.dump())
         changes += [
             Change.of(key, then.get(key), now.get(key))
             for key in sorted(then.keys() | now.keys())

@@ -29,7 +29,7 @@ from smsbatch.data.store import Store, storage_errors
 from smsbatch.diffusion.weights import digests
 from smsbatch.errors import RequestError, SampleError
 from smsbatch.execution.gallery import find_members
-from smsbatch.execution.record import store_of, the_run
+from smsbatch.execution.record import manifest_of, store_of, the_run
 from smsbatch.execution.worker import failed
 from smsbatch.manifest import Manifest
 
@@ -83,7 +83,7 @@ def replay(where: str | Manifest, key: str, target: str | Path | None = None) ->
     run = the_run(store)
     if not store.exists(UNITS):
         raise RequestError(f"{store.url}: the run here has no plan yet; `smsbatch run` goes on")
-    manifest = Manifest.model_validate(run["manifest"])
+    manifest = manifest_of(run)
     if isinstance(where, Manifest):
         manifest = manifest.model_copy(update={"compute": where.compute, "storage": where.storage})
     row = find_key(store, key)

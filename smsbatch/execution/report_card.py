@@ -12,20 +12,31 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from smsbatch.execution.report_page import count, duration, moment, rate
+from smsbatch.manifest import Style
 
 if TYPE_CHECKING:
     from smsbatch.execution.report import Report
 
 __all__ = ["card"]
 
+_OBJECTIVES = {  # name, and its paper on arXiv
+    "sms": ("Style Matching Score", "2503.07601"),
+    "vsd": ("Variational Score Distillation", "2305.16213"),
+    "sds": ("Score Distillation Sampling", "2209.14988"),
+    "dds": ("Delta Denoising Score", "2304.07090"),
+    "pds": ("Posterior Distillation Sampling", "2311.13831"),
+    "cds": ("Contrastive Denoising Score", "2311.18608"),
+}
+
 
 def card(report: Report) -> str:
     settings = report.settings
-    source, model, style, objective = (settings[key] for key in ("source", "model", "style", "objective"))
+    source, model, objective = (settings[key] for key in ("source", "model", "objective"))
+    name, paper = _OBJECTIVES[objective["name"]]
     output = settings["output"]["format"]
     shards = "shards/000000.tar" if report.shards == 1 else f"shards/{{000000..{report.shards - 1:06d}}}.tar"
     made = [
-        ("style", f"{_code(style['prompt'])}, LoRA {_code(style['lora'])} at scale {style['scale']}"),
+        ("style", _style(Style.model_validate(settings["style"]))),
         ("source", ", ".join(map(_code, source["urls"]))),
         ("model", _code(model["path"]) + (f" at {_code(model['revision'])}" if model["revision"] else "")),
         (
@@ -48,7 +59,7 @@ def card(report: Report) -> str:
         "",
         f"# {report.name}",
         "",
-        "Images stylized with [Style Matching Score](https://arxiv.org/abs/2503.07601) by smsbatch.",
+        f"Images stylized with [{name}](https://arxiv.org/abs/{paper}) by smsbatch.",
         "",
         *_table(("", ""), made),
         "",
@@ -90,10 +101,17 @@ def card(report: Report) -> str:
         "## Licence",
         "",
         "**Not stated: state it here, and in the first lines of this file.** The images derive from the source images, "
-        "the model and the LoRA named above, and the licences of all three apply to them.",
+        "the models and the LoRAs named above, and the licences of all of them apply.",
         "",
     ]
     return "\n".join(parts)
+
+
+def _style(style: Style) -> str:
+    parts = [_code(style.prompt), *(f"LoRA {_code(path)} at scale {scale:g}" for path, scale in style.loras)]
+    if style.model is not None:
+        parts.append(f"model {_code(style.model.path)}")
+    return ", ".join(parts)
 
 
 def _metrics(report: Report) -> Iterable[str]:

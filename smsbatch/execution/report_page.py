@@ -58,7 +58,8 @@ def render(report: Report, gallery: Iterable[Group]) -> str:
 
 def _header(report: Report) -> str:
     settings = report.settings
-    prompt, steps = settings["style"]["prompt"], settings["objective"]["steps"]
+    prompt, objective = settings["style"]["prompt"], settings["objective"]
+    work = f"{count(objective['steps'], 'step')} of {objective['name'].upper()} each"
     facts = [
         ("images stylized", f"{report.succeeded:,}"),
         ("failed", f"{report.failed:,}"),
@@ -72,7 +73,7 @@ def _header(report: Report) -> str:
         '<header><p class="over">smsbatch report</p>'
         f"<h1>{escape(report.name)}</h1>"
         f'<p class="lede">{report.succeeded:,} of {count(report.planned, "image")} stylized as '
-        f"“{escape(prompt)}”, {count(steps, 'step')} each, {moment(report.started)}.</p>"
+        f"“{escape(prompt)}”, {escape(work)}, {moment(report.started)}.</p>"
         f'<dl class="facts">{"".join(f"<div><dt>{escape(k)}</dt><dd>{v}</dd></div>" for k, v in facts)}</dl></header>'
     )
 

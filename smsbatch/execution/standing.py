@@ -23,7 +23,7 @@ from smsbatch.data.records import (
 from smsbatch.data.sample import Unit
 from smsbatch.data.store import Store
 from smsbatch.errors import RequestError, StorageError
-from smsbatch.execution.record import the_run
+from smsbatch.execution.record import manifest_of, the_run
 from smsbatch.execution.report import is_reported
 from smsbatch.manifest import Manifest, Storage
 
@@ -174,7 +174,7 @@ def of_output(output: str, options: Mapping[str, str]) -> Manifest:
 
 def recorded(store: Store, run: Mapping[str, Any]) -> Manifest:
     """The manifest of a run, wherever its output has been moved since."""
-    manifest = Manifest.model_validate(run["manifest"])
+    manifest = manifest_of(run)
     return manifest.model_copy(update={"output": manifest.output.model_copy(update={"path": store.url})})
 
 

@@ -151,7 +151,7 @@ class Tally:
 
     def status(self, workers: Iterable[Progress] = (), finished: bool = False) -> Status:
         workers = _at_work(workers, self._generation)
-        under_way = sum(map(_worth, workers))
+        under_way = sum(worker.worth for worker in workers)
         fresh = self._fresh + under_way
         if not self._began and any(worker.unit for worker in workers):
             self._began = monotonic()  # the rate is that of the work, not of loading the models
@@ -182,13 +182,6 @@ def _at_work(workers: Iterable[Progress], generation: Callable[[int], int]) -> t
         else worker
         for worker in workers
     )
-
-
-def _worth(worker: Progress) -> float:
-    """Images' worth of work in a unit that is not finished: whole ones, and the steps of the batch in hand."""
-    if worker.unit is None:
-        return 0.0
-    return worker.done + (worker.batch * worker.step / worker.steps if worker.steps else 0.0)
 
 
 def drivers(store: Store, bury: bool = False) -> list[Driver]:
@@ -253,7 +246,7 @@ def status(where: str | Manifest | Look) -> Status:
         units_done=len(look.generations),
         samples=sum(map(len, look.units.values())),
         samples_done=sum(len(look.units[unit]) for unit in look.generations),
-        samples_under_way=sum(map(_worth, workers)),
+        samples_under_way=sum(worker.worth for worker in workers),
         errors=dict(errors),
         finished=done and len(look.records) == len(look.shards) and is_reported(look.store),
     )

@@ -62,6 +62,11 @@ class Progress:
     generation: int = 0
     seen: float | None = None
 
+    @property
+    def worth(self) -> float:
+        """Images' worth of work in a unit that is not finished: whole ones, and the steps of the batch in hand."""
+        return self.done + (self.batch * self.step / self.steps if self.steps else 0.0)
+
 
 @dataclass(frozen=True)
 class Estimate:
@@ -181,6 +186,7 @@ class Worker:
         samples = [item for item in items if isinstance(item, Sample)]
         assert self._stylizer is not None, "setup() first"
         with self._compute:
+            self._progress = Progress(self.name, None)
             show = partial(self._show, task, len(samples))
             show(0, 0, 0)
             stylized = iter(self._stylizer.stylize(samples, show))
@@ -191,7 +197,10 @@ class Worker:
         self._check()
         unit, generation = ("probe", 0) if task is None else (task.unit.name, task.generation)
         steps = self.manifest.objective.steps
-        self._progress = Progress(self.name, unit, done, samples, batch, step, steps, generation, time.time())
+        shown = Progress(self.name, unit, done, samples, batch, step, steps, generation, time.time())
+        if self._progress.unit == unit and self._progress.worth > shown.worth:
+            shown = replace(self._progress, seen=shown.seen)  # a batch that begins anew with fewer samples
+        self._progress = shown
 
     def _check(self) -> None:
         if self._cancelled.is_set():

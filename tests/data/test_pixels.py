@@ -9,12 +9,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from making import pattern
 from PIL import Image
 
-from smsbatch.data.pixels import FORMATS, MAX_PIXELS, Pixels, decode, encode, fit, thumbnail
+from smsbatch.data.pixels import FORMATS, MAX_PIXELS, Pixels, _bucket, decode, encode, fit, thumbnail
 from smsbatch.errors import SampleError
 
 
@@ -234,6 +234,70 @@ def test_a_hair_is_too_large_to_fit() -> None:
     with pytest.raises(SampleError, match="too long for its short side") as caught:
         fit(np.zeros((1, 50_000, 3), np.uint8), 512)
     assert caught.value.code == "too_large"
+
+
+def ramps(width: int, height: int) -> Pixels:
+    """A picture whose red says where along its width a pixel was, whose green where along its height: 0 to 255."""
+    across = np.broadcast_to(np.arange(width) * 255 / max(width - 1, 1), (height, width))
+    down = np.broadcast_to(np.arange(height)[:, None] * 255 / max(height - 1, 1), (height, width))
+    return np.stack([across, down, np.zeros_like(across)], -1).round().astype(np.uint8)
+
+
+SIDES = st.integers(32, 400)
+
+
+@settings(max_examples=150, deadline=None)
+@given(width=SIDES, height=SIDES, resolution=st.integers(32, 260))
+@example(width=400, height=32, resolution=64)
+@example(width=64, height=64, resolution=64)
+def test_a_bucket_is_covered_from_the_centre_and_nothing_is_distorted(width: int, height: int, resolution: int) -> None:
+    fitted = fit(ramps(width, height), resolution, "bucket")
+    to_height, to_width = fitted.shape[:2]
+    assert to_width % 8 == to_height % 8 == 0
+    assert to_width * to_height <= 1.05 * resolution**2
+    assert 0.5 <= to_width / to_height <= 2
+    assert fitted.min(axis=(0, 1))[2] == fitted.max(axis=(0, 1))[2] == 0, "no border was invented"
+    scale = max(to_width / width, to_height / height)
+    for side, seen, channel, axis in ((width, to_width, 0, 0), (height, to_height, 1, 1)):
+        line = fitted[..., channel].mean(axis).astype(float) * (side - 1) / 255  # where in the source each pixel was
+        expected = (np.arange(seen) + 0.5) / scale - 0.5 + (side - seen / scale) / 2
+        inner = slice(None) if scale >= 1 else slice(3, -3)  # at the edge Lanczos has no other half
+        assert abs(line - expected.clip(0, side - 1))[inner].max() <= 1 + side / 255, (side, seen)
+
+
+@settings(max_examples=150, deadline=None)
+@given(width=st.integers(32, 4000), height=st.integers(32, 4000), eighths=st.integers(1, 16))
+def test_a_bucket_cuts_little_of_a_picture_within_two_to_one(width: int, height: int, eighths: int) -> None:
+    resolution = 64 * eighths
+    assume(0.5 <= width / height <= 2)
+    to_width, to_height = _bucket(width, height, resolution)
+    scale = max(to_width / width, to_height / height)
+    assert to_width * to_height / (width * height * scale**2) >= 7 / 8
+    assert to_width % (resolution // 8) == to_height % (resolution // 8) == 0
+
+
+@pytest.mark.parametrize("resolution", [32, 100, 500, 512, 1024])
+def test_buckets_are_few_and_the_same_lying_and_standing(resolution: int) -> None:
+    sizes = {_bucket(width, 1000, resolution) for width in range(100, 8000, 7)}
+    assert 3 <= len(sizes) <= 7
+    assert sizes == {(height, width) for width, height in sizes}
+    square = _bucket(1000, 1000, resolution)
+    assert square[0] == square[1]
+    assert 0.8 <= square[0] / resolution <= 1.05**0.5
+    assert _bucket(1, 1000, resolution) == min(sizes, key=lambda size: size[0] / size[1])
+    for width, height in sizes:
+        assert _bucket(width * 3, height * 3, resolution) == (width, height)
+
+
+def test_the_buckets_of_512() -> None:
+    shapes = {fit(pattern(*size), 512, "bucket").shape[:2] for size in [(90, 160), (100, 150), (90, 120), (99, 100)]}
+    assert shapes == {(384, 704), (384, 640), (448, 576), (512, 512)}
+    same = ramps(448, 576)
+    assert (fit(same, 512, "bucket") == same).all()
+
+
+def test_a_hair_is_cut_to_the_longest_bucket() -> None:
+    assert fit(np.zeros((1, 50_000, 3), np.uint8), 512, "bucket").shape == (384, 704, 3)
 
 
 def test_an_unknown_fit_or_format_is_our_own_mistake() -> None:

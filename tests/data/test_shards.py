@@ -100,11 +100,15 @@ def test_the_sources_own_text_and_json_stay_as_they_are(tmp_path: Path) -> None:
 
 
 def test_provenance_has_only_what_a_rerun_reproduces(tmp_path: Path) -> None:
-    item = Outcome("ä", "s3://b/a.tar", b"x", "webp", caption="c", prompt="p", width=8, seed=2**64 - 1, seconds=1.5)
+    item = Outcome(
+        "ä", "s3://b/a.tar", b"x", "webp", caption="c", prompt="p", width=8, seed=2**64 - 1, seconds=1.5, batch_size=4
+    )
     values = json.loads(item.provenance())
     assert values["key"] == "ä"
     assert values["seed"] == 2**64 - 1
-    assert not {"seconds", "unit", "shard", "attempt", "worker", "status", "error_code", "url"} & set(values)
+    assert not {"seconds", "batch_size", "unit", "shard", "attempt", "worker", "status", "error_code", "url"} & set(
+        values
+    )
 
 
 def test_samples_with_and_without_a_caption_have_the_same_fields_of_the_same_types(tmp_path: Path) -> None:
@@ -174,6 +178,16 @@ def test_joined_rows_keep_order_and_schema(tmp_path: Path) -> None:
     schema = pq.read_schema(tmp_path / "all.parquet")
     assert schema.equals(row_schema(["lpips"]))
     assert schema.metadata[b"smsbatch.tar_sha256"] == b"the digest"
+
+
+def test_rows_of_an_older_version_have_null_where_it_had_no_column(tmp_path: Path) -> None:
+    old, new = (rows_file(tmp_path / f"{n}.parquet", Unit(n, 0, 5 * n, 5 * n + 5)) for n in range(2))
+    table = pq.read_table(old).drop_columns("batch_size")
+    old.unlink()
+    pq.write_table(table, old)
+    for first, second, name in ((old, new, "old first"), (new, old, "new first")):
+        concat_rows([first, second], tmp_path / name, "digest")
+        assert [row["batch_size"] for row in read_rows(tmp_path / name)] == [None] * 10
 
 
 def test_all_failed_rows_still_have_the_metric_columns(tmp_path: Path) -> None:

@@ -42,7 +42,7 @@ PRELOAD = [
     "transformers.models.clip.tokenization_clip",
     "s3fs",
 ]
-OF_CHANCE = {"seconds", "attempt", "attempts", "worker"}  # columns that tell of the way and not of the result
+OF_CHANCE = {"seconds", "batch_size", "attempt", "attempts", "worker"}  # columns of the way and not of the result
 
 
 def until(happened: Callable[[], bool]) -> None:

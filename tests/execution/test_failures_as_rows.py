@@ -172,11 +172,11 @@ class TestEveryCode:
             (photos / f"{key}.txt").write_text(key)
         optimize, encode = stylizer.optimize, pixels.encode
 
-        def optimize_badly(prior: Any, style: Any, z: Any, texts: Any, *rest: Any) -> Any:
-            if texts.target[0].equal(prior.embed(["wavy style, memory"])[0]):
+        def optimize_badly(prior: Any, style: Any, z: Any, prompts: Any, *rest: Any) -> Any:
+            if prompts[0].target == "wavy style, memory":
                 raise torch.OutOfMemoryError("a batch of one")
-            result = optimize(prior, style, z, texts, *rest)
-            return result * torch.nan if texts.target[0].equal(prior.embed(["wavy style, finite"])[0]) else result
+            result = optimize(prior, style, z, prompts, *rest)
+            return result._replace(z=result.z * torch.nan) if prompts[0].target == "wavy style, finite" else result
 
         encoded = []
 

@@ -72,6 +72,23 @@ def test_a_changed_manifest_is_named(job: Path, override: str, named: str) -> No
     assert "nothing is committed there: delete the folder" in str(caught.value)
 
 
+def test_a_plan_of_an_older_version_stands(job: Path) -> None:
+    """It had one LoRA as a text, another name for a key, no keys for what came later, and left text encoders alone."""
+    first = _establish(job, "style.text_encoder=false")
+    file = job.parent / "out" / "run.json"
+    run = json.loads(file.read_text())
+    old = run["manifest"]
+    old["style"] = {"lora": old["style"]["lora"][0], "scale": 0.8, "prompt": old["style"]["prompt"]}
+    old["objective"] = {"name": "sms", "steps": 2, "spectral_weight": old["objective"]["identity_weight"]}
+    file.write_text(json.dumps(run | {"manifest_sha256": "of another version"}))
+    assert _establish(job, "style.text_encoder=false").units == first.units
+    with pytest.raises(sb.DriftError, match=r"changed: style\.text_encoder \(False then, True now\);"):
+        _establish(job)
+    file.write_text(json.dumps(run | {"manifest": old | {"objective": {"no": "key"}}, "manifest_sha256": ""}))
+    with pytest.raises(sb.RequestError, match=r"its manifest is not understood, it is of smsbatch .*use that version"):
+        _establish(job)
+
+
 def test_what_does_not_change_results_may_change(job: Path) -> None:
     first = _establish(job)
     for override in ("compute.batch_size=4", "compute.pool=ray", "errors.max_failed_fraction=0.5"):
@@ -176,12 +193,14 @@ def test_an_unknown_protocol_is_one_line(job: Path) -> None:
             _establish(job, override)
 
 
-def test_text_encoder_parts_are_a_notice_of_the_plan(job: Path, lora: Path) -> None:
-    tensors = load_file(lora)
-    key = next(iter(tensors))
-    save_file(tensors | {"lora_te_x.alpha": tensors[key].clone()}, job.parent / "te.safetensors")
-    plan = sb.plan(sb.load(job, [f"style.lora={job.parent / 'te.safetensors'}"]))
-    assert "1 layers of the text encoder are left out" in plan.notices[0]
+def test_text_encoder_parts_that_are_left_out_are_a_notice_of_the_plan(job: Path, lora: Path) -> None:
+    layer = "lora_te_text_model_encoder_layers_0_mlp_fc1"
+    text = {f"{layer}.lora_down.weight": torch.ones(1, 16), f"{layer}.lora_up.weight": torch.ones(32, 1)}
+    save_file(load_file(lora) | text, job.parent / "te.safetensors")
+    override = f"style.lora={job.parent / 'te.safetensors'}"
+    assert sb.plan(sb.load(job, [override])).notices == ()
+    plan = sb.plan(sb.load(job, [override, "style.text_encoder=false"]))
+    assert "parts for 1 layers of the text encoder are left out" in plan.notices[0]
 
 
 def test_an_output_that_cannot_be_written(job: Path) -> None:

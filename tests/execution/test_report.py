@@ -301,3 +301,26 @@ def test_the_card_keeps_foreign_text_in_code_spans_of_one_cell(tmp_path: Path) -
     write_report(store)
     lines = store.read("README.md").decode().splitlines()
     assert r"| `decode_error` | 1 | ``` p001: a \| b # `` <img src=x> ``` |" in lines
+
+
+@pytest.mark.parametrize(
+    ("style", "told"),
+    [
+        ({"lora": "oil.safetensors"}, "`oil`, LoRA `oil.safetensors` at scale 0.8"),
+        (
+            {"lora": ["a.safetensors", "b.safetensors"], "scale": [1, -0.5], "model": "other/base"},
+            "`oil`, LoRA `a.safetensors` at scale 1, LoRA `b.safetensors` at scale -0.5, model `other/base`",
+        ),
+        ({}, "`oil`"),
+    ],
+    ids=["one", "several", "none"],
+)
+def test_the_card_names_every_part_of_the_style_and_the_objective(
+    tmp_path: Path, style: dict[str, object], told: str
+) -> None:
+    store = make_run(tmp_path, [stylized(0)], style={"prompt": "oil"} | style, objective={"name": "dds"})
+    write_report(store)
+    card = store.read("README.md").decode()
+    assert f"| style | {told} |" in card
+    assert "[Delta Denoising Score](https://arxiv.org/abs/2304.07090)" in card
+    assert "200 steps of DDS each" in store.read("report.html").decode()

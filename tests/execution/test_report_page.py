@@ -112,11 +112,11 @@ def test_a_run_in_which_all_failed_has_a_report(tmp_path: Path) -> None:
 def test_the_page_tells_numbers_failures_settings_and_time(tmp_path: Path) -> None:
     text = " ".join(page(make_run(tmp_path, MIXED)).text)
     for said in (
-        "9 of 12 images stylized as “oil painting style”, 20 steps each",
+        "9 of 12 images stylized as “oil painting style”, 20 steps of SMS each",
         "3 of 12 images (25 %); the limit was 1 % when the run was planned.",
         "damaged JPEG data: broken",
         "perhaps cut",
-        "spectral_weight 0.0005",
+        "identity_weight 0.0005",
         "samples_per_shard 8",
         "median 0.050",
         "3 units by 1 worker",

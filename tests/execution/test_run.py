@@ -248,6 +248,7 @@ def test_rows_say_what_was_done(undisturbed: Path) -> None:
     assert found["photo-1"]["prompt"] == "wavy style"
     assert (row["width"], row["height"]) == (row["original_width"], row["original_height"]) == (48, 32)
     assert row["steps"] == 2
+    assert row["batch_size"] == 2
     assert row["seconds"] > 0
     assert 0 < row["lpips"] < 1
     assert (row["unit"], row["shard"]) == (1, 0)
