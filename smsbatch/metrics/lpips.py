@@ -3,18 +3,39 @@
 from __future__ import annotations
 
 import warnings
+from functools import cache
 from importlib import resources
+from typing import Any
 
 import torch
 from lpips import LPIPS
 from safetensors.torch import load
-from torch import Tensor, nn
+from torch import Tensor
 
 # AlexNet's convolutions, and the slice in which the lpips package keeps each.
 _SLICE_OF_FEATURE = {0: 1, 3: 2, 6: 3, 8: 4, 10: 5}
 
 # One pixel less and AlexNet's second pooling has no output: of 31, conv 11/4 leaves 7, pool 3/2 leaves 3, then 1.
 MIN_SIDE = 31
+
+
+@cache
+def network() -> Any:
+    """The package's network with the bundled trunk, frozen; its `net` gives the trunk's five layers. One for all."""
+    # The package builds a random trunk before ours is loaded: it must not move the caller's random state, and its
+    # use of torchvision's old `pretrained` argument is no news to the user.
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module="torchvision")
+        built = LPIPS(net="alex", version="0.1", pnet_rand=True, verbose=False)
+    trunk = load(resources.files("smsbatch.tiny").joinpath("lpips_alex.safetensors").read_bytes())
+    built.net.load_state_dict(
+        {
+            f"slice{index}.{feature}.{name}": trunk[f"features.{feature}.{name}"]
+            for feature, index in _SLICE_OF_FEATURE.items()
+            for name in ("weight", "bias")
+        }
+    )
+    return built.requires_grad_(False)
 
 
 class Lpips:
@@ -25,20 +46,7 @@ class Lpips:
     """
 
     def __init__(self) -> None:
-        # The package builds a random trunk before ours is loaded: it must not move the caller's random state, and its
-        # use of torchvision's old `pretrained` argument is no news to the user.
-        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", module="torchvision")
-            network = LPIPS(net="alex", version="0.1", pnet_rand=True, verbose=False)
-        trunk = load(resources.files("smsbatch.tiny").joinpath("lpips_alex.safetensors").read_bytes())
-        network.net.load_state_dict(
-            {
-                f"slice{index}.{feature}.{name}": trunk[f"features.{feature}.{name}"]
-                for feature, index in _SLICE_OF_FEATURE.items()
-                for name in ("weight", "bias")
-            }
-        )
-        self._network: nn.Module = network.requires_grad_(False)
+        self._network = network()
 
     @torch.no_grad()
     def __call__(self, source: Tensor, result: Tensor) -> Tensor:
