@@ -35,10 +35,11 @@ if TYPE_CHECKING:
     from smsbatch.execution.report import Report
     from smsbatch.execution.standing import Problem
     from smsbatch.execution.status import Status, status
+    from smsbatch.execution.style import Measured, measure, style_distance
     from smsbatch.execution.stylizer import Stylizer
     from smsbatch.execution.verification import Verification, verify
     from smsbatch.manifest import Manifest
-    from smsbatch.manifest_file import load
+    from smsbatch.manifest.file import load
 
 _HOMES = {
     "smsbatch.errors": (
@@ -53,7 +54,7 @@ _HOMES = {
         "WeightsError",
     ),
     "smsbatch.manifest": ("Manifest",),
-    "smsbatch.manifest_file": ("load",),
+    "smsbatch.manifest.file": ("load",),
     "smsbatch.execution.audit": ("Collected", "Repaired", "gc", "repair"),
     "smsbatch.execution.doctor": ("Check", "doctor"),
     "smsbatch.execution.drive": ("run",),
@@ -63,6 +64,7 @@ _HOMES = {
     "smsbatch.execution.report": ("Report",),
     "smsbatch.execution.standing": ("Problem",),
     "smsbatch.execution.status": ("Status", "status"),
+    "smsbatch.execution.style": ("Measured", "measure", "style_distance"),
     "smsbatch.execution.stylizer": ("Stylizer",),
     "smsbatch.execution.verification": ("Verification", "verify"),
 }
@@ -74,6 +76,7 @@ __all__ = [
     "DriftError",
     "Manifest",
     "ManifestError",
+    "Measured",
     "Plan",
     "Problem",
     "Repaired",
@@ -93,11 +96,13 @@ __all__ = [
     "failures",
     "gc",
     "load",
+    "measure",
     "plan",
     "repair",
     "replay",
     "run",
     "status",
+    "style_distance",
     "verify",
 ]
 

@@ -16,7 +16,6 @@ LAYERS = {
     "errors": set(),
     "tiny": set(),
     "manifest": {"errors"},
-    "manifest_file": {"errors", "manifest"},
     "data": {"errors", "manifest", "tiny"},
     "diffusion": {"errors", "manifest", "tiny"},
     "metrics": {"errors", "manifest", "tiny"},
@@ -24,15 +23,15 @@ LAYERS = {
     "terminal": {"errors", "manifest", "execution"},
     "cli": {"errors", "manifest", "execution", "smsbatch", "terminal"},
     "__main__": {"cli"},
-    "__init__": {"errors", "manifest", "manifest_file", "execution"},
+    "__init__": {"errors", "manifest", "execution"},
 }
 # Which modules may import it; a room stands for all of its modules.
 DOORS = {
     "ray": {"execution.ray_pool"},
     "diffusers": {"diffusion.prior"},
-    "transformers": {"diffusion.prior"},
+    "transformers": {"diffusion.prior", "metrics.hub"},
     "huggingface_hub": {"diffusion.weights"},
-    "torch": {"diffusion", "metrics", "execution.stylizer", "execution.doctor"},
+    "torch": {"diffusion", "metrics", "execution.stylizer", "execution.style", "execution.doctor"},
     "safetensors": {"diffusion", "metrics"},
     "lpips": {"metrics"},
     "fsspec": {"data.remote"},
@@ -42,8 +41,8 @@ DOORS = {
     "yarl": {"data.web"},
     "pyarrow": {"data"},
     "PIL": {"data.pixels"},
-    "pydantic": {"manifest", "manifest_file"},
-    "yaml": {"manifest_file"},
+    "pydantic": {"manifest"},
+    "yaml": {"manifest.file"},
     "typer": {"cli"},
     "rich": {"terminal"},
 }

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ import yaml
 
 import smsbatch as sb
 from smsbatch.data.remote import redact
-from smsbatch.manifest import PRESETS, Manifest, Objective
+from smsbatch.manifest import PRESETS, Fake, Manifest, Model, Objective
 
 GOOD = """\
 task: optimize
@@ -47,9 +49,57 @@ def fails(file: Path, *overrides: str) -> str:
 def test_defaults_are_the_released_constants(file: Path) -> None:
     objective = sb.load(file).objective
     assert (objective.steps, objective.guidance, objective.fake_guidance) == (500, 4.5, 4.5)
-    assert (objective.learning_rate, objective.weight_decay, objective.spectral_weight) == (0.1, 0.01, 5e-4)
+    assert (objective.learning_rate, objective.weight_decay, objective.identity_weight) == (0.1, 0.01, 5e-4)
     assert (objective.t_min, objective.t_max, objective.grid) == (20, 500, 2)
     assert (objective.fake.rank, objective.fake.alpha, objective.fake.learning_rate) == (8, 32, 1e-3)
+
+
+def test_presets_are_what_they_were(golden: Callable[[str, str], str]) -> None:
+    """Every constant of every objective and preset, printed and pinned."""
+    found = {
+        name: {preset: Objective.model_validate({"name": name, "preset": preset}).model_dump() for preset in presets}
+        for name, presets in PRESETS.items()
+    }
+    text = json.dumps(found, indent=1) + "\n"
+    print(text)
+    assert json.loads(text) == json.loads(golden("presets.json", text)), "if it should be: pytest --regenerate-golden"
+
+
+@pytest.mark.parametrize(
+    ("name", "constants"),
+    [
+        ("sms", {"steps": 500, "guidance": 4.5, "weight": "posterior_variance", "timesteps": "adaptive"}),
+        ("vsd", {"guidance": 7.5, "fake_guidance": 1, "weight": "one_minus_abar", "t_min": 20, "t_max": 980}),
+        ("sds", {"guidance": 100, "weight": "one_minus_abar", "t_min": 20, "t_max": 980}),
+        ("dds", {"guidance": 7.5, "weight": "one", "t_min": 50, "t_max": 948, "steps": 200, "optimizer": "sgd"}),
+        ("pds", {"guidance": 100, "grid": 2, "t_min": 20, "t_max": 980}),
+        ("cds", {"guidance": 7.5, "weight": "one", "t_min": 50, "t_max": 948, "contrastive_weight": 3}),
+    ],
+)
+def test_each_objective_has_the_constants_of_its_source(name: str, constants: dict[str, Any]) -> None:
+    objective = Objective.model_validate({"name": name})
+    assert {key: getattr(objective, key) for key in constants} == constants
+    if name != "sms":
+        assert (objective.relevance, objective.identity_weight, objective.timesteps) == ("off", 0, "uniform")
+        assert objective.weight_decay == 0
+    if objective.optimizer == "sgd":
+        assert objective.learning_rate == pytest.approx(0.0488, abs=5e-5)
+        assert (objective.warmup, objective.horizon) == (0, None)
+
+
+def test_the_fake_score_of_vsd_is_trained_as_its_source_does() -> None:
+    fake = Objective(name="vsd").fake
+    assert (fake.rank, fake.alpha, fake.learning_rate, fake.weight, fake.trains_on) == (4, 4, 1e-4, "one", "before")
+    assert fake.layers == ("to_q", "to_k", "to_v", "to_out.0")
+    assert Objective(name="vsd").fake_range == (0, 999)
+    assert Objective().fake_range == (20, 500)
+    assert Objective(t_min=30, fake=Fake(t_max=900)).fake_range == (30, 900)
+
+
+def test_what_only_sms_has_can_be_switched_on_elsewhere() -> None:
+    """Ablations are configuration."""
+    dds = Objective.model_validate({"name": "dds", "relevance": "abs_mean", "identity_weight": 1e-3, "horizon": 1.5})
+    assert (dds.relevance, dds.identity_weight, dds.horizon, dds.guidance) == ("abs_mean", 1e-3, 1.5, 7.5)
 
 
 def test_the_preset_paper() -> None:
@@ -66,17 +116,14 @@ def test_a_given_field_wins_over_the_preset() -> None:
     assert (mixed.fake.weight, mixed.fake.trains_on) == ("alpha_bar", "before")
 
 
-def test_every_preset_sets_fields_that_exist() -> None:
-    for name in PRESETS:
-        assert Objective.model_validate({"preset": name}).preset == name
-
-
 def test_prompts() -> None:
     released, paper = Objective(), Objective(preset="paper")
-    assert released.prompts("oil style", "a fox") == ("oil style, a fox", "Turn into oil style")
-    assert released.prompts("oil style", "") == ("oil style", "Turn into oil style")
-    assert paper.prompts("oil style", "") == ("", "Turn it into oil style")
-    assert paper.prompts("oil style", "a {style} fox") == ("a {style} fox", "Turn it into oil style")
+    assert released.prompts("oil style", "a fox") == ("oil style, a fox", "a fox", "Turn into oil style")
+    assert released.prompts("oil style", "") == ("oil style", "", "Turn into oil style")
+    assert paper.prompts("oil style", "") == ("", "", "Turn it into oil style")
+    assert paper.prompts("oil style", "a {style} fox") == ("a {style} fox", "a {style} fox", "Turn it into oil style")
+    other = Objective(source_prompt="a photo of {caption}")
+    assert other.prompts("oil style", "a fox").source == "a photo of a fox"
 
 
 @pytest.mark.parametrize(
@@ -110,16 +157,40 @@ def test_errors_name_file_line_and_key(file: Path, before: str, after: str, mess
         ("compute.workers=0", "--set compute.workers: must be at least 1"),
         ("output.samples_per_unit=0", "greater than or equal to 1, not 0"),
         ("objective.t_min=600", "t_min (600) must be below t_max (500)"),
-        ("objective.prompt={foo} {style}", "unknown {foo}"),
+        ("objective.prompt='{foo} {style}'", "unknown {foo}"),
+        ("objective.source_prompt='{foo}'", "unknown {foo}"),
+        ("objective.name=ism", "input should be 'sms', 'vsd', 'sds', 'dds', 'pds' or 'cds', not 'ism'"),
+        ("objective={name: dds, preset: paper}", "preset paper is of sms, not of dds; leave it out"),
+        ("objective={name: vsd, preset: fast}", "preset fast is of sms, not of vsd; leave it out"),
+        ("objective={name: dds, fake: {trains_on: forward}}", "dds asks no fake score; leave fake.trains_on out"),
+        ("objective.fake={t_min: 600}", "fake.t_min (600) must be below fake.t_max (500)"),
+        ("objective.spectral_cutoff=1.5", "--set objective.spectral_cutoff: is a fraction of the frequencies, 0 to 1"),
+        ("objective.spectral_cutoff=-0.1", "is a fraction of the frequencies, 0 to 1, or progressive"),
+        ("objective.relevance_clip=-1", "greater than or equal to 0, not -1"),
+        ("objective.relevance_grid=0", "greater than or equal to 1, not 0"),
+        ("objective.stall=0", "greater than 0, not 0"),
+        ("objective.horizon=0.5", "greater than or equal to 1, not 0.5"),
+        ("objective.contrastive_weight=-1", "greater than or equal to 0, not -1"),
+        ("style.scale=[1.0, 0.5]", "scale lists 2 numbers for 1 LoRAs"),
+        ("style.scale=0", "--set style.scale: 0.0 is not between -4 and 4, or is 0"),
+        ("style.scale=[5.0]", "5.0 is not between -4 and 4"),
+        ("style.model={revision: main}", "style.model.path: is missing"),
+        ("objective.fake.layers=[]", "--set objective.fake.layers: tuple should have at least 1 item"),
+        ("objective.betas=[0.9, 1.0]", "--set objective.betas: input should be less than 1"),
+        ("objective.learning_rate=.inf", "--set objective.learning_rate: input should be a finite number"),
+        ("style.lora=['']", "--set style.lora: names no file"),
+        ("objective.spectral_cutoff=true", "--set objective.spectral_cutoff: input should be"),
         ("steps", "expected key.path=value"),
         ("name.x=1", "name is a value, not a section"),
         ("name=]", "not valid YAML"),
     ],
 )
 def test_overrides_are_checked_too(file: Path, override: str, message: str) -> None:
-    if override.startswith("objective.prompt"):
-        override = "objective.prompt='{foo} {style}'"
     assert message in fails(file, override)
+
+
+def test_yaml_s_off_is_off(file: Path) -> None:
+    assert sb.load(file, ["objective.relevance=off"]).objective.relevance == "off"
 
 
 def test_overrides_win_and_are_resolved(file: Path) -> None:
@@ -127,6 +198,53 @@ def test_overrides_win_and_are_resolved(file: Path) -> None:
     assert manifest.output.path == "elsewhere"
     assert manifest.dump()["objective"]["fake"]["rank"] == 4
     assert manifest.compute.workers == 3
+
+
+@pytest.mark.parametrize(
+    ("override", "loras"),
+    [
+        ("style.lora=a.safetensors", [("a.safetensors", 0.8)]),
+        ("style.lora=[a.safetensors, b.safetensors]", [("a.safetensors", 0.8), ("b.safetensors", 0.8)]),
+        ("style={lora: [a, b], scale: [1.0, -0.5], prompt: oil}", [("a", 1.0), ("b", -0.5)]),
+        ("style.lora=null", []),
+        ("style.lora=[]", []),
+    ],
+)
+def test_styles_of_no_one_and_many_loras(file: Path, override: str, loras: list[tuple[str, float]]) -> None:
+    assert sb.load(file, [override]).style.loras == loras
+
+
+def test_a_style_of_another_checkpoint(file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert sb.load(file).style.model is None
+    assert sb.load(file, ["style.model=some/model"]).style.model == Model(path="some/model")
+    there = sb.load(file, ["style.model={path: some/model, revision: v1}"])
+    assert there.style.model == Model(path="some/model", revision="v1")
+    assert there.identity != sb.load(file).identity
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "some" / "model").mkdir(parents=True)
+    absolute = there.absolute()
+    assert absolute.style.model == Model(path=str(tmp_path / "some" / "model"), revision="v1")
+    assert absolute.model.path == "tiny"
+
+
+@pytest.mark.parametrize(
+    ("override", "value"),
+    [
+        ("objective.spectral_cutoff=0.3", 0.3),
+        ("objective.spectral_cutoff=1", 1.0),
+        ("objective.spectral_cutoff=progressive", "progressive"),
+        ("objective.horizon=null", None),
+        ("objective.relevance_clip=1.5", 1.5),
+        ("objective.timesteps=linear", "linear"),
+        ("objective.weight=dmd", "dmd"),
+        ("objective.identity=latent_lpips", "latent_lpips"),
+    ],
+)
+def test_ablations_are_one_override_each(file: Path, override: str, value: object) -> None:
+    manifest = sb.load(file, [override])
+    assert getattr(manifest.objective, override.split("=")[0].removeprefix("objective.")) == value
+    default = getattr(Objective(), override.split("=")[0].removeprefix("objective."))
+    assert (manifest.identity == sb.load(file).identity) == (value == default)
 
 
 def test_the_environment(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
