@@ -29,7 +29,10 @@ format: $(VENV)/.dev ## let ruff write what it can
 	$(BIN)/ruff format .
 
 bench: $(VENV)/.dev ## measure and print ratios
-	$(BIN)/python benchmarks/batching.py
+	$(BIN)/python benchmarks/engine.py
+	$(BIN)/python benchmarks/cost.py
+	$(BIN)/python benchmarks/where_time_goes.py
+	$(BIN)/python benchmarks/cheaper.py
 	$(BIN)/python benchmarks/planning.py
 
 clean: ## remove the environment, caches and the demo's output

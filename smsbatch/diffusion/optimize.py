@@ -75,7 +75,7 @@ def optimize(
     device = z_src.device
 
     def to_device(drawn: Tensor) -> Tensor:
-        return drawn.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else drawn
+        return (drawn.pin_memory() if device.type == "cuda" else drawn).to(device, non_blocking=True)
 
     def noise() -> Tensor:
         return to_device(torch.stack([torch.randn(z_src.shape[1:], generator=generator) for generator in generators]))

@@ -99,10 +99,7 @@ class _Adapted:
 
     def __call__(self, z_t: Tensor, t: Tensor, text: Tensor, adapter: Adapter | None) -> Tensor:
         self._adapter = adapter
-        try:
-            prediction: Tensor = self._unet(z_t, t, encoder_hidden_states=text, return_dict=False)[0]
-        finally:
-            self._adapter = None
+        prediction: Tensor = self._unet(z_t, t, encoder_hidden_states=text, return_dict=False)[0]
         return prediction
 
 

@@ -1,0 +1,113 @@
+"""The opt-in modes: what each saves, and what it costs in LPIPS to the source and in distance to the style.
+
+    python benchmarks/cheaper.py [--photos 13]
+
+The embedded model with the constants of manifests/demo.yaml paints its held-out photographs, central squares of 128
+px, one at a time; every setting paints a photograph before the next one's turn, so that all are measured side by
+side. The figures of quality are means over the photographs (LPIPS) or of the set (style distance,
+`metrics/style.py`), as they are stored, in eight bits. `preset: fast` keeps the demo's constants, and has as large a
+part of its iterations as of the released ones.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import torch
+from common import arguments, header, table
+from torch import Tensor
+
+import smsbatch as sb
+from smsbatch import tiny
+from smsbatch.manifest import Objective
+from smsbatch.metrics.style import StyleReference, style_distance
+
+DEMO = Path(__file__).parent.parent / "manifests" / "demo.yaml"
+REFERENCE = "tiny:styles/oil.reference.safetensors"
+FULL = "full"
+
+
+def settings(demo: Objective) -> dict[str, list[str]]:
+    """Overrides by name; the first is what the others are held against."""
+    fast, released = Objective(preset="fast"), Objective()
+
+    def steps(part: float) -> str:
+        return f"objective.steps={round(demo.steps * part)}"
+
+    preset = [
+        steps(fast.steps / released.steps),
+        f"objective.relevance_grid={fast.relevance_grid}",
+        f"objective.fake.trains_on={fast.fake.trains_on}",
+    ]
+    faster = f"objective.learning_rate={2 * demo.learning_rate}"
+    return {
+        FULL: [],
+        "relevance_grid: 16": ["objective.relevance_grid=16"],
+        "relevance_grid: 8": ["objective.relevance_grid=8"],
+        "relevance_grid: 2": ["objective.relevance_grid=2"],
+        "fake.trains_on: forward": ["objective.fake.trains_on=forward"],
+        "3/4 of the steps": [steps(3 / 4)],
+        "1/2 of the steps": [steps(1 / 2)],
+        "1/3 of the steps": [steps(1 / 3)],
+        "1/2 of the steps, twice the rate": [steps(1 / 2), faster],
+        "stall: 0.02": ["objective.stall=0.02"],
+        "stall: 0.04": ["objective.stall=0.04"],
+        "preset: fast": preset,
+        "preset: fast, twice the rate": [*preset, faster],
+        "guidance 2 on both": ["objective.guidance=2", "objective.fake_guidance=2"],
+        "guidance 2 on the teacher only": ["objective.guidance=2"],
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--photos", type=int, default=13)
+    parser.add_argument("--steps", type=int, help="of the full setting, instead of the demo's")
+    options = arguments(parser)
+    if options.model != "tiny":
+        parser.error("quality is of a model that has learned something: --model tiny")
+    common = ["image.fit=center_crop", f"image.resolution={options.side}", "compute.threads=auto"]
+    common += [f"compute.precision={options.precision}", *([f"objective.steps={options.steps}"] * bool(options.steps))]
+    demo = sb.load(str(DEMO), common)
+    stylizers = {
+        name: sb.Stylizer(sb.load(str(DEMO), [*common, *overrides]), options.device)
+        for name, overrides in settings(demo.objective).items()
+    }
+    torch.set_num_threads(options.threads)
+    photos = sorted(Path(tiny.resolve("tiny:photos")).glob("*.jpg"))[: options.photos]
+    rows: dict[str, list[dict[str, Any]]] = {name: [] for name in stylizers}
+    results: dict[str, list[Tensor]] = {name: [] for name in stylizers}
+    for photo in photos:
+        caption = photo.with_suffix(".txt").read_text().strip()
+        for name, stylizer in stylizers.items():
+            picture, row = stylizer(photo, caption, photo.stem)
+            rows[name].append(row)
+            results[name].append(torch.from_numpy(picture).permute(2, 0, 1)[None] / 255)
+
+    reference = StyleReference.load(tiny.resolve(REFERENCE))
+    style = {name: style_distance(images, reference) for name, images in results.items()}
+    mean = {
+        name: {key: sum(row[key] for row in of_one) / len(photos) for key in ("seconds", "steps", "lpips")}
+        for name, of_one in rows.items()
+    }
+    full = mean[FULL]
+    lines = [
+        [
+            f"{found['seconds'] / full['seconds']:.2f}",
+            f"{found['lpips']:.3f} ({found['lpips'] - full['lpips']:+.3f})",
+            f"{style[name]:.3f} ({style[name] - style[FULL]:+.3f})",
+            name,
+            f"{found['steps']:.0f}",
+            f"{found['seconds']:.2f}",
+        ]
+        for name, found in mean.items()
+    ]
+    print(header(options) + f"; {len(photos)} photographs")
+    columns = ["time", "LPIPS", "style distance", "setting", "steps", "seconds per image"]
+    print(table(columns, lines))
+
+
+if __name__ == "__main__":
+    main()

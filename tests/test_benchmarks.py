@@ -1,0 +1,70 @@
+"""The benchmarks compare like with like: both loops compute the same, and cost what they are said to."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from torch import nn
+
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+OPTIONS = argparse.Namespace(
+    device="cpu", model="tiny", side=64, precision="fp32", channels_last=False, compile=False, threads=1
+)
+
+
+@pytest.fixture
+def engine(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """benchmarks/engine.py, whose neighbours are found beside it as in a run."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import engine
+
+    return engine
+
+
+@pytest.fixture
+def common(engine: ModuleType) -> ModuleType:
+    return sys.modules["common"]
+
+
+def rows_of_calls(*unets: nn.Module) -> list[int]:
+    """The rows of every later call of the UNets."""
+    rows: list[int] = []
+    for unet in unets:
+        unet.register_forward_pre_hook(lambda _, inputs: rows.append(len(inputs[0])))
+    return rows
+
+
+def test_both_loops_compute_the_same_gradients(engine: ModuleType, common: ModuleType) -> None:
+    apart = engine.difference(common.parts("tiny", "cpu"), OPTIONS, steps=3)
+    assert len(apart) == 3
+    assert max(apart) < engine.TOLERANCE
+
+
+def test_the_plain_loop_computes_eight_forwards_and_ours_seven(engine: ModuleType, common: ModuleType) -> None:
+    model = common.parts("tiny", "cpu")
+    plain, priors = engine.Plain(OPTIONS, model), common.engine(OPTIONS, model)
+    theirs = rows_of_calls(plain.plain.style, plain.plain.fake)
+    ours = rows_of_calls(*(prior._unet for prior in priors))
+    plain.loop(1)
+    engine.Engine(OPTIONS, 2, priors).loop(1)
+    assert theirs == [2, 2, 2, 2]
+    assert sorted(ours) == [2, 4, 8], "two samples: training; style; fake and real"
+
+
+def test_counted_flops_are_those_of_an_iteration(engine: ModuleType, common: ModuleType) -> None:
+    plain = engine.Plain(OPTIONS)
+    assert common.flops(lambda: plain.loop(1)) == pytest.approx(engine.count(OPTIONS)[0], rel=1e-3)
+
+
+def test_sd15_is_sd15(common: ModuleType) -> None:
+    model = common.parts("sd15", "meta")
+    assert model.unet.num_parameters() == 859_520_964
+    assert sum(p.numel() for p in model.vae.parameters()) == 83_653_863
+    assert sum(p.numel() for p in model.text_encoder.parameters()) == 123_060_480
+    inputs = [torch.empty(shape, device="meta") for shape in ((1, 4, 64, 64), (1,), (1, 77, 768))]
+    assert common.flops(lambda: model.unet(*inputs)) == pytest.approx(0.803e12, rel=2e-3)
