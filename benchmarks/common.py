@@ -136,8 +136,6 @@ def converted(model: Parts, options: argparse.Namespace) -> Parts:
 
 def prior_of(model: Parts, *, compile: bool = False) -> Prior:
     """The model as the package knows it; nothing is copied."""
-    if compile:
-        torch._dynamo.config.recompile_limit = 256  # up to three graphs for every batch size
     schedule = Schedule(model.scheduler.alphas_cumprod.to(model.unet.device))
     return Prior(model.unet, model.vae, model.text_encoder, model.tokenizer, schedule, "epsilon", compile=compile)
 

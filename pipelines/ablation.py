@@ -45,14 +45,14 @@ def show(variants: dict[str, list[str]], given: argparse.Namespace) -> None:
     for name, found in columns.items():
         print(f"| {name} |", *(f"{found.values[metric]:.3f} |" for metric in metrics), f"{found.seconds:.1f} |")
     print("", *(f"{metric}: {reason}" for metric, reason in columns["source"].missing.items()), sep="\n")
-
-    height, width = (max(p.shape[side] for p in columns["source"].pictures.values()) + 4 for side in (0, 1))
     keys = [key for key in columns["source"].pictures if all(key in found.pictures for found in columns.values())]
-    grid = Image.new("RGB", (len(columns) * width, 16 + len(keys) * height), "white")
+    heights, widths = zip(*(columns["source"].pictures[key].shape[:2] for key in keys), strict=True)
+    width = max(widths) + 4
+    grid = Image.new("RGB", (len(columns) * width, 20 + sum(heights) + 4 * len(keys)), "white")
     for x, (name, found) in enumerate(columns.items()):
-        ImageDraw.Draw(grid).text((x * width, 2), name, fill="black")
+        ImageDraw.Draw(grid).text((x * width, 2), name, fill="black", font_size=13)
         for y, key in enumerate(keys):
-            grid.paste(Image.fromarray(found.pictures[key]), (x * width, 16 + y * height))
+            grid.paste(Image.fromarray(found.pictures[key]), (x * width, 20 + sum(heights[:y]) + 4 * y))
     grid.save(given.out / "grid.png")
 
 

@@ -2,8 +2,9 @@
 
     python pipelines/compare.py out/compare [--manifest FILE] [--reference FILE_OR_FOLDER] [--set KEY=VALUE ...]
 
-Each has the constants of its source; those whose source optimizes something else than the latent of one picture (SDS,
-PDS, VSD) take steps and optimizer of the manifest's SMS. Runs, table and pictures are as of `ablation.py`.
+Each has the constants of its source, which `--set objective...` overrides; those whose source optimizes something else
+than the latent of one picture (SDS, PDS, VSD) take steps and optimizer of the manifest's SMS. Runs, table and pictures
+are as of `ablation.py`.
 """
 
 import json

@@ -30,12 +30,12 @@ if TYPE_CHECKING:
     from smsbatch.execution.doctor import Check, doctor
     from smsbatch.execution.drive import run
     from smsbatch.execution.failures import failures
+    from smsbatch.execution.measure import Measured, measure, style_distance
     from smsbatch.execution.plan import Plan, plan
     from smsbatch.execution.replay import Replayed, replay
     from smsbatch.execution.report import Report
     from smsbatch.execution.standing import Problem
     from smsbatch.execution.status import Status, status
-    from smsbatch.execution.style import Measured, measure, style_distance
     from smsbatch.execution.stylizer import Stylizer
     from smsbatch.execution.verification import Verification, verify
     from smsbatch.manifest import Manifest
@@ -64,7 +64,7 @@ _HOMES = {
     "smsbatch.execution.report": ("Report",),
     "smsbatch.execution.standing": ("Problem",),
     "smsbatch.execution.status": ("Status", "status"),
-    "smsbatch.execution.style": ("Measured", "measure", "style_distance"),
+    "smsbatch.execution.measure": ("Measured", "measure", "style_distance"),
     "smsbatch.execution.stylizer": ("Stylizer",),
     "smsbatch.execution.verification": ("Verification", "verify"),
 }

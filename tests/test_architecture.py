@@ -31,7 +31,7 @@ DOORS = {
     "diffusers": {"diffusion.prior"},
     "transformers": {"diffusion.prior", "metrics.hub"},
     "huggingface_hub": {"diffusion.weights"},
-    "torch": {"diffusion", "metrics", "execution.stylizer", "execution.style", "execution.doctor"},
+    "torch": {"diffusion", "metrics", "execution.stylizer", "execution.measure", "execution.doctor"},
     "safetensors": {"diffusion", "metrics"},
     "lpips": {"metrics"},
     "fsspec": {"data.remote"},

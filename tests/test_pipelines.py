@@ -94,10 +94,10 @@ def test_ablation(
     }
     with Image.open(tmp_path / "out" / "grid.png") as opened:
         grid = np.asarray(opened)
-    assert grid.shape == (16 + 2 * (HEIGHT + 4), 7 * (WIDTH + 4), 3)
+    assert grid.shape == (20 + 2 * (HEIGHT + 4), 7 * (WIDTH + 4), 3)
     for column, name in enumerate(names[1:], 1):
         folder = "".join(letter if letter.isalnum() else "-" for letter in name)
-        shown = grid[16 + HEIGHT + 4 :][:HEIGHT, column * (WIDTH + 4) :][:, :WIDTH]
+        shown = grid[20 + HEIGHT + 4 :][:HEIGHT, column * (WIDTH + 4) :][:, :WIDTH]
         assert np.array_equal(shown, pictures(tmp_path / "out" / folder)["b"])
 
     program("ablation", *arguments)

@@ -134,6 +134,9 @@ def _bucket(width: int, height: int, resolution: int) -> tuple[int, int]:
     return min(_buckets(resolution), key=lambda size: abs(log(size[0] / size[1]) - log(width / height)))
 
 
+_SHORTEST = 32  # pixels; LPIPS sees nothing below
+
+
 @cache
 def _buckets(resolution: int) -> tuple[tuple[int, int], ...]:
     """Widths and heights from 1:2 to 2:1: for either side of whole units the longest other one within the area.
@@ -145,7 +148,7 @@ def _buckets(resolution: int) -> tuple[tuple[int, int], ...]:
     area = resolution**2 * _OVER
     sizes = {(side, int(area / side / unit) * unit) for side in range(unit, 2 * resolution, unit)}
     sizes |= {(width, height) for height, width in sizes}
-    return tuple(sorted(size for size in sizes if max(size) <= 2 * min(size)))
+    return tuple(sorted(size for size in sizes if max(size) <= 2 * min(size) and min(size) >= _SHORTEST))
 
 
 def encode(pixels: Pixels, format: str, quality: int = 95) -> bytes:

@@ -70,7 +70,7 @@ class FakeScore:
         with torch.enable_grad():
             error = e - eps
             if self.prior.prediction == "v_prediction":
-                error = error / schedule.a(t)
+                error = error / schedule.a(t).clamp_min(1e-6)  # a_999 is 0 in a schedule that ends in pure noise
             if self.config.weight == "alpha_bar":
                 error = error * schedule.abar[t].view(-1, 1, 1, 1)
             losses = error.square().flatten(1).mean(1)
@@ -79,6 +79,7 @@ class FakeScore:
         if self._loss_scale != 1:
             for factor in (*self._down.values(), *self._up.values()):
                 assert factor.grad is not None
-                factor.grad /= self._loss_scale
+                # What overflowed is left out of this one step; what is wrong for good still ends as `diverged`.
+                factor.grad = (factor.grad / self._loss_scale).nan_to_num(0.0, 0.0, 0.0)
         self._optimizer.step()
         return losses.detach()

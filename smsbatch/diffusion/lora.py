@@ -52,7 +52,8 @@ def read_style(style: Style, prior: Prior) -> Deltas:
     for path, scale in style.loras:
         deltas = read_lora(path, prior, text_encoder=style.text_encoder)
         for into, found in ((total.unet, deltas.unet), (total.text, deltas.text)):
-            for name, delta in found.items():
+            while found:  # a LoRA of every layer is as large as the model: not both at once
+                name, delta = found.popitem()
                 into[name] = into[name] + scale * delta if name in into else scale * delta
     return total
 
@@ -80,8 +81,10 @@ def read_lora(path: str, prior: Prior, *, text_encoder: bool) -> Deltas:
             parts, layer = {part: tensors[key].float() for part, key in keys.items()}, layers[name]
             try:
                 for parameter, delta in _deltas(parts, layer, settings, name).items():
+                    if not delta.isfinite().all():
+                        raise WeightsError(f"style.lora: {path}: {name} gives NaN or infinity; choose another file")
                     into[f"{name}.{parameter}"] = delta
-            except RuntimeError as error:
+            except (RuntimeError, IndexError) as error:
                 shapes = ", ".join(f"{key} {list(tensors[key].shape)}" for key in keys.values())
                 raise WeightsError(
                     f"style.lora: {path}: {shapes} do not fit the model's {name} {_shapes(layer)}; "
@@ -184,6 +187,6 @@ def _decomposed(parts: Mapping[str, Tensor], weight: Tensor, delta: Tensor) -> T
     merged = weight + delta
     norm = merged.transpose(0, int(by_input)).flatten(1).norm(dim=1)
     shape = [1] * weight.ndim
-    shape[by_input] = -1
+    shape[1 if by_input else 0] = -1
     stretch: Tensor = (magnitude.reshape(norm.shape) / norm).view(shape)
     return stretch * merged - weight

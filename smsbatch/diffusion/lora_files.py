@@ -243,6 +243,16 @@ def _settings(path: str, file: Path, metadata: Mapping[str, str]) -> Mapping[str
         raise WeightsError(f"style.lora: {path}: its peft configuration is no JSON ({error}); save it again") from error
     if not isinstance(settings, dict):
         raise WeightsError(f"style.lora: {path}: its peft configuration is no JSON object; save it again")
+    for key, value in settings.items():
+        name = key.rpartition(".")[2]
+        patterns = value if name == "alpha_pattern" and isinstance(value, dict) else {}
+        # Peft reads them as regular expressions; of a stranger's, only such as come to an end soon.
+        strange = [p for p in patterns if not re.fullmatch(r"[\w.\\^$|*]+", p) or p.count("*") > 3 or "**" in p]
+        if strange:
+            raise WeightsError(f"style.lora: {path}: {key} has the pattern {strange[0]!r}; name the layers instead")
+        alphas = [value] if name == "lora_alpha" else [*patterns.values()]
+        if not all(isinstance(alpha, int | float) for alpha in alphas):
+            raise WeightsError(f"style.lora: {path}: {key} of its peft configuration is no number: {value!r}")
     return settings
 
 

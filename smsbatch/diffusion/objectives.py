@@ -6,8 +6,8 @@
     vsd         w_t (e_style(z_t; y) - e_fake(z_t; y))                             arXiv 2305.16213, Eq. 9
     sds         w_t (e_style(z_t; y) - eps)                                        arXiv 2209.14988, Eq. 3
     dds         w_t (e_style(z_t; y) - e_style(z_t^src; y_src))                    arXiv 2304.07090, Eq. 3
-    pds         psi_t (z - z_src) + chi_t (e_style(z_t; y) - e_style(z_t^src; y_src))   arXiv 2311.13831, Eq. 14
-    cds         dds + w_cut dL_con/dz,  L_con over self-attention features         arXiv 2311.18608, Eq. 7
+    pds         psi_t (z - z_src) + chi_t G of dds                                 arXiv 2311.13831, Eq. 14
+    cds         G of dds + w_cut dL_con/dz, L_con over self-attention features     arXiv 2311.18608, Eq. 7
 
     every one   gradient = R . G + lambda dL_id/dz
 
@@ -76,6 +76,8 @@ class Distillation:
         self.identity = _identity(config, z_src) if config.identity_weight else None
         self._maps: Tensor | None = None
 
+    asks_fake = False
+
     def asks(self, p: Point) -> list[Ask]:
         """The predictions that `direction` needs."""
         raise NotImplementedError
@@ -104,8 +106,8 @@ class Distillation:
         return gradient, loss
 
     def cache_maps(self, scores: Scores, noise: Callable[[], Tensor]) -> None:
-        """Compute the relevance map at `relevance_grid` timesteps, evenly from `t_min` to `t_max`, each with its own
-        noise."""
+        """Compute the relevance map at `relevance_grid` timesteps, evenly between `t_min` and `t_max`, each with its
+        own noise."""
         times, maps = self._grid(), []
         for t in times:
             p = self._point(self.z_src, t.expand(len(self.z_src)), noise())
@@ -173,6 +175,8 @@ class LatentMse:
 class Matching(Distillation):
     """SMS and VSD: away from what the result is, toward what the style is."""
 
+    asks_fake = True
+
     def asks(self, p: Point) -> list[Ask]:
         config = self.config
         return [Ask("style", p.z_t, "target", config.guidance), Ask("fake", p.z_t, "target", config.fake_guidance)]
@@ -206,8 +210,7 @@ class DDS(Distillation):
 
 
 class PDS(DDS):
-    """The stochastic latents of result and source, made equal; see `Schedule.pds_coefficients` for where psi comes
-    from."""
+    """The stochastic latents of result and source, made equal; `Schedule.pds_coefficients` derives psi and chi."""
 
     def direction(self, p: Point, scores: Scores, *e: Tensor) -> Tensor:
         e_target, e_source = e
@@ -217,6 +220,7 @@ class PDS(DDS):
 
 _PATCHES = 256  # positions of one layer and patch size that are told from each other
 _TAU = 0.07
+_LOSS_SCALE = 2.0**10  # or fp16 loses the gradients of a mean over positions
 _CONTRASTIVE = 64**2 / 2000  # the source's DDS term is 2000 / (64 x 64) G, its contrastive term is not scaled
 
 
@@ -238,12 +242,14 @@ class CDS(DDS):
             for layer, (f, f_src) in enumerate(zip(features, anchors, strict=True)):
                 for size in (1, 2):
                     patches, anchor = (_patches(x, p.z.shape, size) for x in (f, f_src))
+                    if not patches.numel():
+                        continue  # a picture so small that this layer is a single row
                     chosen = positions(p.eps, patches.shape[1], 2 * layer + size)[..., None].expand(-1, -1, f.shape[-1])
                     similar = anchor.gather(1, chosen) @ patches.gather(1, chosen).mT / _TAU  # [B, patches, patches]
                     own = similar.log_softmax(-1).diagonal(dim1=1, dim2=2)
                     loss = loss - own.mean(1).sum()  # the sum of every sample's own
-            (pull,) = torch.autograd.grad(loss, z_t)
-        weight = self.config.contrastive_weight * _CONTRASTIVE
+            (pull,) = torch.autograd.grad(loss * _LOSS_SCALE, z_t)
+        weight = self.config.contrastive_weight * _CONTRASTIVE / _LOSS_SCALE
         return super().direction(p, scores, *e) + weight * self.schedule.a(p.t) * pull
 
 
@@ -253,6 +259,8 @@ def _patches(features: Tensor, latent: torch.Size, size: int) -> Tensor:
     while height * width > features.shape[1]:  # the UNet halves, rounding up
         height, width = -(-height // 2), -(-width // 2)
     grid = features.mT.reshape(len(features), -1, height, width)
+    if min(height, width) < size:
+        return features[:, :0]
     return F.normalize(F.avg_pool2d(grid, size).flatten(2).mT, dim=-1)
 
 
@@ -277,7 +285,7 @@ def relevance_map(difference: Tensor, order: Literal["mean_abs", "abs_mean"], cl
         first, third = (reduced.flatten(1).quantile(q, dim=1) for q in (0.25, 0.75))
         reduced = reduced.minimum((third + clip * (third - first)).view(-1, 1, 1, 1))
     low, high = reduced.amin((-2, -1), keepdim=True), reduced.amax((-2, -1), keepdim=True)
-    return torch.where(high > low, (reduced - low) / (high - low), 1.0)
+    return torch.where(high == low, 1.0, (reduced - low) / (high - low))
 
 
 OBJECTIVES: dict[str, type[Distillation]] = {

@@ -84,7 +84,7 @@ def optimize(
         return to_device(torch.tensor([draw(choices, generator) for generator in generators]))
 
     objective = OBJECTIVES[config.name](config, prior.schedule, z_src)
-    fake = FakeScore(prior, config.fake, generators) if config.name in ("sms", "vsd") else None
+    fake = FakeScore(prior, config.fake, generators) if objective.asks_fake else None
     scores = Models(prior, style, fake, prompts, graph=fake is not None and config.fake.trains_on == "forward")
     if config.relevance != "off" and config.relevance_grid is not None:
         with torch.no_grad():

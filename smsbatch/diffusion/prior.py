@@ -100,6 +100,7 @@ class _Adapted:
     def __call__(self, z_t: Tensor, t: Tensor, text: Tensor, adapter: Adapter | None) -> Tensor:
         self._adapter = adapter
         prediction: Tensor = self._unet(z_t, t, encoder_hidden_states=text, return_dict=False)[0]
+        self._adapter = None  # another prior may share the UNet, and the factors their memory
         return prediction
 
 
@@ -138,12 +139,15 @@ class Prior:
         self._adapted = _Adapted(unet)
         self._compile = compile
         self._call = torch.compile(self._adapted, dynamic=False) if compile else self._adapted
+        if compile:
+            torch._dynamo.config.cache_size_limit = max(torch._dynamo.config.cache_size_limit, _GRAPHS)
 
     @classmethod
     def load(
         cls,
         model: Model | str,
         *,
+        key: str = "model",
         device: str = "cpu",
         precision: Precision = "auto",
         channels_last: bool = False,
@@ -153,6 +157,7 @@ class Prior:
 
         Args:
             model: the manifest's section, or its path alone.
+            key: of that section, for messages.
             channels_last: the UNet's convolutions with channels last in memory.
             compile: the UNet through torch.compile, at its first call with each shape.
 
@@ -163,7 +168,7 @@ class Prior:
         from transformers import CLIPTokenizer
 
         model = Model(path=model) if isinstance(model, str) else model
-        path, config = locate(model), locate_config(model)
+        path, config = locate(model, key), locate_config(model, key)
         if precision == "auto":
             precision = "bf16" if device.startswith("cuda") else "fp32"
         dtype = _DTYPES[precision]
@@ -178,14 +183,12 @@ class Prior:
         except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
             reason = (str(error) or repr(error)).splitlines()[0]
             raise WeightsError(
-                f"model.path: cannot load {model.path}: {reason}; fetch or save the model again"
+                f"{key}.path: cannot load {model.path}: {reason}; fetch or save the model again"
             ) from error
         for part in (unet, vae, text_encoder):
             part.requires_grad_(False).eval().to(device)
         if channels_last:
             unet.to(memory_format=torch.channels_last)
-        if compile:
-            torch._dynamo.config.cache_size_limit = max(torch._dynamo.config.cache_size_limit, _GRAPHS)
         schedule = Schedule(scheduler.alphas_cumprod.to(device))
         return cls(unet, vae, text_encoder, tokenizer, schedule, scheduler.config.prediction_type, compile=compile)
 

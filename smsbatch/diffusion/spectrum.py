@@ -13,6 +13,8 @@ from torch import Tensor
 
 __all__ = ["SpectralPenalty", "dct_matrix", "low_pass"]
 
+_ROUNDING = 1e-5  # of a coefficient in float32; latents are of order 1
+
 
 def dct_matrix(n: int) -> Tensor:
     """The orthonormal DCT-II as a matrix [n, n], float32: `D @ x` transforms columns, `D.T` is the inverse."""
@@ -67,6 +69,8 @@ class SpectralPenalty:
         entries = z[0].numel()
         kept = low_pass(z.shape[-2], z.shape[-1], t, self.t_max, self.cutoff)
         difference = (self.transform(z) - self.source) * kept
+        # What is rounding has no sign: else an entry that has not moved is pulled whole, another way in every batch.
+        difference = torch.where(difference.abs() < _ROUNDING, 0.0, difference)
         if self.norm == "l1":
             loss, outer = difference.abs(), difference.sign()
         else:

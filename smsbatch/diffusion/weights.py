@@ -176,7 +176,11 @@ def digests(manifest: Manifest) -> dict[str, str]:
             weights = [part_file(path, part) for part in _WEIGHTS]
             files |= {f"{name}/{file.relative_to(path).as_posix()}": file for file in weights}
         files |= {f"{name}/{file}": config / file for file in _CONFIG if (config / file).is_file()}
-    files |= {lora: locate_lora(lora) for lora in manifest.style.lora}
+    for lora in manifest.style.lora:
+        files[lora] = locate_lora(lora)
+        settings = files[lora].with_name("adapter_config.json")  # peft's, which decides alpha
+        if files[lora].name == "adapter_model.safetensors" and settings.is_file():
+            files[f"{lora} (adapter_config.json)"] = settings
     return {name: _digest(files[name]) for name in files}
 
 
@@ -198,7 +202,7 @@ def _download(name: str, revision: str | None, key: str, files: tuple[str, ...])
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=list(files)))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = (str(error).strip() or repr(error)).splitlines()[0]
         raise WeightsError(f"{key}.path: {name} is no folder here, and the hub did not give it: {reason}") from error
 
 

@@ -66,7 +66,7 @@ class Stylizer:
         self.prior = load(manifest.model)
         bare = self.prior
         if style.model is not None and style.model != manifest.model:
-            bare = load(style.model)
+            bare = load(style.model, key="style.model")
             _check_family(self.prior, bare, manifest.model.path, style.model.path)
         self.style = bare
         if style.lora:
@@ -177,14 +177,14 @@ class Stylizer:
         z, steps = optimize(
             self.prior,
             self.style,
-            self.prior.encode(source),
+            # One at a time, as below: a small part of the work, and the largest peak of memory when batched.
+            torch.cat([self.prior.encode(row[None]) for row in source]),
             [item.prompts for item in batch],
             [item.outcome.seed or 0 for item in batch],
             self.manifest.objective,
             progress,
         )
         size = (source.shape[-2], source.shape[-1])
-        # One at a time: decoding is a small part of the work, and the largest peak of memory when batched.
         results = torch.cat([self.prior.decode(row[None], size) for row in z.nan_to_num()])
         taken: list[int] = steps.tolist()
         finite = (z.isfinite().flatten(1).all(1) & results.isfinite().flatten(1).all(1)).tolist()
@@ -253,8 +253,8 @@ def _pixels(item: _Item) -> int:
 
 
 def _out_of_memory(error: RuntimeError) -> bool:
-    """CUDA has a class of errors for it; the CPU's allocator and cuBLAS say it in words."""
-    words = ("can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
+    """CUDA has a class of errors for it; the CPU's allocator, the driver, cuBLAS and cuDNN say it in words."""
+    words = ("can't allocate memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED")
     return isinstance(error, torch.OutOfMemoryError) or any(word in str(error) for word in words)
 
 

@@ -73,7 +73,7 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
         },
     },
     "sds": {
-        "released": _BARE | {"guidance": 100.0, "weight": "one_minus_abar", "t_min": 20, "t_max": 980, "grid": 1},
+        "released": _BARE | {"guidance": 100.0, "weight": "one_minus_abar", "t_min": 20, "t_max": 980, "grid": 2},
     },
     "dds": {"released": _DDS},
     "pds": {"released": _BARE | {"guidance": 100.0, "t_min": 20, "t_max": 980, "grid": 2}},
@@ -81,11 +81,10 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
 }
 """What a preset of an objective sets; a field given in the manifest wins over it.
 
-The sources: sms, arXiv 2503.07601 and its authors' code; vsd, threestudio (arXiv 2305.16213); sds, threestudio (arXiv
-2209.14988), with diffusers' meaning of guidance; dds, the notebook of arXiv 2304.07090; pds, the defaults of the code
-of arXiv 2311.13831; cds, the code of arXiv 2311.18608. The learning rate of dds and cds is theirs at 64 x 64, for every
-size. Where a source optimizes something else than the latent of one image, the optimizer is that of SMS, without weight
-decay."""
+The sources: sms, arXiv 2503.07601 and its authors' code; vsd, threestudio (arXiv 2305.16213); dds, the notebook of
+arXiv 2304.07090; pds, and sds (arXiv 2209.14988) beside it, the defaults of the code of arXiv 2311.13831; cds, the code
+of arXiv 2311.18608. The learning rate of dds and cds is theirs at 64 x 64, for every size. Where a source optimizes
+something else than the latent of one image, the optimizer is that of SMS, without weight decay."""
 
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
@@ -153,7 +152,7 @@ class Objective(Section):
     """Instruction of the relevance map (Eq. 4)."""
     weight: Literal["posterior_variance", "one_minus_abar", "dmd", "one"] = "posterior_variance"
     """w_t of SMS, VSD, SDS, DDS and CDS: the posterior's variance (released code), 1 - abar_t (SDS, VSD), DMD's, which
-    is free of scale (arXiv 2311.18828, Eq. 8), or 1. `identity_weight` means another strength under each of them."""
+    is free of scale (arXiv 2311.18828, Eq. 8), or 1."""
     relevance: Literal["mean_abs", "abs_mean", "off"] = "mean_abs"
     """Relevance map R: mean over channels and absolute value, in this order, or no map."""
     relevance_clip: float | None = Field(None, ge=0)
@@ -166,7 +165,8 @@ class Objective(Section):
     """What holds the result to its source: low frequencies (Eq. 3), all of the latent alike, or E-LatentLPIPS (an
     extra)."""
     identity_weight: float = Field(5e-4, ge=0)
-    """lambda of Eq. 6, on the per-entry mean of the identity term."""
+    """lambda of Eq. 6, on the per-entry mean of the identity term. It means another strength under each `identity`,
+    `spectral_norm` and `weight`."""
     spectral_norm: Literal["l1", "l2"] = "l1"
     """Norm of Eq. 3: absolute values (released code) or squares (paper)."""
     spectral_cutoff: Literal["progressive"] | Annotated[float, Field(strict=True)] = "progressive"
@@ -206,8 +206,10 @@ class Objective(Section):
         if not isinstance(data, Mapping):
             return data
         name, preset = data.get("name", "sms"), data.get("preset", "released")
-        if name not in PRESETS or preset not in {key for presets in PRESETS.values() for key in presets}:
+        if not isinstance(name, str) or not isinstance(preset, str) or name not in PRESETS:
             return data  # the fields' own validation says it better
+        if preset not in {key for presets in PRESETS.values() for key in presets}:
+            return data
         if preset not in PRESETS[name]:
             raise ValueError(f"preset {preset} is of sms, not of {name}; leave it out")
         constants = PRESETS[name][preset]

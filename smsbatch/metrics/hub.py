@@ -8,7 +8,7 @@ Images are float [B, 3, H, W] in [0, 1]; PickScore, whose library prepares them 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from pickle import UnpicklingError
@@ -192,7 +192,7 @@ class HpsV2:
         self._tokenizer = open_clip.get_tokenizer("ViT-H-14")
 
     @torch.no_grad()
-    def __call__(self, images: Sequence[Tensor], prompts: Sequence[str]) -> Tensor:
+    def __call__(self, images: Iterable[Tensor], prompts: Sequence[str]) -> Tensor:
         """A score `[B]` for every image `[1, 3, H, W]` in [0, 1] with its own prompt."""
         texts = nn.functional.normalize(self._network.encode_text(self._tokenizer(list(prompts))), dim=1)
         pictures = torch.cat([self._network.encode_image(self._prepared(image)) for image in images])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -274,3 +276,22 @@ def test_of_a_single_file_checkpoint_the_grammar_alone_is_checked(
     assert check_style(manifest(model, write(*both("lora_unet_x")))) == []
     with pytest.raises(WeightsError, match=r"lora_unet_x\.oft_blocks is of OFT"):
         check_style(manifest(model, write("lora_unet_x.oft_blocks")))
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"lora_alpha": "x"}, "lora_alpha of its peft configuration is no number"),
+        ({"unet.alpha_pattern": {"to_q": [1]}}, "is no number"),
+        ({"alpha_pattern": {"(a+)+$": 1}}, "has the pattern '(a+)+$'"),
+        ({"alpha_pattern": {".*.*.*.*x": 1}}, "has the pattern"),
+    ],
+)
+def test_a_configuration_that_makes_no_sense_is_refused(
+    tmp_path: Path, settings: dict[str, object], words: str
+) -> None:
+    file = tmp_path / "adapter_model.safetensors"
+    save_file({f"base_model.model.x.lora_{part}.weight": torch.ones(1, 1) for part in "AB"}, file)
+    (tmp_path / "adapter_config.json").write_text(json.dumps(settings))
+    with pytest.raises(WeightsError, match=re.escape(words)):
+        survey(str(file))

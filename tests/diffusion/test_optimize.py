@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import traceback
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,7 +11,6 @@ import pytest
 import torch
 from models import PROMPTS
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from smsbatch.diffusion.fake import FakeScore
 from smsbatch.diffusion.lora import read_style
@@ -30,6 +28,10 @@ def prior(model: Path) -> Prior:
 
 @pytest.fixture(scope="module")
 def style(prior: Prior, lora: Path) -> Prior:
+    return styled(prior, lora)
+
+
+def styled(prior: Prior, lora: Path) -> Prior:
     deltas = read_style(Style(lora=str(lora), scale=1.0, prompt="paint"), prior)
     return prior.with_deltas(deltas.unet, deltas.text)
 
@@ -116,12 +118,39 @@ MODES: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("mode", MODES)
 def test_a_batch_is_its_samples_alone(prior: Prior, style: Prior, mode: str) -> None:
     """Batch 4 against batch 1, different prompts and seeds: equal within the rounding of the kernels."""
-    config = Objective.model_validate(MODES[mode] | {"steps": 50 if mode in ("released", "fast") else 15})
+    config = Objective.model_validate(MODES[mode] | {"steps": 50 if mode == "released" else 15})
+    assert_alone_as_together(prior, style, config, mean=2e-4)
+
+
+def test_a_batch_is_its_samples_alone_without_a_lora(prior: Prior) -> None:
+    """At first nothing moves but rounding: the L1 norm must not make whole steps of its sign."""
+    assert_alone_as_together(prior, prior, Objective(steps=20), mean=2e-4)
+
+
+@pytest.mark.parametrize(("precision", "mean"), [("bf16", 0.02), ("fp16", 0.02)])
+def test_in_half_precision_rounding_is_coarser(
+    model: Path, lora: Path, precision: Literal["bf16", "fp16"], mean: float
+) -> None:
+    prior = Prior.load(Model(path=str(model)), precision=precision)
+    style = styled(prior, lora)
+    assert_alone_as_together(prior, style, Objective(steps=10), mean=mean)
+    assert optimize(prior, style, latents(), WORDS, SEEDS, Objective(steps=1)).z.dtype == torch.float32
+
+
+@pytest.mark.parametrize("pair", ["v v", "v epsilon", "epsilon v"])
+def test_models_that_predict_v_and_mixed_ones(prior: Prior, v_model: Path, pair: str) -> None:
+    """The bare prior and the style's model, each with its own prediction and text encoder."""
+    priors = {"epsilon": prior, "v": Prior.load(Model(path=str(v_model)))}
+    base, other = (priors[name] for name in pair.split())
+    assert_alone_as_together(base, other, Objective(steps=10), mean=2e-4)
+
+
+def assert_alone_as_together(prior: Prior, style: Prior, config: Objective, mean: float) -> None:
     together = optimize(prior, style, z_src := latents(), WORDS, SEEDS, config).z
     for i in (0, 3):
         alone = optimize(prior, style, z_src[i : i + 1], WORDS[i : i + 1], SEEDS[i : i + 1], config).z
-        assert (together[i] - alone[0]).abs().mean() < 2e-3
-        assert (together[i] - z_src[i]).abs().mean() > 0.1  # it went somewhere
+        assert (together[i] - alone[0]).abs().mean() < mean
+        assert (together[i] - z_src[i]).abs().mean() > max(0.02, 3 * mean)  # it went somewhere
 
 
 def test_the_same_batch_gives_the_same_bytes(prior: Prior, style: Prior) -> None:
@@ -187,8 +216,12 @@ def calls_of(prior: Prior, monkeypatch: pytest.MonkeyPatch, config: Objective, s
         ({"relevance": "off"}, [], [2, 2, 1]),
         ({"relevance_grid": 3}, [2, 2, 2], [2, 2, 1]),
         ({"guidance": 1, "fake_guidance": 1, "relevance_grid": 2, "fake": {"trains_on": "forward"}}, [2, 2], [1, 1]),
+        ({"preset": "paper"}, [], [1, 3, 1]),
+        ({"name": "vsd"}, [], [2, 1, 1]),
         ({"name": "sds"}, [], [2]),
         ({"name": "dds"}, [], [4]),
+        ({"name": "pds"}, [], [4]),
+        ({"name": "cds"}, [], [4]),  # and its features, which `noise` does not see
     ],
 )
 def test_what_is_paid_for(
@@ -244,25 +277,12 @@ def test_sgd_steps_by_the_gradient_itself(prior: Prior, style: Prior) -> None:
         assert e_null.shape == e_a.shape
 
 
-class Reads(TorchDispatchMode):
-    """Who takes a value out of a tensor, which on a GPU waits for all that is queued."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.callers: set[str] = set()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default):
-            frames = traceback.extract_stack()
-            if not any("/torch/optim/" in frame.filename for frame in frames):  # an optimizer's own count stays here
-                own = [frame for frame in frames if "/smsbatch/diffusion/" in frame.filename][-1]
-                self.callers.add(own.name)
-        return func(*args, **(kwargs or {}))
-
-
 @pytest.mark.parametrize("mode", MODES)
-def test_the_loop_reads_nothing_from_the_device(prior: Prior, style: Prior, mode: str) -> None:
-    reads = Reads()
-    with reads:
-        optimize(prior, style, latents(), WORDS, SEEDS, Objective.model_validate(MODES[mode] | {"steps": 2}))
-    assert reads.callers == {"draw"}  # which is of the CPU's own generators
+def test_the_loop_reads_nothing_from_the_device(model: Path, lora: Path, mode: str) -> None:
+    """On a device that has shapes and no values, reading a value fails; on a GPU it would wait."""
+    prior = Prior.load(Model(path=str(model)), device="meta")
+    config = Objective.model_validate(MODES[mode] | {"steps": 2})
+    result = optimize(prior, prior.with_deltas({}, {}), latents().to("meta"), WORDS, SEEDS, config)
+    assert result.z.is_meta
+    with pytest.raises((RuntimeError, NotImplementedError)):
+        result.z.sum().item()

@@ -213,6 +213,17 @@ def test_adapters_come_and_go(prior: Prior) -> None:
     assert not torch.equal(first, other)
 
 
+def test_priors_that_share_a_unet_do_not_share_an_adapter(prior: Prior) -> None:
+    """A style that changes the text encoder alone has the bare prior's UNet, which the fake score adapts."""
+    layers = prior.text_layers()
+    style = prior.with_deltas({}, {"final_layer_norm.bias": torch.ones(layers["final_layer_norm"].bias.shape)})
+    asked = inputs(prior, 2)
+    with torch.no_grad():
+        before = style.noise(*asked)
+        assert not torch.equal(prior.noise(*asked, adapter(prior, 2, 2)), before)
+        assert torch.equal(style.noise(*asked), before)
+
+
 def test_a_second_prior_shares_what_it_does_not_change(prior: Prior) -> None:
     prior.noise(*inputs(prior, 2), adapter(prior, 2, 2)).sum()  # hooks must not go along into a copy
     layers, words = prior.layers(), prior.text_layers()

@@ -18,7 +18,7 @@ from torch import Tensor
 import smsbatch
 from smsbatch.data import pixels
 from smsbatch.errors import RequestError
-from smsbatch.execution.style import style_distance as public_distance
+from smsbatch.execution.measure import style_distance as public_distance
 from smsbatch.metrics.style import StyleReference, frechet, style_distance
 
 TINY = Path(smsbatch.__file__).parent / "tiny"

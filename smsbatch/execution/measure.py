@@ -67,6 +67,8 @@ def style_distance(pictures: Iterable[Picture | str | Path], reference: str | Pa
 def measure(where: str | Manifest, reference: str | Path, *, of_sources: bool = False) -> Measured:
     """Measure a finished run against its sources and a style, as the paper's Tables 1 and 4 do.
 
+    All pictures are held in memory, before and after: some thousand, not millions.
+
     Args:
         reference: as of `style_distance`; FID and ArtFID need a folder.
         of_sources: measure the sources as if they were the results: the paper's column "Real".
@@ -105,7 +107,11 @@ def _pairs(where: str | Manifest) -> tuple[list[dict[str, Any]], list[Picture], 
             for key, fields in read_tar(file):
                 rows.append(done[key])
                 results.append(pixels.decode(fields[manifest.output.format], min_side=1))
-                original = pixels.decode(reader.read(entries[key].fields[entries[key].image]))
+                original = pixels.decode(
+                    reader.read(entries[key].fields[entries[key].image]),
+                    min_side=image.min_side,
+                    max_pixels=image.max_pixels,
+                )
                 sources.append(pixels.fit(original, image.resolution, image.fit))
     return rows, sources, results
 
@@ -117,14 +123,13 @@ def _values(
     reference: str | Path,
     lpips: float | None,
 ) -> tuple[dict[str, float], dict[str, str]]:
-    before, after = ([_tensor(picture) for picture in pictures] for pictures in (sources, results))
-
     def mean(metric: Any) -> float:
-        return float(np.mean([float(metric(*pair)) for pair in zip(before, after, strict=True)]))
+        pairs = zip(sources, results, strict=True)
+        return float(np.mean([float(metric(_tensor(before), _tensor(after))) for before, after in pairs]))
 
     values = {
         "LPIPS": mean(Lpips()) if lpips is None else lpips,
-        "style distance": style.style_distance(after, _reference(reference)),
+        "style distance": style.style_distance(map(_tensor, results), _reference(reference)),
     }
     missing = {name: reason for name in hub.MEASURES if (reason := hub.missing(name)) is not None}
     if "CFSD" not in missing:
@@ -133,14 +138,15 @@ def _values(
         missing["ArtFID"] = f"{reference} has no pictures; give a folder of them"
     if "ArtFID" not in missing:
         network = hub.ArtInception()
-        ours, theirs = (torch.cat([network(image) for image in images]) for images in (after, _pictures(reference)))
+        sets = (map(_tensor, results), _pictures(reference))
+        ours, theirs = (torch.cat([network(image) for image in images]) for images in sets)
         values["FID"] = hub.fid(ours, theirs)
         values["ArtFID"] = (1 + values["LPIPS"]) * (1 + values["FID"])
     if "PickScore" not in missing:
         pick = hub.PickScore()
         values["PickScore"] = float((pick(results, prompts) - pick(sources, prompts)).exp().mean())
     if "HPSv2" not in missing:
-        values["HPSv2"] = float(hub.HpsV2()(after, prompts).mean())
+        values["HPSv2"] = float(hub.HpsV2()(map(_tensor, results), prompts).mean())
     return values, missing
 
 
