@@ -180,6 +180,7 @@ def test_errors_name_file_line_and_key(file: Path, before: str, after: str, mess
         ("objective.learning_rate=.inf", "--set objective.learning_rate: input should be a finite number"),
         ("style.lora=['']", "--set style.lora: names no file"),
         ("objective.spectral_cutoff=true", "--set objective.spectral_cutoff: input should be"),
+        ("objective.name=[sms]", "--set objective.name: input should be 'sms'"),
         ("steps", "expected key.path=value"),
         ("name.x=1", "name is a value, not a section"),
         ("name=]", "not valid YAML"),

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from smsbatch.diffusion import objectives
-from smsbatch.diffusion.objectives import OBJECTIVES, positions, relevance_map
+from smsbatch.diffusion.objectives import OBJECTIVES, _patches, positions, relevance_map
 from smsbatch.diffusion.scores import Ask
 from smsbatch.diffusion.timesteps import Schedule
 from smsbatch.manifest import Objective
@@ -395,3 +395,18 @@ def test_cached_maps_are_those_of_the_nearest_timestep_of_the_grid() -> None:
         direction = oracles.vsd_direction(z[i], t, eps[i], STYLE, FAKE, 1.0, 1.0, "posterior_variance")
         expected = r * direction
         np.testing.assert_allclose(gradient[i].numpy() * z[i].size, expected, atol=5e-4 * np.abs(expected).max())
+
+
+def test_a_map_of_nothing_finite_is_not_finite() -> None:
+    """A map of ones would hide that the model overflowed; so the sample ends as `diverged`."""
+    difference = torch.randn(2, 4, 5, 5)
+    difference[1, 2, 3, 3] = float("nan")
+    mapped = relevance_map(difference, "mean_abs")
+    assert mapped[0].isfinite().all()
+    assert mapped[1].isnan().all()
+
+
+def test_a_layer_of_a_single_row_has_no_patches_of_two() -> None:
+    features = torch.randn(2, 3, 6)
+    assert _patches(features, torch.Size((2, 4, 2, 6)), 1).shape == (2, 3, 6)
+    assert _patches(features, torch.Size((2, 4, 2, 6)), 2).shape == (2, 0, 6)

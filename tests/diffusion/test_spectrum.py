@@ -81,3 +81,15 @@ def test_gradient_and_loss(norm: Literal["l1", "l2"], h: int, w: int, cutoff: Li
             slope = oracles.spectral_gradient_paper(z[i], z_src[i], t, 500, fixed) / z[i].size
         np.testing.assert_allclose(loss[i].item(), value, rtol=1e-4)
         np.testing.assert_allclose(gradient[i].numpy(), slope, atol=1e-6)
+
+
+def test_rounding_has_no_sign() -> None:
+    """Where nothing has moved but rounding, the L1 norm pulls at nothing."""
+    z_src = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    penalty = SpectralPenalty(z_src, norm="l1", t_max=500)
+    nearly = z_src * (1 + 1e-7 * torch.randn(z_src.shape, generator=torch.Generator().manual_seed(1)))
+    assert not torch.equal(nearly, z_src)
+    gradient, loss = penalty.gradient(nearly, torch.tensor([500]))
+    assert not gradient.any()
+    assert loss.item() == 0
+    assert penalty.gradient(z_src + 1e-3, torch.tensor([500]))[0].any()

@@ -263,6 +263,18 @@ def test_every_file_that_results_depend_on_is_digested(model: Path, single: Path
     assert len(found) == len(read) + 3 + len([name for name in found if name.startswith("tiny/")])
 
 
+def test_peft_s_configuration_decides_alpha_and_is_digested(model: Path, lora: Path, tmp_path: Path) -> None:
+    file = tmp_path / "adapter_model.safetensors"
+    shutil.copyfile(lora, file)
+    wanted = manifest(Model(path=str(model)), {"lora": str(file)})
+    alone = digests(wanted)
+    (tmp_path / "adapter_config.json").write_text('{"lora_alpha": 4}')
+    beside = digests(wanted)
+    assert set(beside) - set(alone) == {f"{file} (adapter_config.json)"}
+    (tmp_path / "adapter_config.json").write_text('{"lora_alpha": 8}')
+    assert digests(wanted) != beside
+
+
 def test_a_driver_needs_no_torch_for_any_of_it(model: Path, single: Path) -> None:
     code = (
         "import sys; from smsbatch.diffusion.weights import *; from smsbatch.manifest import Model\n"
