@@ -44,8 +44,9 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
             "fake": {"weight": "one", "trains_on": "before"},
         },
         "fast": {
-            "steps": 250,
-            "relevance_grid": 8,
+            "steps": 375,
+            "learning_rate": 0.1 * 4 / 3,
+            "relevance_grid": 16,
             "fake": {"trains_on": "forward"},
         },
     },
