@@ -171,7 +171,7 @@ def test_errors_name_file_line_and_key(file: Path, before: str, after: str, mess
         ("objective.stall=0", "greater than 0, not 0"),
         ("objective.horizon=0.5", "greater than or equal to 1, not 0.5"),
         ("objective.contrastive_weight=-1", "greater than or equal to 0, not -1"),
-        ("style.scale=[1.0, 0.5]", "scale lists 2 numbers for 1 LoRAs"),
+        ("style.scale=[1.0, 0.5]", "scale lists 2 numbers, style.lora 1 files"),
         ("style.scale=0", "--set style.scale: 0.0 is not between -4 and 4, or is 0"),
         ("style.scale=[5.0]", "5.0 is not between -4 and 4"),
         ("style.model={revision: main}", "style.model.path: is missing"),
@@ -180,6 +180,8 @@ def test_errors_name_file_line_and_key(file: Path, before: str, after: str, mess
         ("objective.learning_rate=.inf", "--set objective.learning_rate: input should be a finite number"),
         ("style.lora=['']", "--set style.lora: names no file"),
         ("objective.spectral_cutoff=true", "--set objective.spectral_cutoff: input should be"),
+        ("style.model={path: tiny, conf: x}", "style.model.conf: no such key; did you mean config?"),
+        ("objective.steps={", "the value is not valid YAML; quote text: objective.steps='...'"),
         ("objective.name=[sms]", "--set objective.name: input should be 'sms'"),
         ("steps", "expected key.path=value"),
         ("name.x=1", "name is a value, not a section"),
@@ -188,6 +190,23 @@ def test_errors_name_file_line_and_key(file: Path, before: str, after: str, mess
 )
 def test_overrides_are_checked_too(file: Path, override: str, message: str) -> None:
     assert message in fails(file, override)
+
+
+@pytest.mark.parametrize("prompt", ["{caption}", "{style}, {caption}", "{caption} in {style}"])
+def test_a_prompt_may_begin_with_a_word_to_fill_in(file: Path, prompt: str) -> None:
+    assert sb.load(file, [f"objective.prompt={prompt}"]).objective.prompt == prompt
+
+
+def test_something_has_to_say_what_the_style_is(file: Path) -> None:
+    assert sb.load(file, ["style.lora=[]"]).style.loras == []
+    assert (
+        sb.load(file, ["style.lora=[]", "style.model=tiny", "objective.preset=paper"]).objective.prompt == "{caption}"
+    )
+    assert "nothing says what the style is" in fails(file, "style.lora=[]", "objective.preset=paper")
+
+
+def test_a_model_may_be_its_path_alone(file: Path) -> None:
+    assert sb.load(file, ["model=tiny", "style.model=tiny"]).model.path == "tiny"
 
 
 def test_yaml_s_off_is_off(file: Path) -> None:

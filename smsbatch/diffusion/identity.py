@@ -66,7 +66,7 @@ def _network() -> nn.Module:
         from elatentlpips import ELatentLPIPS
     except ImportError as error:
         raise WeightsError(
-            f"objective.identity: latent_lpips is an extra ({error}); pip install 'smsbatch[latent-lpips]', "
+            f"objective.identity: latent_lpips is an extra ({error}); pip install elatentlpips 'setuptools<81', "
             "which is not for commercial use, or take spectral"
         ) from error
     path = next((path for path in _candidates() if path.is_file()), None)

@@ -11,6 +11,7 @@ import json
 import re
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -312,6 +313,11 @@ def check_style(manifest: Manifest) -> list[str]:
         WeightsError: model or style are missing or damaged, or the style is for another architecture.
     """
     style, notices = manifest.style, []
+    if manifest.objective.identity == "latent_lpips" and find_spec("elatentlpips") is None:
+        raise WeightsError(
+            "objective.identity: latent_lpips is an extra: pip install elatentlpips 'setuptools<81', which is not for "
+            "commercial use, or take spectral"
+        )
     locate(manifest.model)
     model, key = (style.model, "style.model") if style.model else (manifest.model, "model")
     names = {"unet": parameter_names(model, "unet", key), "text": parameter_names(model, "text_encoder", key)}

@@ -58,9 +58,11 @@ def style_distance(pictures: Iterable[Picture | str | Path], reference: str | Pa
         reference: statistics (`tiny:styles/oil.reference.safetensors`), or a folder of pictures in the style.
 
     Raises:
-        RequestError: there is no picture, or no such reference.
-        SampleError: a picture cannot be read.
+        RequestError: there is no picture, no such file or reference, or an array is something else.
+        SampleError: a picture cannot be decoded.
     """
+    if isinstance(pictures, str | Path):
+        pictures = [pictures]
     return style.style_distance(map(_tensor, map(_read, pictures)), _reference(reference))
 
 
@@ -70,6 +72,7 @@ def measure(where: str | Manifest, reference: str | Path, *, of_sources: bool = 
     All pictures are held in memory, before and after: some thousand, not millions.
 
     Args:
+        where: its output path or URL, or its manifest as `load` gives it.
         reference: as of `style_distance`; FID and ArtFID need a folder.
         of_sources: measure the sources as if they were the results: the paper's column "Real".
 
@@ -169,6 +172,8 @@ def _pictures(reference: str | Path) -> Iterator[Tensor]:
 
 def _read(picture: Picture | str | Path) -> Picture:
     if isinstance(picture, np.ndarray):
+        if picture.dtype != np.uint8 or picture.ndim != 3:
+            raise RequestError(f"a picture is [H, W, 3] uint8, not {list(picture.shape)} {picture.dtype}; convert it")
         return picture
     try:
         return pixels.decode(Path(tiny.resolve(str(picture))).expanduser().read_bytes())

@@ -7,7 +7,7 @@ import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -97,10 +97,10 @@ def _override(data: dict[str, Any], override: str) -> Key:
     names = dotted.strip().split(".")
     if not equals or not all(names):
         raise ManifestError(f"--set {override}: expected key.path=value, for instance output.path=out/x")
-    try:
-        value = yaml.safe_load(text)
+    try:  # a prompt that begins with a word to fill in would be a mapping to YAML
+        value = text if text.startswith(("{style}", "{caption}")) else yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise ManifestError(f"--set {override}: the value is not valid YAML") from error
+        raise ManifestError(f"--set {override}: the value is not valid YAML; quote text: {dotted}='...'") from error
     section = data
     for name in names[:-1]:
         inner = section.setdefault(name, {})
@@ -156,7 +156,6 @@ def _known_keys(section: Key) -> list[str]:
     model: type[BaseModel] = Manifest
     for name in section:
         annotation = model.model_fields[str(name)].annotation
-        assert isinstance(annotation, type)
-        assert issubclass(annotation, BaseModel)
-        model = annotation
+        sections = [annotation, *get_args(annotation)]  # a section may be one or None
+        model = next(kind for kind in sections if isinstance(kind, type) and issubclass(kind, BaseModel))
     return list(model.model_fields)

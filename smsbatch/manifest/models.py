@@ -125,7 +125,7 @@ class Style(Section):
     @model_validator(mode="after")
     def _as_many(self) -> Style:
         if isinstance(self.scale, tuple) and len(self.scale) != len(self.lora):
-            raise ValueError(f"scale lists {len(self.scale)} numbers for {len(self.lora)} LoRAs")
+            raise ValueError(f"scale lists {len(self.scale)} numbers, style.lora {len(self.lora)} files")
         return self
 
     @property
@@ -278,6 +278,17 @@ class Manifest(Section):
                 "output": self.output.model_copy(update={"path": _absolute(self.output.path)}),
             }
         )
+
+    @field_validator("model", mode="before")
+    @classmethod
+    def _path_alone(cls, value: object) -> object:
+        return {"path": value} if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _some_style(self) -> Manifest:
+        if not self.style.lora and self.style.model is None and "{style}" not in self.objective.prompt:
+            raise ValueError("style.lora is empty and objective.prompt has no {style}: nothing says what the style is")
+        return self
 
     @property
     def identity(self) -> str:

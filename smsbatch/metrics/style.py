@@ -108,7 +108,7 @@ def frechet(mean: Tensor, covariance: Tensor, other_mean: Tensor, other_covarian
     """
     overlap = torch.linalg.svdvals(_root(covariance.double()) @ _root(other_covariance.double())).sum()
     spread = covariance.double().trace() + other_covariance.double().trace() - 2 * overlap
-    return float((mean.double() - other_mean.double()).square().sum() + spread)
+    return max(0.0, float((mean.double() - other_mean.double()).square().sum() + spread))
 
 
 def _root(covariance: Tensor) -> Tensor:

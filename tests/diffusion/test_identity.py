@@ -121,7 +121,7 @@ def test_it_leaves_its_inputs_and_the_random_state_alone() -> None:
 def test_without_the_package_it_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     identity._network.cache_clear()
     monkeypatch.setitem(sys.modules, "elatentlpips", None)
-    with pytest.raises(WeightsError, match=r"pip install 'smsbatch\[latent-lpips\]'"):
+    with pytest.raises(WeightsError, match="pip install elatentlpips"):
         LatentLpips(latents(0))
 
 
