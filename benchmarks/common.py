@@ -154,8 +154,9 @@ def pictures(batch: int, side: int, device: str) -> Tensor:
 
 
 def stylize(prior: Prior, style: Prior, images: Tensor, config: Objective) -> Tensor:
-    """Encode, optimize, decode; decoded one at a time, as the package does."""
-    z = optimize(prior, style, prior.encode(images), [PROMPTS] * len(images), range(len(images)), config).z
+    """Encode, optimize, decode; encoded and decoded one at a time, as the package does."""
+    z_src = torch.cat([prior.encode(image[None]) for image in images])
+    z = optimize(prior, style, z_src, [PROMPTS] * len(images), range(len(images)), config).z
     return torch.cat([prior.decode(row[None], images.shape[-2:]) for row in z])
 
 

@@ -27,6 +27,7 @@ epsilon is calibrated to that.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, Protocol
@@ -62,7 +63,7 @@ class Identity(Protocol):
         """`(gradient [B, C, h, w], loss [B])`, both per latent entry."""
 
 
-class Distillation:
+class Distillation(ABC):
     """What the six have in common, for one batch of samples. A subclass says what it asks, and makes G of the answers.
 
     Args:
@@ -71,20 +72,20 @@ class Distillation:
         z_src: source latents [B, C, h, w], float32.
     """
 
+    asks_fake = False
+
     def __init__(self, config: Objective, schedule: Schedule, z_src: Tensor) -> None:
         self.config, self.schedule, self.z_src = config, schedule, z_src
         self.identity = _identity(config, z_src) if config.identity_weight else None
-        self._maps: Tensor | None = None
+        self._times = self._maps = z_src.new_empty(0)  # of the cached relevance maps
 
-    asks_fake = False
-
+    @abstractmethod
     def asks(self, p: Point) -> list[Ask]:
         """The predictions that `direction` needs."""
-        raise NotImplementedError
 
+    @abstractmethod
     def direction(self, p: Point, scores: Scores, *e: Tensor) -> Tensor:
         """G [B, C, h, w] of the predictions `e`, in the order of `asks`."""
-        raise NotImplementedError
 
     def gradient(self, z: Tensor, t: Tensor, eps: Tensor, scores: Scores) -> tuple[Tensor, Tensor]:
         """`(gradient [B, C, h, w], loss [B])` at `z` [B, C, h, w], with its own `t` [B] and noise `eps` for each.
@@ -93,11 +94,11 @@ class Distillation:
         """
         p = self._point(z, t, eps)
         asked = self.asks(p)
-        mapped = self.config.relevance != "off"
-        answers = scores(t, *asked, *(_edits(p.z_t_src) if mapped and self._maps is None else ()))
+        mapped, cached = self.config.relevance != "off", len(self._maps) > 0
+        answers = scores(t, *asked, *(_edits(p.z_t_src) if mapped and not cached else ()))
         g = self.direction(p, scores, *answers[: len(asked)])
         if mapped:
-            g = (self._nearest_map(t) if self._maps is not None else self._relevance(*answers[len(asked) :])) * g
+            g = (self._nearest_map(t) if cached else self._relevance(*answers[len(asked) :])) * g
         gradient, loss = g / z[0].numel(), g.square().flatten(1).mean(1) / 2
         if self.identity is not None:
             pull, distance = self.identity.gradient(z, t)
@@ -108,8 +109,11 @@ class Distillation:
     def cache_maps(self, scores: Scores, noise: Callable[[], Tensor]) -> None:
         """Compute the relevance map at `relevance_grid` timesteps, evenly between `t_min` and `t_max`, each with its
         own noise."""
-        times, maps = self._grid(), []
-        for t in times:
+        config, maps = self.config, []
+        assert config.relevance_grid is not None
+        inner = torch.linspace(config.t_min, config.t_max, config.relevance_grid + 2, device=self.z_src.device)[1:-1]
+        self._times = inner.round().long()
+        for t in self._times:
             p = self._point(self.z_src, t.expand(len(self.z_src)), noise())
             maps.append(self._relevance(*scores(p.t, *_edits(p.z_t_src))))
         self._maps = torch.stack(maps)
@@ -134,14 +138,8 @@ class Distillation:
         assert self.config.relevance != "off"
         return relevance_map(e_edit - e_null, self.config.relevance, self.config.relevance_clip)
 
-    def _grid(self) -> Tensor:
-        config, device = self.config, self.z_src.device
-        assert config.relevance_grid is not None
-        return torch.linspace(config.t_min, config.t_max, config.relevance_grid + 2, device=device)[1:-1].round().long()
-
     def _nearest_map(self, t: Tensor) -> Tensor:
-        assert self._maps is not None
-        nearest = (self._grid()[:, None] - t).abs().argmin(0)
+        nearest = (self._times[:, None] - t).abs().argmin(0)
         return self._maps[nearest, torch.arange(len(t), device=t.device)]
 
 

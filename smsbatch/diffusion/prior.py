@@ -100,8 +100,11 @@ class _Adapted:
     def __call__(self, z_t: Tensor, t: Tensor, text: Tensor, adapter: Adapter | None) -> Tensor:
         self._adapter = adapter
         prediction: Tensor = self._unet(z_t, t, encoder_hidden_states=text, return_dict=False)[0]
-        self._adapter = None  # another prior may share the UNet, and the factors their memory
         return prediction
+
+    def release(self) -> None:
+        """Forget the last call's adapter: another prior may share the UNet, and out of memory its factors must go."""
+        self._adapter = None
 
 
 class Prior:
@@ -235,7 +238,10 @@ class Prior:
         """
         if adapter is not None:
             self._adapted.prepare(adapter)
-        prediction = self._call(z_t.to(self.dtype), t, text.to(self.dtype), adapter).float()
+        try:  # out here, for the compiler
+            prediction = self._call(z_t.to(self.dtype), t, text.to(self.dtype), adapter).float()
+        finally:
+            self._adapted.release()
         if self.prediction == "epsilon":
             return prediction
         return self.schedule.a(t) * prediction + self.schedule.b(t) * z_t
