@@ -17,7 +17,8 @@ import yaml
 
 import smsbatch as sb
 from smsbatch.data.remote import redact
-from smsbatch.manifest import PRESETS, Fake, Manifest, Model, Objective
+from smsbatch.manifest import PRESETS, Distill, Fake, Model, Objective, Optimize, Stylize
+from smsbatch.manifest import schema as of_manifests
 
 GOOD = """\
 task: optimize
@@ -142,7 +143,7 @@ def test_prompts() -> None:
         ("path: tiny", "path: [", "not valid YAML"),
         ("path: tiny", "path: '${NOT_SET}'", "manifest.yaml:6: model.path: the environment has no NOT_SET"),
         ("name: test", "name: test\nname: again", "manifest.yaml:3: name: stands here a second time"),
-        ("task: optimize", "task: dance", "manifest.yaml:1: task: input should be 'optimize', not 'dance'"),
+        ("task: optimize", "task: dance", "manifest.yaml:1: task: is one of optimize, distill, stylize, not 'dance'"),
     ],
 )
 def test_errors_name_file_line_and_key(file: Path, before: str, after: str, message: str) -> None:
@@ -306,7 +307,7 @@ def test_identity_is_all_that_results_depend_on(file: Path) -> None:
 
 def test_the_schema_explains_every_key() -> None:
     """A field without a docstring would be a key that `smsbatch schema` cannot explain."""
-    schema = Manifest.model_json_schema()
+    schema = of_manifests()
 
     def unexplained(section: dict[str, Any], name: str) -> list[str]:
         return [
@@ -315,10 +316,8 @@ def test_the_schema_explains_every_key() -> None:
             if not value.get("description") and "$ref" not in value
         ]
 
-    found = unexplained(schema, "manifest")
-    for name, section in schema["$defs"].items():
-        found += unexplained(section, name)
-    assert found == []
+    assert {"Optimize", "Distill", "Stylize"} <= schema["$defs"].keys()
+    assert [field for name, section in schema["$defs"].items() for field in unexplained(section, name)] == []
     assert all(section.get("description") for section in schema["$defs"].values())
 
 
@@ -330,7 +329,7 @@ def test_manifests_of_the_repository_are_valid() -> None:
         assert sb.load(path).name
         plain = yaml.safe_load(path.read_text())
         assert plain["source"]["urls"].startswith("tiny:")
-        jsonschema.validate(plain, Manifest.model_json_schema())
+        jsonschema.validate(plain, of_manifests())
 
 
 SECRETS = [
@@ -419,3 +418,96 @@ def test_how_storage_is_reached_changes_no_result(file: Path) -> None:
 
 def test_an_endpoint_without_its_scheme_is_explained(file: Path) -> None:
     assert "put http:// or https:// in front" in fails(file, "storage.endpoint=127.0.0.1:9000")
+
+
+DISTILL = """\
+task: distill
+name: oil
+source: {format: folder, urls: "tiny:photos"}
+model: {path: tiny}
+style: {lora: "tiny:styles/oil.safetensors", prompt: oil painting style}
+output: {path: out/oil}
+compute: {workers: 2}
+"""
+STYLIZE = """\
+task: stylize
+name: oil-pictures
+source: {format: folder, urls: "tiny:photos"}
+generator: out/oil
+output: {path: out/oil-pictures}
+"""
+
+
+@pytest.fixture
+def distill(tmp_path: Path) -> Path:
+    file = tmp_path / "distill.yaml"
+    file.write_text(DISTILL)
+    return file
+
+
+@pytest.fixture
+def stylize(tmp_path: Path) -> Path:
+    file = tmp_path / "stylize.yaml"
+    file.write_text(STYLIZE)
+    return file
+
+
+def test_every_task_has_its_own_manifest(file: Path, distill: Path, stylize: Path) -> None:
+    assert [type(sb.load(path)) for path in (file, distill, stylize)] == [Optimize, Distill, Stylize]
+    for path in (file, distill, stylize):
+        manifest = sb.load(path)
+        assert sb.Manifest.model_validate(manifest.dump()) == manifest
+        assert sb.Manifest.model_validate(manifest.absolute().dump()).identity
+        jsonschema.validate(yaml.safe_load(path.read_text()), of_manifests())
+
+
+def test_the_defaults_of_a_training_are_the_paper_s(distill: Path) -> None:
+    training = sb.load(distill).distill
+    assert (training.width, training.blocks, training.repeats, training.skip) == (64, 9, 4, False)
+    assert training.all_steps == training.warmup_steps + training.steps
+
+
+@pytest.mark.parametrize(
+    ("override", "told"),
+    [
+        ("objective.learning_rate=0.1", "objective.learning_rate: no such key"),
+        ("objective.steps=10", "objective.steps: no such key; did you mean timesteps?"),
+        ("objective.preset=fast", "objective: preset: fast is of optimize; a training is made cheaper by"),
+        ("metrics=[lpips]", "metrics: is no key of task distill"),
+        ("output.format=png", "output.format: no such key; known here: path"),
+        ("image.fit=bucket", "image.fit: no such key"),
+        ("image.resolution=100", "image.resolution: 100 is no multiple of 8"),
+        ("compute.precision=fp16", "compute: precision: fp16 has too small a range to train in; take bf16"),
+        ("distill.images_per_step=5", "distill.images_per_step (5) cannot be divided among 2 workers"),
+        ("distill.betas=[0.5, 1]", "distill.betas: input should be less than 1, not 1"),
+    ],
+)
+def test_what_a_training_does_not_take_is_explained(distill: Path, override: str, told: str) -> None:
+    with pytest.raises(sb.ManifestError) as caught:
+        sb.load(distill, [override])
+    assert told in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("override", "told"),
+    [
+        ("objective.name=dds", "objective: is no key of task stylize"),
+        ("model.path=tiny", "model: is no key of task stylize"),
+        ("tiles.size=130", "tiles.size: input should be a multiple of 4, not 130"),
+        ("tiles={size: 256, overlap: 160}", "tiles: overlap (160) is more than half of size (256)"),
+        ("generator=''", "generator: string should have at least 1 character"),
+    ],
+)
+def test_what_stylize_does_not_take_is_explained(stylize: Path, override: str, told: str) -> None:
+    with pytest.raises(sb.ManifestError) as caught:
+        sb.load(stylize, [override])
+    assert told in str(caught.value)
+
+
+def test_where_a_generator_lies_is_found_from_any_folder(
+    stylize: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert sb.load(stylize).absolute().generator == str(tmp_path / "out" / "oil")
+    assert sb.load(stylize, ["generator=s3://bucket/oil"]).absolute().generator == "s3://bucket/oil"

@@ -13,7 +13,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from smsbatch.errors import ManifestError
-from smsbatch.manifest import Manifest
+from smsbatch.manifest import TASKS, Manifest
 
 __all__ = ["load"]
 
@@ -46,10 +46,14 @@ def load(path: str | os.PathLike[str], overrides: Iterable[str] = ()) -> Manifes
     lines = _lines(root, file)
     set_keys = [_override(data, override) for override in overrides]
     data = _from_environment(data, (), file, lines)
+    task = data.get("task", "optimize")
+    if task not in list(TASKS):
+        where = "--set task" if ("task",) in set_keys else _where(file, ("task",), lines)
+        raise ManifestError(f"{where}: is one of {', '.join(TASKS)}, not {task!r}")
     try:
-        return Manifest.model_validate(data)
+        return TASKS[task].model_validate(data)
     except ValidationError as error:
-        raise ManifestError("\n".join(_explain(error, file, lines, set_keys))) from error
+        raise ManifestError("\n".join(_explain(error, TASKS[task], file, lines, set_keys))) from error
 
 
 Key = tuple[str | int, ...]
@@ -119,7 +123,9 @@ def _where(file: Path, key: Key, lines: Mapping[Key, int]) -> str:
     return f"{place}: {dotted}" if dotted else place
 
 
-def _explain(error: ValidationError, file: Path, lines: Mapping[Key, int], set_keys: Sequence[Key]) -> list[str]:
+def _explain(
+    error: ValidationError, kind: type[Manifest], file: Path, lines: Mapping[Key, int], set_keys: Sequence[Key]
+) -> list[str]:
     """One line for each key at fault."""
     explained: dict[str, list[str]] = {}
     problems = error.errors()
@@ -134,16 +140,18 @@ def _explain(error: ValidationError, file: Path, lines: Mapping[Key, int], set_k
         if problem["type"] not in ("missing", "extra_forbidden"):  # pydantic appends the names of a union's members
             key = next((key[:n] for n in range(len(key), 0, -1) if key[:n] in lines or key[:n] in set_keys), key)
         where = f"--set {'.'.join(map(str, key))}" if key in set_keys else _where(file, key, lines)
-        explained.setdefault(where, []).append(_message(key, problem))
+        explained.setdefault(where, []).append(_message(key, problem, kind))
     return [f"{where}: {', or '.join(dict.fromkeys(messages))}" for where, messages in explained.items()]
 
 
-def _message(key: Key, problem: Mapping[str, Any]) -> str:
+def _message(key: Key, problem: Mapping[str, Any], kind: type[Manifest]) -> str:
     if problem["type"] == "missing":
         return "is missing; `smsbatch schema` lists every key"
     if problem["type"] == "extra_forbidden":
-        known = _known_keys(key[:-1])
+        known = _known_keys(key[:-1], kind)
         close = difflib.get_close_matches(str(key[-1]), known, n=1)
+        if len(key) == 1 and any(key[0] in other.model_fields for other in TASKS.values()):
+            return f"is no key of task {kind.model_fields['task'].annotation.__args__[0]}"  # type: ignore[union-attr]
         return "no such key; " + (f"did you mean {close[0]}?" if close else f"known here: {', '.join(known)}")
     message: str = problem["msg"].removeprefix("Value error, ")
     ours = message != problem["msg"]
@@ -152,8 +160,8 @@ def _message(key: Key, problem: Mapping[str, Any]) -> str:
     return message[0].lower() + message[1:] + shown
 
 
-def _known_keys(section: Key) -> list[str]:
-    model: type[BaseModel] = Manifest
+def _known_keys(section: Key, kind: type[Manifest]) -> list[str]:
+    model: type[BaseModel] = kind
     for name in section:
         annotation = model.model_fields[str(name)].annotation
         sections = [annotation, *get_args(annotation)]  # a section may be one or None

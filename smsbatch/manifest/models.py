@@ -1,18 +1,28 @@
-"""The sections of a manifest and the manifest itself: every field, its default, its explanation and its validation."""
+"""The sections of a manifest: every field, its default, its explanation and its validation."""
 
 from __future__ import annotations
 
-import hashlib
-import json
-from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from smsbatch.manifest.objective import Objective
-from smsbatch.manifest.section import Section
+from smsbatch.manifest.section import Beta, Section
 
-__all__ = ["Compute", "Errors", "Image", "Manifest", "Model", "Output", "Source", "Storage", "Style"]
+__all__ = [
+    "Compute",
+    "Crops",
+    "Destination",
+    "Errors",
+    "Image",
+    "Model",
+    "Output",
+    "Pictures",
+    "Source",
+    "Storage",
+    "Style",
+    "Tiles",
+    "Training",
+]
 
 
 def _or_one(schema: dict[str, Any]) -> None:
@@ -48,8 +58,10 @@ class Source(Section):
     """Of tables."""
     max_bytes: int = Field(100_000_000, ge=1)
     """A picture's file with more bytes is a failed row (`too_large`), and is never read or downloaded whole."""
+    skip: int = Field(0, ge=0)
+    """Leave out so many samples, the first."""
     limit: int | None = Field(None, ge=1)
-    """Take only so many samples, the first. `--limit N` sets it."""
+    """Take only so many samples, the first after `skip`. `--limit N` sets it."""
 
     @field_validator("urls", "images", "caption", mode="before")
     @classmethod
@@ -135,7 +147,16 @@ class Style(Section):
         return list(zip(self.lora, scales, strict=True))
 
 
-class Image(Section):
+class Pictures(Section):
+    """Which of the source's pictures are taken."""
+
+    max_pixels: int = Field(100_000_000, ge=1, le=178_000_000)
+    """A source picture with more pixels is a failed row (`too_large`), and is never decoded."""
+    min_side: int = Field(32, ge=32)
+    """A source picture with a shorter side, in pixels, is a failed row (`too_small`). Below 32 LPIPS sees nothing."""
+
+
+class Image(Pictures):
     """From the source's pictures to the size that is stylized, which is the size of the result."""
 
     resolution: int = Field(512, ge=32)
@@ -144,17 +165,98 @@ class Image(Section):
     """`short_side`: scaled, any aspect ratio; `center_crop`: a square; `bucket`: scaled and cropped by a little to the
     nearest of a few sizes of about resolution x resolution pixels, so that pictures of many shapes batch well; `none`:
     left as it is."""
-    max_pixels: int = Field(100_000_000, ge=1, le=178_000_000)
-    """A source picture with more pixels is a failed row (`too_large`), and is never decoded."""
-    min_side: int = Field(32, ge=32)
-    """A source picture with a shorter side, in pixels, is a failed row (`too_small`). Below 32 LPIPS sees nothing."""
 
 
-class Output(Section):
-    """Where results go, and in which pieces."""
+class Crops(Pictures):
+    """From the source's pictures to the squares that a generator is trained on."""
+
+    resolution: int = Field(512, ge=32)
+    """Pixels of a square's side."""
+    zoom: float = Field(1.0, ge=1, le=8)
+    """The picture's short side is scaled to `resolution` times a number from 1 to this, at random, before a square is
+    cut out at random."""
+    flip: bool = True
+    """Mirror every second square, at random."""
+
+    @field_validator("resolution")
+    @classmethod
+    def _whole_strides(cls, value: int) -> int:
+        if value % 8:
+            raise ValueError(f"{value} is no multiple of 8")
+        return value
+
+
+class Tiles(Section):
+    """How a picture is stylized that is far larger than what the generator was trained on."""
+
+    size: int = Field(1024, ge=64, multiple_of=4)
+    """Pixels of a tile's side. A picture with a longer side goes through the generator tile by tile, with the
+    normalization's statistics of the whole, so that no tile looks different from its neighbours."""
+    overlap: int = Field(128, ge=0, multiple_of=4)
+    """Pixels that neighbouring tiles share, and over which one fades into the other."""
+    thumbnail: int = Field(768, ge=64)
+    """The whole picture, scaled to so many pixels of its long side, is where the statistics are taken from
+    (arXiv 2103.11784)."""
+
+    @model_validator(mode="after")
+    def _advancing(self) -> Tiles:
+        if 2 * self.overlap > self.size:
+            raise ValueError(f"overlap ({self.overlap}) is more than half of size ({self.size})")
+        return self
+
+
+class Training(Section):
+    """How a style is distilled into a generator (paper, section 4)."""
+
+    width: int = Field(64, ge=4, le=512)
+    """Channels of the generator's first layer; 64 and 9 blocks make 11.4 million parameters."""
+    blocks: int = Field(9, ge=1, le=64)
+    """Residual blocks of the generator."""
+    skip: bool = False
+    """Let the generator add to its input instead of painting anew. Without it, as in the paper, its normalization loses
+    every picture's brightness and colour of light: docs/distill.md."""
+    warmup_steps: int = Field(1000, ge=0)
+    """Steps in which the generator learns to reproduce its input (L1), before any score is asked."""
+    steps: int = Field(30_000, ge=1)
+    """Steps of the objective, after the warm-up; the timesteps narrow over all of them (Eq. 7)."""
+    images_per_step: int = Field(4, ge=1)
+    """Different pictures in a step, over all workers together, among whom they are divided."""
+    repeats: int = Field(4, ge=1)
+    """Pairs of timestep and noise for each picture in a step; the paper's B."""
+    learning_rate: float = Field(2e-4, gt=0)
+    """Of Adam on the generator."""
+    betas: tuple[Beta, Beta] = (0.5, 0.999)
+    """Of Adam on the generator."""
+    decay: float = Field(0.5, ge=0, le=1)
+    """The learning rate falls linearly to zero over this last fraction of `steps`."""
+    ema: float = Field(0.999, ge=0, lt=1)
+    """Decay of the running average of the generator's parameters, which is what is saved; 0 is none."""
+    checkpoint_vae: bool = False
+    """Compute the VAE's activations a second time instead of keeping them: less memory, more time."""
+    checkpoint_every: int = Field(500, ge=1)
+    """Steps between two checkpoints."""
+    keep: int = Field(3, ge=1)
+    """Checkpoints that are kept, the last."""
+    log_every: int = Field(20, ge=1)
+    """Steps between two lines of the log."""
+    grid_every: int = Field(500, ge=1)
+    """Steps between two pictures of what the generator does."""
+
+    @property
+    def all_steps(self) -> int:
+        return self.warmup_steps + self.steps
+
+
+class Destination(Section):
+    """Where results go."""
 
     path: str = Field(min_length=1)
     """A new folder, of this run alone."""
+
+
+class Output(Destination):
+    """Where results go, and in which pieces."""
+
     samples_per_shard: int = Field(1000, ge=1)
     """Samples of one output tar."""
     samples_per_unit: int = Field(64, ge=1)
@@ -181,15 +283,19 @@ class Compute(Section):
     threads: int | Literal["auto"] = "auto"
     """CPU threads of torch in a worker; `auto`: the machine's cores, divided among the workers."""
     batch_size: int = Field(8, ge=1)
-    """Samples optimized together: those of a unit that have one size after `image.fit`."""
+    """Samples computed together: those of a unit that have one size after `image.fit`; or tiles of one; or, of a
+    `distill` step, as many of a worker's pictures as its memory holds."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    """Of the frozen models; `auto`: bf16 on CUDA, else fp32. Latents, LoRAs and optimizers are always fp32."""
+    """Of the frozen models; `auto`: bf16 on CUDA, else fp32. Latents, LoRAs and optimizers are always fp32. A generator
+    in training computes in bf16 under `bf16` and has its parameters in fp32; a finished one takes fp16 for `auto` on
+    CUDA."""
     channels_last: bool = False
-    """Lay the UNets' convolutions out with channels last. Measure first: docs/benchmarks.md."""
+    """Lay the convolutions of UNets or generator out with channels last. Measure first: docs/benchmarks.md."""
     compile: bool = False
-    """Compile the UNets with torch.compile: minutes at the start, once per shape. Measure first."""
+    """Compile UNets or generator with torch.compile: minutes at the start, once per shape. Measure first."""
     retries: int = Field(2, ge=0)
-    """How often a unit is tried again after its worker died, before the guilty sample is searched for."""
+    """How often a unit is tried again after its worker died, before the guilty sample is searched for; and how often a
+    training goes on from its last checkpoint after a worker died."""
 
     @field_validator("workers", "threads")
     @classmethod
@@ -238,75 +344,3 @@ class Errors(Section):
     """Failed samples over all planned samples."""
     max_failed_fraction_per_unit: float = Field(1.0, ge=0, le=1)
     """Failed samples of one unit over its samples: what is wrong with all at once should not go on for long."""
-
-
-class Manifest(Section):
-    """One job."""
-
-    task: Literal["optimize"] = "optimize"
-    """`optimize`: every image on its own."""
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
-    """Of the run, in its report and dataset card."""
-    seed: int = Field(0, ge=0, lt=2**63)
-    """Of the run; a sample's own seed is made of this and its key."""
-    source: Source
-    model: Model
-    style: Style
-    objective: Objective = Objective()
-    image: Image = Image()
-    output: Output
-    metrics: tuple[Literal["lpips"], ...] = ("lpips",)
-    """Computed for every sample at the result's size, one column each."""
-    compute: Compute = Compute()
-    storage: Storage = Storage()
-    errors: Errors = Errors()
-
-    def dump(self) -> dict[str, Any]:
-        """The resolved manifest as plain data, every default written out."""
-        return self.model_dump(mode="json")
-
-    def absolute(self) -> Manifest:
-        """The same job for a process with another working folder: relative local paths made absolute."""
-        style = {
-            "lora": tuple(map(_absolute, self.style.lora)),
-            "model": self.style.model and _located(self.style.model),
-        }
-        return self.model_copy(
-            update={
-                "model": _located(self.model),
-                "style": self.style.model_copy(update=style),
-                "output": self.output.model_copy(update={"path": _absolute(self.output.path)}),
-            }
-        )
-
-    @field_validator("model", mode="before")
-    @classmethod
-    def _path_alone(cls, value: object) -> object:
-        return {"path": value} if isinstance(value, str) else value
-
-    @model_validator(mode="after")
-    def _some_style(self) -> Manifest:
-        if not self.style.lora and self.style.model is None and "{style}" not in self.objective.prompt:
-            raise ValueError("style.lora is empty and objective.prompt has no {style}: nothing says what the style is")
-        return self
-
-    @property
-    def identity(self) -> str:
-        """SHA-256 of all that results depend on: not where they lie, who computes them and how many may fail."""
-        plain = self.dump()
-        plain["compute"] = plain["compute"]["precision"]
-        del plain["errors"], plain["storage"], plain["output"]["path"]
-        return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
-
-
-def _located(model: Model) -> Model:
-    """With what lies here by its absolute path; the rest are hub ids."""
-    paths = {"path": model.path, "config": model.config}
-    return model.model_copy(
-        update={name: _absolute(path) for name, path in paths.items() if path and Path(path).exists()}
-    )
-
-
-def _absolute(path: str) -> str:
-    is_local = "://" not in path and not path.startswith("tiny:")
-    return str(Path(path).expanduser().absolute()) if is_local else path

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from smsbatch.manifest.section import Section
+from smsbatch.manifest.section import Beta, Section
 
-__all__ = ["PRESETS", "Fake", "Objective", "Prompts"]
+__all__ = ["PRESETS", "Fake", "Objective", "Prompts", "ScoreObjective"]
 
 _BARE = {  # what only SMS has, switched off
     "relevance": "off",
@@ -88,9 +88,6 @@ of arXiv 2311.18608. The learning rate of dds and cds is theirs at 64 x 64, for 
 something else than the latent of one image, the optimizer is that of SMS, without weight decay."""
 
 
-Beta = Annotated[float, Field(ge=0, lt=1)]
-
-
 class Prompts(NamedTuple):
     """The words of one sample."""
 
@@ -121,15 +118,19 @@ class Fake(Section):
     """What the noise error is multiplied by before squaring: `alpha_bar` (released code) or nothing (Eq. 19)."""
     trains_on: Literal["result", "before", "forward"] = "result"
     """The latent after this iteration's update (released code), or before it (Algorithm 1), at a timestep and noise of
-    its own; or `forward`: the very prediction that the gradient used, which saves a forward."""
+    its own; or `forward`: the very prediction that the gradient used, which saves a forward. Under `distill` the
+    generator's pictures are those of before its update either way."""
+    updates: int = Field(1, ge=1)
+    """Training steps in an iteration, each at timesteps and noise of its own."""
     t_min: int | None = Field(None, ge=0, le=998)
     """Smallest timestep it trains at; default: the objective's."""
     t_max: int | None = Field(None, ge=1, le=999)
     """Largest timestep it trains at; default: the objective's."""
 
 
-class Objective(Section):
-    """What optimizes a latent, with every constant. Defaults are those of the authors' released code."""
+class ScoreObjective(Section):
+    """What turns scores into a gradient on a latent, with every constant. Defaults are those of the authors' released
+    code."""
 
     name: Literal["sms", "vsd", "sds", "dds", "pds", "cds"] = "sms"
     """`sms`: Style Matching Score (paper, Eq. 6). `vsd`, `sds`, `dds`, `pds`, `cds`: variational score distillation,
@@ -139,8 +140,6 @@ class Objective(Section):
 
     `paper` and `fast` are of `sms`. Where the paper is silent (w_t, learning rates, lambda), `paper` takes the released
     constants."""
-    steps: int = Field(500, ge=1)
-    """Iterations per image."""
     guidance: float = Field(4.5, ge=1)
     """Classifier-free guidance g of the style score; 1 is none."""
     fake_guidance: float = Field(4.5, ge=1)
@@ -181,22 +180,6 @@ class Objective(Section):
     """Largest timestep; under `adaptive` of the first iteration alone."""
     grid: Literal[1, 2] = 2
     """1: every timestep; 2: the released code's 500-step grid, odd timesteps only."""
-    optimizer: Literal["adamw", "sgd"] = "adamw"
-    """Of the latent. Under `sgd` the learning rate multiplies the gradient of Eq. 2 itself, whatever the latent's
-    size."""
-    learning_rate: float = Field(0.1, gt=0)
-    """Peak learning rate on the latent."""
-    betas: tuple[Beta, Beta] = (0.9, 0.999)
-    """Of AdamW on the latent."""
-    weight_decay: float = Field(0.01, ge=0)
-    """Of AdamW on the latent. The released code's, by torch's default: it pulls the image toward grey."""
-    warmup: float = Field(0.2, ge=0, lt=1)
-    """Linear warm-up, as a fraction of the steps."""
-    horizon: float | None = Field(1.5, ge=1)
-    """Where the cosine after the warm-up would reach zero, in runs; null: constant."""
-    stall: float | None = Field(None, gt=0)
-    """Stop a sample when ten iterations have moved its latent by less than this fraction of its norm; default: never.
-    A batch ends with its last sample."""
     contrastive_weight: float = Field(3.0, ge=0)
     """Of the contrastive term of CDS."""
     fake: Fake = Fake()
@@ -213,7 +196,7 @@ class Objective(Section):
             return data
         if preset not in PRESETS[name]:
             raise ValueError(f"preset {preset} is of sms, not of {name}; leave it out")
-        constants = PRESETS[name][preset]
+        constants = {key: value for key, value in PRESETS[name][preset].items() if key in cls.model_fields}
         merged = constants | dict(data)
         given = data.get("fake", {})
         if isinstance(given, Mapping):
@@ -233,7 +216,7 @@ class Objective(Section):
         return value
 
     @model_validator(mode="after")
-    def _ordered(self) -> Objective:
+    def _ordered(self) -> Self:
         if self.t_min >= self.t_max:
             raise ValueError(f"t_min ({self.t_min}) must be below t_max ({self.t_max})")
         fake_min, fake_max = self.fake_range
@@ -241,6 +224,8 @@ class Objective(Section):
             raise ValueError(f"fake.t_min ({fake_min}) must be below fake.t_max ({fake_max})")
         if self.fake.trains_on == "forward" and self.name not in ("sms", "vsd"):
             raise ValueError(f"{self.name} asks no fake score; leave fake.trains_on out")
+        if self.fake.trains_on == "forward" and self.fake.updates > 1:
+            raise ValueError("fake.updates is 1 where the fake score trains on the gradient's own prediction")
         return self
 
     @field_validator("prompt", "source_prompt", "edit_prompt")
@@ -269,3 +254,26 @@ class Objective(Section):
                 for template in (self.prompt, self.source_prompt, self.edit_prompt)
             )
         )
+
+
+class Objective(ScoreObjective):
+    """What optimizes a latent: the gradient, and the optimizer that follows it."""
+
+    steps: int = Field(500, ge=1)
+    """Iterations per image."""
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    """Of the latent. Under `sgd` the learning rate multiplies the gradient of Eq. 2 itself, whatever the latent's
+    size."""
+    learning_rate: float = Field(0.1, gt=0)
+    """Peak learning rate on the latent."""
+    betas: tuple[Beta, Beta] = (0.9, 0.999)
+    """Of AdamW on the latent."""
+    weight_decay: float = Field(0.01, ge=0)
+    """Of AdamW on the latent. The released code's, by torch's default: it pulls the image toward grey."""
+    warmup: float = Field(0.2, ge=0, lt=1)
+    """Linear warm-up, as a fraction of the steps."""
+    horizon: float | None = Field(1.5, ge=1)
+    """Where the cosine after the warm-up would reach zero, in runs; null: constant."""
+    stall: float | None = Field(None, gt=0)
+    """Stop a sample when ten iterations have moved its latent by less than this fraction of its norm; default: never.
+    A batch ends with its last sample."""

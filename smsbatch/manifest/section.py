@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-__all__ = ["SECRET", "Section"]
+__all__ = ["SECRET", "Beta", "Section"]
+
+Beta = Annotated[float, Field(ge=0, lt=1)]
 
 SECRET = re.compile(
     # Before a web server's host anything, elsewhere a password: `abfs://container@account` is no secret.

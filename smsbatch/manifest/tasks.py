@@ -1,0 +1,184 @@
+"""The manifest itself: what every task has, and what each of the three adds.
+
+`Manifest.model_validate` gives the class of the task that the data names.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from pydantic import Field, ModelWrapValidatorHandler, TypeAdapter, field_validator, model_validator
+
+from smsbatch.manifest.models import (
+    Compute,
+    Crops,
+    Destination,
+    Errors,
+    Image,
+    Model,
+    Output,
+    Pictures,
+    Source,
+    Storage,
+    Style,
+    Tiles,
+    Training,
+)
+from smsbatch.manifest.objective import Objective, ScoreObjective
+from smsbatch.manifest.section import Section
+
+__all__ = ["TASKS", "Dataset", "Distill", "Manifest", "Optimize", "Styled", "Stylize", "schema"]
+
+
+class Manifest(Section):
+    """One job."""
+
+    task: str
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    """Of the run, in its report and dataset card."""
+    seed: int = Field(0, ge=0, lt=2**63)
+    """Of the run; a sample's own seed is made of this and its key."""
+    source: Source
+    image: Pictures
+    output: Destination
+    compute: Compute = Compute()
+    storage: Storage = Storage()
+    errors: Errors = Errors()
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _of_its_task(cls, data: Any, handler: ModelWrapValidatorHandler[Self]) -> Any:
+        if cls is not Manifest or not isinstance(data, Mapping):
+            return handler(data)
+        task = data.get("task", "optimize")
+        if not isinstance(task, str) or task not in TASKS:
+            raise ValueError(f"task: {task!r} is none of {', '.join(TASKS)}")
+        return TASKS[task].model_validate(data)
+
+    def dump(self) -> dict[str, Any]:
+        """The resolved manifest as plain data, every default written out."""
+        return self.model_dump(mode="json")
+
+    def absolute(self) -> Self:
+        """The same job for a process with another working folder: relative local paths made absolute."""
+        return self.model_copy(update={"output": self.output.model_copy(update={"path": _absolute(self.output.path)})})
+
+    @property
+    def identity(self) -> str:
+        """SHA-256 of all that results depend on: not where they lie, who computes them and how many may fail."""
+        plain = self.dump()
+        plain["compute"] = plain["compute"]["precision"]
+        del plain["errors"], plain["storage"], plain["output"]["path"]
+        return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
+
+
+class Styled(Manifest):
+    """A task that asks the scores."""
+
+    model: Model
+    style: Style
+    objective: ScoreObjective = ScoreObjective()
+
+    def absolute(self) -> Self:
+        style = {
+            "lora": tuple(map(_absolute, self.style.lora)),
+            "model": self.style.model and _located(self.style.model),
+        }
+        update = {"model": _located(self.model), "style": self.style.model_copy(update=style)}
+        return super().absolute().model_copy(update=update)
+
+    @field_validator("model", mode="before")
+    @classmethod
+    def _path_alone(cls, value: object) -> object:
+        return {"path": value} if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _some_style(self) -> Self:
+        if not self.style.lora and self.style.model is None and "{style}" not in self.objective.prompt:
+            raise ValueError("style.lora is empty and objective.prompt has no {style}: nothing says what the style is")
+        return self
+
+
+class Dataset(Manifest):
+    """A task that makes a dataset: a row for every sample, and shards."""
+
+    image: Image = Image()
+    output: Output
+    metrics: tuple[Literal["lpips"], ...] = ("lpips",)
+    """Computed for every sample at the result's size, one column each."""
+
+
+class Optimize(Dataset, Styled):
+    """Every image on its own, by the scores."""
+
+    task: Literal["optimize"] = "optimize"
+    """`optimize`: every image on its own."""
+    objective: Objective = Objective()
+
+
+class Distill(Styled):
+    """The style into a generator."""
+
+    task: Literal["distill"]
+    """`distill`: train a generator on the images."""
+    image: Crops = Crops()
+    distill: Training = Training()
+
+    @field_validator("compute")
+    @classmethod
+    def _wide_enough(cls, value: Compute) -> Compute:
+        if value.precision == "fp16":
+            raise ValueError("precision: fp16 has too small a range to train in; take bf16")
+        return value
+
+    @field_validator("objective")
+    @classmethod
+    def _of_a_training(cls, value: ScoreObjective) -> ScoreObjective:
+        if value.preset == "fast":
+            raise ValueError("preset: fast is of optimize; a training is made cheaper by relevance_grid: 1")
+        return value
+
+    @model_validator(mode="after")
+    def _divisible(self) -> Self:
+        workers, images = self.compute.workers, self.distill.images_per_step
+        if self.compute.pool == "ray" and isinstance(workers, int) and images % workers:
+            raise ValueError(f"distill.images_per_step ({images}) cannot be divided among {workers} workers")
+        return self
+
+
+class Stylize(Dataset):
+    """Every image in one pass of a generator."""
+
+    task: Literal["stylize"]
+    """`stylize`: every image in one pass of a generator."""
+    generator: str = Field(min_length=1)
+    """Where it is: the output of a `distill` run, or a folder with its two files; on disk or in an object store."""
+    tiles: Tiles = Tiles()
+
+    def absolute(self) -> Self:
+        return super().absolute().model_copy(update={"generator": _absolute(self.generator)})
+
+
+TASKS: dict[str, type[Manifest]] = {"optimize": Optimize, "distill": Distill, "stylize": Stylize}
+
+
+def schema() -> dict[str, Any]:
+    """The JSON Schema of manifests, of all tasks."""
+    return TypeAdapter(Optimize | Distill | Stylize).json_schema()
+
+
+def _located(model: Model) -> Model:
+    """With what lies here by its absolute path; the rest are hub ids."""
+    paths = {"path": model.path, "config": model.config}
+    return model.model_copy(
+        update={name: _absolute(path) for name, path in paths.items() if path and Path(path).exists()}
+    )
+
+
+def _absolute(path: str) -> str:
+    is_local = "://" not in path and not path.startswith("tiny:")
+    return str(Path(path).expanduser().absolute()) if is_local else path
