@@ -1,8 +1,8 @@
-"""The fake score: the prior with one LoRA per sample, trained on that sample's current result (paper, Eq. 19)."""
+"""The fake score: the prior with a LoRA trained on current results (paper, Eq. 19), one per sample or one for all."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -16,14 +16,18 @@ _FP16_LOSS_SCALE = 2.0**14  # the mean over a latent of 4 x 64 x 64 and fp16's s
 
 
 class FakeScore:
-    """The LoRAs of B samples, their optimizer, and the training step.
+    """B LoRAs, their optimizer, and the training step.
 
     The factors are A [B, r, in] and B [B, out, r] on every attention layer the configuration names, applied by one
     batched product. Losses are summed over samples of per-sample means and AdamW works element by element, so this *is*
-    B separate runs, up to the rounding of the kernels.
+    B separate runs, up to the rounding of the kernels. A batch has one row per LoRA or, of a single LoRA, any number.
 
     Args:
-        generators: one per sample; each draws its own LoRA's initial values (A Kaiming-uniform as peft's, B zero).
+        generators: one per LoRA; each draws its initial values (A Kaiming-uniform as peft's, B zero).
+
+    Attributes:
+        factors: the parameters, by "down.<layer>" and "up.<layer>".
+        optimizer: of the factors, in their order.
     """
 
     def __init__(self, prior: Prior, config: Fake, generators: Sequence[torch.Generator]) -> None:
@@ -42,26 +46,35 @@ class FakeScore:
             up = torch.zeros(len(generators), out_features, config.rank, device=prior.device)
             self._down[name] = torch.stack(draws).to(prior.device).requires_grad_()
             self._up[name] = up.requires_grad_()
-        self._optimizer = torch.optim.AdamW(
-            [*self._down.values(), *self._up.values()],
-            lr=config.learning_rate,
-            betas=config.betas,
-            weight_decay=config.weight_decay,
+        self.factors = {f"down.{name}": factor for name, factor in self._down.items()}
+        self.factors |= {f"up.{name}": factor for name, factor in self._up.items()}
+        self.optimizer = torch.optim.AdamW(
+            self.factors.values(), lr=config.learning_rate, betas=config.betas, weight_decay=config.weight_decay
         )
         self._loss_scale = _FP16_LOSS_SCALE if prior.dtype == torch.float16 else 1.0
 
     def adapter(self, rows: int) -> Adapter:
-        """What makes the first `rows` rows of a call to the prior those of the fake score; row i is sample i % B's."""
+        """What makes the first `rows` rows of a call to the prior those of the fake score; row i is LoRA i % B's."""
         return Adapter(self.config.alpha / self.config.rank, self._down, self._up, rows)
+
+    def predict(self, z: Tensor, t: Tensor, eps: Tensor, text: Tensor) -> Tensor:
+        """The noise prediction [N, C, h, w] of `z` noised by `eps` at `t` [N], with its graph."""
+        with torch.enable_grad():
+            return self.prior.noise(self.prior.schedule.add_noise(z, t, eps), t, text, self.adapter(len(z)))
 
     def train_step(self, z: Tensor, t: Tensor, eps: Tensor, text: Tensor) -> Tensor:
         """One AdamW step of every sample's LoRA at its own `z`, `t` [B] and `eps`; the losses [B]."""
-        with torch.enable_grad():
-            e = self.prior.noise(self.prior.schedule.add_noise(z, t, eps), t, text, self.adapter(len(z)))
-        return self.learn(e, t, eps)
+        return self.learn(self.predict(z, t, eps, text), t, eps)
 
     def learn(self, e: Tensor, t: Tensor, eps: Tensor) -> Tensor:
-        """The step, given the prediction `e` [B, C, h, w] with its graph: MSE of what the model itself predicts.
+        """The step, given the prediction `e` [B, C, h, w] with its graph."""
+        losses = self.add_gradient(e, t, eps)
+        self.update()
+        return losses
+
+    def add_gradient(self, e: Tensor, t: Tensor, eps: Tensor, share: float = 1.0) -> Tensor:
+        """Add the gradient of `share` times the sum of the losses [N], which are returned: MSE of what the model itself
+        predicts.
 
         That is the noise or, under v-prediction, v, whose error is the noise's by a_t. With weight "alpha_bar" the
         error is scaled by abar_t before squaring, as the released code's is.
@@ -74,12 +87,16 @@ class FakeScore:
             if self.config.weight == "alpha_bar":
                 error = error * schedule.abar[t].view(-1, 1, 1, 1)
             losses = error.square().flatten(1).mean(1)
-            self._optimizer.zero_grad()
-            (losses.sum() * self._loss_scale).backward()  # type: ignore[no-untyped-call]
-        if self._loss_scale != 1:
-            for factor in (*self._down.values(), *self._up.values()):
-                assert factor.grad is not None
-                # What overflowed is left out of this one step; what is wrong for good still ends as `diverged`.
-                factor.grad = (factor.grad / self._loss_scale).nan_to_num(0.0, 0.0, 0.0)
-        self._optimizer.step()
+            (losses.sum() * (share * self._loss_scale)).backward()  # type: ignore[no-untyped-call]
         return losses.detach()
+
+    def update(self, average: Callable[[list[Tensor]], None] = lambda tensors: None) -> None:
+        """One AdamW step along the gradients that were added, once `average` has made them the mean of all workers."""
+        gradients = [factor.grad for factor in self.factors.values() if factor.grad is not None]
+        if self._loss_scale != 1:
+            for gradient in gradients:
+                # What overflowed is left out of this one step; what is wrong for good still ends as `diverged`.
+                gradient.div_(self._loss_scale).nan_to_num_(0.0, 0.0, 0.0)
+        average(gradients)
+        self.optimizer.step()
+        self.optimizer.zero_grad()

@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 
 from smsbatch.diffusion.weights import locate, locate_lora, parameter_names
 from smsbatch.errors import WeightsError
-from smsbatch.manifest import Manifest
+from smsbatch.manifest import Styled
 
 __all__ = ["Key", "Part", "Survey", "check_style", "parse", "survey"]
 
@@ -304,7 +304,7 @@ def _originals(paths: Collection[str]) -> dict[str, str]:
     return names
 
 
-def check_style(manifest: Manifest) -> list[str]:
+def check_style(manifest: Styled) -> list[str]:
     """Hold every LoRA file's keys against the layers of the model it is for; a line for whatever is left out.
 
     Of a single-file checkpoint the layers are not known here: there only the files themselves are checked.

@@ -39,7 +39,7 @@ from torch import Tensor
 from smsbatch.diffusion.scores import Ask, Scores
 from smsbatch.diffusion.spectrum import SpectralPenalty
 from smsbatch.diffusion.timesteps import Schedule
-from smsbatch.manifest import Objective
+from smsbatch.manifest import ScoreObjective
 
 __all__ = ["CDS", "DDS", "OBJECTIVES", "PDS", "SDS", "Distillation", "Matching", "positions", "relevance_map"]
 
@@ -74,7 +74,7 @@ class Distillation(ABC):
 
     asks_fake = False
 
-    def __init__(self, config: Objective, schedule: Schedule, z_src: Tensor) -> None:
+    def __init__(self, config: ScoreObjective, schedule: Schedule, z_src: Tensor) -> None:
         self.config, self.schedule, self.z_src = config, schedule, z_src
         self.identity = _identity(config, z_src) if config.identity_weight else None
         self._times = self._maps = z_src.new_empty(0)  # of the cached relevance maps
@@ -106,17 +106,21 @@ class Distillation(ABC):
             loss = loss + self.config.identity_weight * distance
         return gradient, loss
 
-    def cache_maps(self, scores: Scores, noise: Callable[[], Tensor]) -> None:
+    def cache_maps(self, scores: Scores, noise: Callable[[], Tensor], repeats: int = 1) -> None:
         """Compute the relevance map at `relevance_grid` timesteps, evenly between `t_min` and `t_max`, each with its
-        own noise."""
-        config, maps = self.config, []
+        own noise.
+
+        Of rows that come in groups of `repeats` with one source, the map is computed once for each group; `scores` and
+        `noise` are then of the groups.
+        """
+        config, maps, z_src = self.config, [], self.z_src[::repeats]
         assert config.relevance_grid is not None
-        inner = torch.linspace(config.t_min, config.t_max, config.relevance_grid + 2, device=self.z_src.device)[1:-1]
+        inner = torch.linspace(config.t_min, config.t_max, config.relevance_grid + 2, device=z_src.device)[1:-1]
         self._times = inner.round().long()
         for t in self._times:
-            p = self._point(self.z_src, t.expand(len(self.z_src)), noise())
-            maps.append(self._relevance(*scores(p.t, *_edits(p.z_t_src))))
-        self._maps = torch.stack(maps)
+            z_t_src = self.schedule.add_noise(z_src, t.expand(len(z_src)), noise())
+            maps.append(self._relevance(*scores(t.expand(len(z_src)), *_edits(z_t_src))))
+        self._maps = torch.stack(maps).repeat_interleave(repeats, dim=1)
 
     def weight(self, p: Point, e_style: Tensor) -> Tensor:
         """w_t [B, 1, 1, 1]. DMD's is (b_t / a_t) / mean |z - x0|, x0 the clean latent that `e_style` implies."""
@@ -148,7 +152,7 @@ def _edits(z_t_src: Tensor) -> tuple[Ask, Ask]:
     return Ask("real", z_t_src, "edit"), Ask("real", z_t_src, "null")
 
 
-def _identity(config: Objective, z_src: Tensor) -> Identity:
+def _identity(config: ScoreObjective, z_src: Tensor) -> Identity:
     if config.identity == "spectral":
         return SpectralPenalty(z_src, norm=config.spectral_norm, t_max=config.t_max, cutoff=config.spectral_cutoff)
     if config.identity == "mse":

@@ -115,7 +115,8 @@ def optimize(
             fake_loss = fake.learn(scores.fake_prediction, t, eps)
         elif fake is not None:
             z_fake = z.detach() if config.fake.trains_on == "result" else z_before
-            fake_loss = fake.train_step(z_fake, times(fake_times), noise(), scores.text("fake", "target"))
+            for _ in range(config.fake.updates):
+                fake_loss = fake.train_step(z_fake, times(fake_times), noise(), scores.text("fake", "target"))
         if trace is not None:
             trace(step, loss, fake_loss)
         progress(step + 1)

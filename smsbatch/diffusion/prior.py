@@ -31,17 +31,17 @@ if TYPE_CHECKING:
     from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
     from transformers import CLIPTextModel, CLIPTokenizer
 
-__all__ = ["Adapter", "Prior"]
+__all__ = ["DTYPES", "GRAPHS", "Adapter", "Prior"]
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 Prediction = Literal["epsilon", "v_prediction"]
 Part = TypeVar("Part", bound=nn.Module)
 
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _WITH_WEIGHTS = (nn.Linear, nn.Conv2d, nn.GroupNorm, nn.LayerNorm)
 # Dynamo stops compiling a function after 8 graphs, silently. A run has up to three for each shape: sizes of pictures,
 # a last batch that is smaller, and without gradients more rows than with them.
-_GRAPHS = 256
+GRAPHS = 256
 
 
 @dataclass(frozen=True)
@@ -143,7 +143,7 @@ class Prior:
         self._compile = compile
         self._call = torch.compile(self._adapted, dynamic=False) if compile else self._adapted
         if compile:
-            torch._dynamo.config.cache_size_limit = max(torch._dynamo.config.cache_size_limit, _GRAPHS)
+            torch._dynamo.config.cache_size_limit = max(torch._dynamo.config.cache_size_limit, GRAPHS)
 
     @classmethod
     def load(
@@ -174,7 +174,7 @@ class Prior:
         path, config = locate(model, key), locate_config(model, key)
         if precision == "auto":
             precision = "bf16" if device.startswith("cuda") else "fp32"
-        dtype = _DTYPES[precision]
+        dtype = DTYPES[precision]
         try:
             with _quiet():
                 tokenizer = CLIPTokenizer.from_pretrained(config, subfolder="tokenizer")
@@ -215,12 +215,17 @@ class Prior:
         """Latents [B, C, h, w] of images [B, 3, H, W]: the posterior's mean, h = ceil(H / factor).
 
         Sides that are no multiple of the factor are padded by repeating the last row or column; `decode` crops them.
+        Gradients reach the images, if they ask for them.
         """
         height, width = images.shape[-2:]
         padded = F.pad(images, (0, -width % self.factor, 0, -height % self.factor), mode="replicate")
-        with torch.no_grad():
+        with torch.set_grad_enabled(images.requires_grad and torch.is_grad_enabled()):
             z: Tensor = self._vae.encode(padded * 2 - 1).latent_dist.mean
-        return (z - self._shift) * self._scaling
+        return (z.float() - self._shift) * self._scaling
+
+    def checkpoint_encoder(self) -> None:
+        """Let `encode` compute its activations a second time instead of keeping them for the gradient."""
+        self._vae.enable_gradient_checkpointing()
 
     def decode(self, z: Tensor, size: tuple[int, int]) -> Tensor:
         """Images [B, 3, H, W] in [0, 1] of latents [B, C, h, w], cropped to `size` (H, W)."""

@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 
 from smsbatch import tiny
 from smsbatch.errors import WeightsError
-from smsbatch.manifest import Manifest, Model
+from smsbatch.manifest import Manifest, Model, Styled
 
 __all__ = ["digests", "locate", "locate_config", "locate_lora", "parameter_names", "part_file", "variant"]
 
@@ -162,8 +162,11 @@ def parameter_names(model: Model, part: str, key: str = "model") -> list[str] | 
 
 
 def digests(manifest: Manifest) -> dict[str, str]:
-    """SHA-256 of every model file that results depend on, by a name that is the same on every machine."""
+    """SHA-256 of every model file that the scores depend on, by a name that is the same on every machine; none of a
+    task that asks no scores."""
     files: dict[str, Path] = {}
+    if not isinstance(manifest, Styled):
+        return {}
     for key, model in (("model", manifest.model), ("style.model", manifest.style.model)):
         if model is None:
             continue

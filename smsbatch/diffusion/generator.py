@@ -1,0 +1,237 @@
+"""The feed-forward network that a style is distilled into, and its two files.
+
+The residual network of CycleGAN (arXiv 1703.10593, after arXiv 1603.08155) with the anti-aliased sampling of
+arXiv 1904.11486, as CUT (arXiv 2007.15651) uses it. To load one needs torch, safetensors and this module alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor, nn
+
+from smsbatch.errors import WeightsError
+
+__all__ = ["CONFIG", "STRIDE", "WEIGHTS", "Generator", "Moments"]
+
+WEIGHTS, CONFIG = "generator.safetensors", "generator.json"
+STRIDE = 4  # pixels of a side that one entry of the residual blocks stands for
+_FORMAT, _VERSION = "smsbatch-generator", 1
+_EPS = 1e-5  # of the normalization
+
+
+class Moments(NamedTuple):
+    """What one InstanceNorm divides by and subtracts: mean and biased variance [C] of every channel."""
+
+    mean: Tensor
+    variance: Tensor
+
+
+class _Convolution(nn.Module):
+    """Reflection padding, a convolution, InstanceNorm without affine parameters.
+
+    A bias before a normalization changes nothing, and its gradient is rounding: it is a parameter, as in the papers,
+    but stays zero.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, size: int = 3) -> None:
+        super().__init__()
+        self.convolution = nn.Conv2d(in_channels, out_channels, size, padding=size // 2, padding_mode="reflect")
+        assert self.convolution.bias is not None
+        self.convolution.bias.requires_grad_(False)
+
+    def forward(self, x: Tensor, norms: _Norms) -> Tensor:
+        return norms(self.convolution(x))
+
+
+class _Norms:
+    """The normalizations of one forward pass, in their order: by every picture's own moments, or by those given."""
+
+    def __init__(self, given: Sequence[Moments] | None = None, found: list[Moments] | None = None) -> None:
+        self._given: Iterator[Moments] | None = None if given is None else iter(given)
+        self._found = found
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if self._given is not None:
+            mean, variance = next(self._given)
+            return F.batch_norm(x, mean.to(x.dtype), variance.to(x.dtype), eps=_EPS)
+        if self._found is not None:
+            variance, mean = torch.var_mean(x[0].float(), (-2, -1), correction=0)
+            self._found.append(Moments(mean, variance))
+        return F.instance_norm(x, eps=_EPS)
+
+
+class _Block(nn.Module):
+    """x + what two convolutions make of it."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.first, self.second = _Convolution(channels, channels), _Convolution(channels, channels)
+
+    def forward(self, x: Tensor, norms: _Norms) -> Tensor:
+        y: Tensor = self.second(self.first(x, norms).relu(), norms)
+        return x + y
+
+
+class Generator(nn.Module):
+    """Images [B, 3, H, W] in [0, 1] to images of the same size and range, H and W at least 16.
+
+    c7s1-k, d2k, d4k, R4k times `blocks`, u2k, uk, c7s1-3 in CycleGAN's words, k the width; every convolution of
+    stride 1, reflection padding everywhere. Down is [1, 2, 1]'s blur and every second pixel, up is bilinear, which is
+    the same as inserting zeros and the blur [1, 3, 3, 1]. The end is tanh. Width 64 with 9 blocks: 11,378,179
+    parameters.
+
+    Sides that are no multiple of 4 are padded by reflection at the right and below, and cut back.
+
+    The first normalization takes away every channel's mean, and the contrast: G(a x + b) = G(x) for a > 0, so that this
+    network can only guess how bright a picture was and what colour its light had. With `skip` it adds to its input
+    instead, x + tanh, cut to the range, and nothing is lost; the parameters are the same.
+
+    Attributes:
+        about: what is known of its training, as plain data: style, manifest, figures.
+        reach: given the moments, an output pixel depends on the input so many pixels to each side, at most.
+    """
+
+    def __init__(
+        self, width: int = 64, blocks: int = 9, *, skip: bool = False, about: Mapping[str, Any] | None = None
+    ) -> None:
+        super().__init__()
+        self.width, self.skip, self.about = width, skip, dict(about or {})
+        self.head = _Convolution(3, width, 7)
+        self.down = nn.ModuleList([_Convolution(width, 2 * width), _Convolution(2 * width, 4 * width)])
+        self.blocks = nn.ModuleList([_Block(4 * width) for _ in range(blocks)])
+        self.up = nn.ModuleList([_Convolution(4 * width, 2 * width), _Convolution(2 * width, width)])
+        self.tail = nn.Conv2d(width, 3, 7, padding=3, padding_mode="reflect")
+        self.reach = 21 + 8 * blocks
+
+    @classmethod
+    def initialized(cls, width: int, blocks: int, seed: int, *, skip: bool = False) -> Generator:
+        """One to train: Xavier-normal weights of gain 0.02 and biases of zero, as CycleGAN and CUT begin."""
+        generator = torch.Generator().manual_seed(seed)
+        fresh = cls(width, blocks, skip=skip)
+        with torch.no_grad():
+            for layer in fresh.modules():
+                if isinstance(layer, nn.Conv2d):
+                    nn.init.xavier_normal_(layer.weight, gain=0.02, generator=generator)
+                    assert layer.bias is not None
+                    layer.bias.zero_()
+        return fresh
+
+    def forward(self, images: Tensor, moments: Sequence[Moments] | None = None) -> Tensor:
+        """The images stylized; under the `moments` of another picture, if some are given (see `moments`)."""
+        return self._run(images, _Norms(moments))
+
+    @torch.no_grad()
+    def moments(self, image: Tensor) -> list[Moments]:
+        """What every normalization finds in one picture [1, 3, H, W].
+
+        The tiles of a large picture are computed with those of the whole, in small (arXiv 2103.11784): normalized each
+        by its own, neighbours would differ in colour and contrast.
+        """
+        found: list[Moments] = []
+        self._run(image, _Norms(found=found))
+        return found
+
+    def _run(self, images: Tensor, norms: _Norms) -> Tensor:
+        height, width = images.shape[-2:]
+        x = (images * 2 - 1).to(self.tail.weight.dtype)
+        x = F.pad(x, (0, -width % STRIDE, 0, -height % STRIDE), mode="reflect")
+        x = self.head(x, norms).relu()
+        for layer in self.down:
+            x = _halved(layer(x, norms).relu())
+        for block in self.blocks:
+            x = block(x, norms)
+        for layer in self.up:
+            x = layer(F.interpolate(x, scale_factor=2.0, mode="bilinear"), norms).relu()
+        y: Tensor = self.tail(x)[..., :height, :width].float().tanh() / 2
+        return (images + y).clamp(0, 1) if self.skip else y + 0.5
+
+    @property
+    def parameter_count(self) -> int:
+        return sum(parameter.numel() for parameter in self.parameters())
+
+    def files(self) -> dict[str, bytes]:
+        """Its two files by name, parameters in float32; the same generator gives the same bytes."""
+        weights = save({name: value.detach().float().cpu().contiguous() for name, value in self.state_dict().items()})
+        config = {
+            "format": _FORMAT,
+            "version": _VERSION,
+            "width": self.width,
+            "blocks": len(self.blocks),
+            "skip": self.skip,
+            "parameters": self.parameter_count,
+            "sha256": hashlib.sha256(weights).hexdigest(),
+            "about": self.about,
+        }
+        return {WEIGHTS: weights, CONFIG: (json.dumps(config, indent=2) + "\n").encode()}
+
+    def save(self, folder: str | Path) -> None:
+        """Write the two files into a folder, which is made if there is none."""
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        for name, data in self.files().items():
+            Path(folder, name).write_bytes(data)
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Generator:
+        """The generator whose two files lie in a folder, on the CPU, for inference.
+
+        Raises:
+            WeightsError: a file is missing, damaged, or not of this format.
+        """
+        try:
+            files = {name: Path(folder, name).read_bytes() for name in (CONFIG, WEIGHTS)}
+        except OSError as error:
+            raise WeightsError(f"{error.filename}: {error.strerror}; a generator is {WEIGHTS} and {CONFIG}") from error
+        return cls.of_files(files, str(folder))
+
+    @classmethod
+    def of_files(cls, files: Mapping[str, bytes], where: str = "generator") -> Generator:
+        """The same of the files' bytes; `where` they are from is for messages.
+
+        Raises:
+            WeightsError: they are damaged, do not belong together, or are not of this format.
+        """
+        config = _parsed(files[CONFIG], f"{where}/{CONFIG}")
+        if hashlib.sha256(files[WEIGHTS]).hexdigest() != config["sha256"]:
+            raise WeightsError(f"{where}/{WEIGHTS} is not what {CONFIG} says; copy both files again")
+        with torch.device("meta"):  # draws no random numbers, takes no memory
+            generator = cls(config["width"], config["blocks"], skip=config["skip"], about=config["about"])
+        try:
+            generator.load_state_dict(load(files[WEIGHTS]), assign=True)
+        except (SafetensorError, RuntimeError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise WeightsError(f"{where}/{WEIGHTS}: {reason}; copy both files again") from error
+        return generator.requires_grad_(False).eval()
+
+
+def _halved(x: Tensor) -> Tensor:
+    """Blurred by [1, 2, 1] / 4 along both sides, every second pixel."""
+    row = torch.tensor([0.25, 0.5, 0.25], dtype=x.dtype, device=x.device)
+    kernel = torch.outer(row, row).expand(x.shape[1], 1, 3, 3)
+    return F.conv2d(F.pad(x, (1, 1, 1, 1), mode="reflect"), kernel, stride=2, groups=x.shape[1])
+
+
+def _parsed(data: bytes, where: str) -> dict[str, Any]:
+    try:
+        config = json.loads(data)
+    except ValueError as error:
+        raise WeightsError(f"{where} is not JSON; copy it again") from error
+    if not isinstance(config, dict) or config.get("format") != _FORMAT:
+        raise WeightsError(f"{where} is not of a generator of smsbatch")
+    if config.get("version") != _VERSION:
+        raise WeightsError(f"{where} is of version {config.get('version')}, this smsbatch reads {_VERSION}; update it")
+    for name, kind in (("width", int), ("blocks", int), ("skip", bool), ("sha256", str), ("about", dict)):
+        if not isinstance(config.get(name), kind):
+            raise WeightsError(f"{where}: {name} is missing or no {kind.__name__}; copy it again")
+    for name in ("width", "blocks"):
+        if not 1 <= config[name] <= 4096:
+            raise WeightsError(f"{where}: {name} is {config[name]}, not 1 to 4096; copy it again")
+    return config
