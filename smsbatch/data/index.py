@@ -42,6 +42,7 @@ __all__ = [
     "move_index",
     "read_index",
     "read_objects",
+    "read_table",
     "read_units",
     "to_table",
     "write_index",
@@ -142,8 +143,8 @@ def from_table(table: pa.Table) -> list[Entry]:
     ]
 
 
-def build_index(target: Path, tables: Iterable[pa.Table], limit: int | None = None) -> Built:
-    """Stream tables into one Parquet file, at most `limit` rows of them.
+def build_index(target: Path, tables: Iterable[pa.Table], limit: int | None = None, skip: int = 0) -> Built:
+    """Stream tables into one Parquet file: after the first `skip` rows of them at most `limit`.
 
     In memory are a few tables and eight bytes per key.
 
@@ -153,7 +154,7 @@ def build_index(target: Path, tables: Iterable[pa.Table], limit: int | None = No
     digest, hashes, size = _Digest(), [], 0
     with storage_errors("write", target), _writer(target) as writer:
         waiting: list[pa.Table] = []
-        for table in _first(tables, limit):
+        for table in _chosen(tables, limit, skip):
             stored = table.cast(_STORED_SCHEMA)
             hashes.append(np.fromiter(map(hash, stored["key"].to_pylist()), np.int64, len(stored)))
             size += digest.update(stored)
@@ -183,13 +184,18 @@ def index_size(store: Store) -> int:
 
 def read_index(source: Store | Path, start: int = 0, stop: int | None = None) -> list[Entry]:
     """Entries [start, stop) of an index, stored or just built; only the row groups that hold them are read."""
-    found: list[Entry] = []
+    return from_table(read_table(source, start, stop))
+
+
+def read_table(source: Store | Path, start: int = 0, stop: int | None = None) -> pa.Table:
+    """The same as a table for `from_table`, whole or in parts: it holds many more rows in as much memory."""
+    found = [_STORED_SCHEMA.empty_table()]
     with _opened(source, _latest(source, SAMPLES) if isinstance(source, Store) else SAMPLES) as file:
         for group, first, count in _groups(file):
             low, high = max(start, first), first + count if stop is None else min(stop, first + count)
             if low < high:
-                found += from_table(file.read_row_group(group, use_threads=False).slice(low - first, high - low))
-    return found
+                found.append(file.read_row_group(group, use_threads=False).slice(low - first, high - low))
+    return pa.concat_tables(found)
 
 
 def find_key(store: Store, key: str) -> int | None:
@@ -309,15 +315,16 @@ class _Digest:
         self._streams.setdefault(name, hashlib.sha256()).update(data)
 
 
-def _first(tables: Iterable[pa.Table], limit: int | None) -> Iterator[pa.Table]:
-    if limit is None:
-        yield from tables
-        return
+def _chosen(tables: Iterable[pa.Table], limit: int | None, skip: int) -> Iterator[pa.Table]:
     for table in tables:
-        yield table.slice(0, limit)
-        limit -= len(table)
-        if limit <= 0:
-            return
+        passed = min(skip, len(table))
+        chosen = table.slice(passed, limit)
+        yield chosen
+        skip -= passed
+        if limit is not None:
+            limit -= len(chosen)
+            if limit == 0:
+                return
 
 
 def _check_unique(path: Path, hashes: npt.NDArray[np.int64]) -> None:

@@ -10,6 +10,8 @@ import io
 import struct
 import warnings
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from math import log
 
@@ -19,7 +21,20 @@ from PIL import Image, UnidentifiedImageError
 
 from smsbatch.errors import SampleError
 
-__all__ = ["FITS", "FORMATS", "MAX_PIXELS", "MIN_SIDE", "Pixels", "decode", "encode", "fit", "thumbnail"]
+__all__ = [
+    "FITS",
+    "FORMATS",
+    "MAX_PIXELS",
+    "MIN_SIDE",
+    "Pixels",
+    "crop",
+    "decode",
+    "encode",
+    "fit",
+    "fitted",
+    "size",
+    "thumbnail",
+]
 
 Pixels = npt.NDArray[np.uint8]
 
@@ -59,10 +74,30 @@ _UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+_LYING = (5, 6, 7, 8)  # those that swap width and height
 
 
 def decode(data: bytes, *, min_side: int = MIN_SIDE, max_pixels: int = MAX_PIXELS) -> Pixels:
     """The picture in a file, turned as its EXIF says; alpha over white, 16 bits to 8, an animation's first frame."""
+    with _opened(data, min_side, max_pixels) as image:
+        image.load()  # all of it: a header proves nothing
+        return np.array(_rgb(_upright(image)))
+
+
+def size(data: bytes, *, min_side: int = MIN_SIDE, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
+    """(width, height) of what `decode` will make of it, by the header alone: a PNG whose EXIF stands behind its pixels
+    may be turned after all."""
+    with _opened(data, min_side, max_pixels) as image:
+        width, height = image.size
+        known = image.format != "PNG" or "exif" in image.info
+        # PIL gives a TIFF's size as it will be.
+        turned = known and image.format != "TIFF" and _orientation(image) in _LYING
+        return (height, width) if turned else (width, height)
+
+
+@contextmanager
+def _opened(data: bytes, min_side: int, max_pixels: int) -> Iterator[Image.Image]:
+    """The file with its header read, if it is a picture of that size; what goes wrong with it inside is damage."""
     if not data:
         raise SampleError("decode_error", "an empty file (0 bytes)")
     with warnings.catch_warnings():
@@ -70,24 +105,19 @@ def decode(data: bytes, *, min_side: int = MIN_SIDE, max_pixels: int = MAX_PIXEL
         # all threads: of two that decode at once one may leave them like this, and some warning goes unseen.
         warnings.simplefilter("ignore")
         try:
-            return _decode(data, min_side, max_pixels)
+            with Image.open(io.BytesIO(data), formats=_READABLE) as image:
+                width, height = image.size
+                if width * height > max_pixels:
+                    raise SampleError("too_large", f"{width} x {height} is over the limit of {max_pixels} pixels")
+                if min(width, height) < min_side:
+                    raise SampleError("too_small", f"{width} x {height} is under the limit of {min_side} pixels a side")
+                yield image
         except Image.DecompressionBombError as error:
             raise SampleError("too_large", f"{error}; the limit here is {max_pixels} pixels") from error
         except UnidentifiedImageError as error:
             raise SampleError("decode_error", "not a picture in a known format") from error
         except _DAMAGE as error:
             raise SampleError("decode_error", f"damaged: {error}") from error
-
-
-def _decode(data: bytes, min_side: int, max_pixels: int) -> Pixels:
-    with Image.open(io.BytesIO(data), formats=_READABLE) as image:
-        width, height = image.size
-        if width * height > max_pixels:
-            raise SampleError("too_large", f"{width} x {height} is over the limit of {max_pixels} pixels")
-        if min(width, height) < min_side:
-            raise SampleError("too_small", f"{width} x {height} is under the limit of {min_side} pixels a side")
-        image.load()  # all of it: a header proves nothing
-        return np.array(_rgb(_upright(image)))
 
 
 def fit(pixels: Pixels, resolution: int, mode: str = "short_side") -> Pixels:
@@ -103,16 +133,33 @@ def fit(pixels: Pixels, resolution: int, mode: str = "short_side") -> Pixels:
     height, width = pixels.shape[:2]
     if mode == "bucket":
         return _cover(pixels, _bucket(width, height, resolution))
-    scale = resolution / min(height, width)
-    size = (resolution, round(height * scale)) if width <= height else (round(width * scale), resolution)
-    if size[0] * size[1] > MAX_PIXELS:
-        raise SampleError("too_large", f"{width} x {height} becomes {size[0]} x {size[1]}: too long for its short side")
-    if size != (width, height):
-        pixels = np.array(Image.fromarray(pixels).resize(size, _kernel(scale)))
+    scaled = _short_side(width, height, resolution)
+    if scaled != (width, height):
+        kernel = _kernel(resolution / min(height, width))
+        pixels = np.array(Image.fromarray(pixels).resize(scaled, kernel))
     if mode == "center_crop":
-        left, top = (size[0] - resolution) // 2, (size[1] - resolution) // 2
+        left, top = (scaled[0] - resolution) // 2, (scaled[1] - resolution) // 2
         pixels = np.ascontiguousarray(pixels[top : top + resolution, left : left + resolution])
     return pixels
+
+
+def fitted(width: int, height: int, resolution: int, mode: str = "short_side") -> tuple[int, int]:
+    """(width, height) that `fit` gives a picture of this size; the same SampleError."""
+    if mode == "none":
+        return width, height
+    if mode == "bucket":
+        return _bucket(width, height, resolution)
+    scaled = _short_side(width, height, resolution)
+    return (resolution, resolution) if mode == "center_crop" else scaled
+
+
+def _short_side(width: int, height: int, resolution: int) -> tuple[int, int]:
+    scale = resolution / min(height, width)
+    scaled = (resolution, round(height * scale)) if width <= height else (round(width * scale), resolution)
+    if scaled[0] * scaled[1] > MAX_PIXELS:
+        became = f"{scaled[0]} x {scaled[1]}"
+        raise SampleError("too_large", f"{width} x {height} becomes {became}: too long for its short side")
+    return scaled
 
 
 def _cover(pixels: Pixels, size: tuple[int, int]) -> Pixels:
@@ -122,6 +169,20 @@ def _cover(pixels: Pixels, size: tuple[int, int]) -> Pixels:
     left, top = (max(0.0, width - size[0] / scale) / 2, max(0.0, height - size[1] / scale) / 2)
     # Cut and scaled at once: a picture a hundred times as long as wide is never held at full length.
     return np.array(Image.fromarray(pixels).resize(size, _kernel(scale), (left, top, width - left, height - top)))
+
+
+def crop(pixels: Pixels, resolution: int, zoom: float, x: float, y: float, flip: bool) -> Pixels:
+    """A square [resolution, resolution, 3] of the picture, antialiased and never distorted.
+
+    As if the short side were scaled to `resolution * zoom` pixels and the square cut out then: `x` and `y` in [0, 1]
+    say where, from the left or top to as far as it goes. `flip` mirrors it left to right.
+    """
+    height, width = pixels.shape[:2]
+    side = min(height, width) / zoom
+    left, top = x * (width - side), y * (height - side)
+    box = (left, top, min(left + side, width), min(top + side, height))  # rounding must not go over the edge
+    square = Image.fromarray(pixels).resize((resolution, resolution), _kernel(resolution / side), box)
+    return np.array(square.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if flip else square)
 
 
 def _kernel(scale: float) -> Image.Resampling:
@@ -176,12 +237,16 @@ def thumbnail(picture: Pixels | bytes, side: int, quality: int = 80) -> bytes:
 
 
 def _upright(image: Image.Image) -> Image.Image:
+    method = _UPRIGHT.get(_orientation(image))
+    return image if method is None else image.transpose(method)
+
+
+def _orientation(image: Image.Image) -> int:
     try:
         orientation = image.getexif().get(_ORIENTATION_TAG)
     except _DAMAGE:  # damaged EXIF beside good pixels: the picture as it lies is better than none
-        return image
-    method = _UPRIGHT.get(orientation) if isinstance(orientation, int) else None
-    return image if method is None else image.transpose(method)
+        return 1
+    return orientation if isinstance(orientation, int) else 1
 
 
 def _rgb(image: Image.Image) -> Image.Image:

@@ -97,7 +97,8 @@ def nothing_found(source: Source, notices: Sequence[str]) -> SourceError:
     """What to raise when all scans together have no sample."""
     found = f" ({'; '.join(notices)})" if notices else ""
     wanted = f"expected pictures ({', '.join(source.images)}) in a {source.format} source"
-    return SourceError(f"{', '.join(source.urls)}: no samples found{found}; {wanted}")
+    after = f" after the first {source.skip:,} (source.skip)" if source.skip else ""
+    return SourceError(f"{', '.join(source.urls)}: no samples found{after}{found}; {wanted}")
 
 
 def _webdataset(part: Part, source: Source, storage: Storage, notices: list[str]) -> Iterator[Entry]:

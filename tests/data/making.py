@@ -32,7 +32,7 @@ def indexed(source: Source, storage: Storage = STORAGE) -> tuple[list[Entry], li
     notices = [notice for scanned in scans for notice in scanned.notices]
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "samples.parquet")
-        if not build_index(path, (scanned.table for scanned in scans), source.limit).samples:
+        if not build_index(path, (scanned.table for scanned in scans), source.limit, source.skip).samples:
             raise nothing_found(source, notices)
         return read_index(path), notices
 

@@ -110,14 +110,26 @@ def test_the_digest_is_of_the_order_and_not_of_versions(tmp_path: Path) -> None:
 DIGEST = "cf5f835d69652ec44f8c31afeb95dbf6011fee27b72d3f37db39f08d4de71b5a"
 
 
+@settings(max_examples=60, deadline=None)
+@given(planned_entries, st.lists(st.integers(0, 9), max_size=4), st.integers(0, 25), st.none() | st.integers(1, 25))
+def test_so_many_are_skipped_and_then_so_many_taken_however_they_came(
+    folder: Path, planned: list[Entry], sizes: list[int], skip: int, limit: int | None
+) -> None:
+    path = folder / "some.parquet"
+    chosen = planned[skip:] if limit is None else planned[skip : skip + limit]
+    built = build_index(path, chunks(planned, sizes), limit, skip)
+    assert read_index(path) == chosen
+    assert (built.samples, built.sha256) == (len(chosen), build_index(path, [to_table(chosen)]).sha256)
+
+
 def test_a_limit_cuts_and_reads_no_further(tmp_path: Path) -> None:
     def tables() -> Iterator[pa.Table]:
         yield to_table([entry("a"), entry("b")])
         yield to_table([entry("c"), entry("d")])
         raise AssertionError("read on")
 
-    built = build_index(tmp_path / "x", tables(), 3)
-    assert built.samples == 3
+    assert build_index(tmp_path / "x", tables(), 3).samples == 3
+    assert build_index(tmp_path / "z", tables(), 1, skip=3).samples == 1
     assert [one.key for one in read_index(tmp_path / "x")] == ["a", "b", "c"]
     assert build_index(tmp_path / "y", [], None).samples == 0
     assert read_index(tmp_path / "y") == []

@@ -14,7 +14,20 @@ from hypothesis import strategies as st
 from making import pattern
 from PIL import Image
 
-from smsbatch.data.pixels import FORMATS, MAX_PIXELS, Pixels, _bucket, decode, encode, fit, thumbnail
+from smsbatch.data.pixels import (
+    FITS,
+    FORMATS,
+    MAX_PIXELS,
+    Pixels,
+    _bucket,
+    crop,
+    decode,
+    encode,
+    fit,
+    fitted,
+    size,
+    thumbnail,
+)
 from smsbatch.errors import SampleError
 
 
@@ -307,6 +320,48 @@ def test_an_unknown_fit_or_format_is_our_own_mistake() -> None:
         encode(pattern(), "gif")
 
 
+# --- crop ---
+
+PLACES = st.floats(0, 1)
+
+
+@settings(max_examples=150, deadline=None)
+@given(SIDES, SIDES, st.integers(32, 260), st.floats(1, 8), PLACES, PLACES, st.booleans())
+@example(400, 33, 64, 1.0, 1.0, 1.0, True)
+@example(64, 64, 64, 1.0, 0.3, 0.7, False)
+def test_a_square_is_cut_where_it_should_be_and_nothing_is_distorted(
+    width: int, height: int, resolution: int, zoom: float, x: float, y: float, flip: bool
+) -> None:
+    square = crop(ramps(width, height), resolution, zoom, x, y, flip)
+    assert (square.shape, square.dtype) == ((resolution, resolution, 3), np.uint8)
+    if flip:
+        square = square[:, ::-1]
+    side = min(width, height) / zoom  # that is seen, of both
+    for whole, place, channel, axis in ((width, x, 0, 0), (height, y, 1, 1)):
+        line = square[..., channel].mean(axis).astype(float) * (whole - 1) / 255  # where in the source each pixel was
+        expected = (np.arange(resolution) + 0.5) * side / resolution - 0.5 + place * (whole - side)
+        # Where the filter would reach over the picture's edge it has no other half.
+        reach = 3 * max(1, side / resolution)
+        inner = (expected > reach) & (expected < whole - 1 - reach)
+        assert abs(line - expected)[inner].max(initial=0) <= 1 + whole / 255, (whole, side)
+        assert abs(line - expected).max() <= 1 + whole / 255 + reach
+
+
+def test_a_square_at_its_own_size_is_left_as_it_is() -> None:
+    picture = np.random.default_rng(0).integers(0, 256, (64, 96, 3), np.uint8)
+    assert (crop(picture, 64, 1, 0.25, 0.5, flip=False) == picture[:, 8:72]).all()
+    assert (crop(picture, 64, 1, 1, 0, flip=True) == picture[:, :31:-1]).all()
+    assert (crop(picture, 32, 2, 0, 1, flip=False) == picture[32:, :32]).all()
+
+
+def test_a_square_is_cut_as_if_the_whole_had_been_scaled_first() -> None:
+    x, y = np.meshgrid(np.linspace(0, 12, 300), np.linspace(0, 9, 200))
+    waves = ((np.stack([np.sin(x), np.cos(y), np.sin(x + y)], -1) + 1) * 127).round().astype(np.uint8)
+    whole = fit(waves, 96)  # 144 x 96
+    square = crop(waves, 64, 1.5, 0.5, 0.25, flip=False)
+    assert abs(square.astype(int) - whole[8:72, 40:104]).max() <= 2
+
+
 # --- encode ---
 
 
@@ -334,3 +389,19 @@ def test_what_a_format_cannot_hold_is_an_encode_error() -> None:
 def test_thumbnails_are_small_and_never_enlarged() -> None:
     assert decode(thumbnail(pattern(400, 600), 120)).shape == (80, 120, 3)
     assert decode(thumbnail(saved(RGB, "JPEG"), 120)).shape == (40, 60, 3)
+
+
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP", "TIFF", "GIF", "BMP"])
+@pytest.mark.parametrize("orientation", [None, 1, 3, 6, 8])
+def test_a_header_tells_the_size(format: str, orientation: int | None) -> None:
+    exif = Image.Exif()
+    options: dict[str, Any] = {}
+    if orientation is not None and format not in ("GIF", "BMP"):
+        exif[0x0112] = orientation
+        options["exif"] = exif
+    data = saved(Image.new("RGB", (60, 40), "red"), format, **options)
+    picture = decode(data)
+    height, width = picture.shape[:2]
+    assert size(data) == (width, height)
+    for mode in FITS:
+        assert fitted(width, height, 36, mode) == fit(picture, 36, mode).shape[1::-1]

@@ -400,6 +400,11 @@ def test_what_is_no_folder_of_pictures_is_refused(tmp_path: Path) -> None:
     assert refused("folder", tmp_path / "none") == f"{tmp_path}/none: no such folder; check source.urls"
     assert "set source.format to webdataset" in refused("folder", tmp_path / "a.tar")
     assert "no samples found" in refused("folder", tmp_path / "empty")
+    make_files(tmp_path, {"three/a.jpg": b"1", "three/b.jpg": b"2", "three/c.jpg": b"3"})
+    some = indexed(source_of("folder", tmp_path / "three", skip=1, limit=1))[0]
+    assert [entry.key for entry in some] == ["b"]
+    with pytest.raises(SourceError, match=r"no samples found after the first 1,000 \(source\.skip\); expected"):
+        indexed(source_of("folder", tmp_path / "three", skip=1000))
 
 
 def test_links_to_files_are_followed_and_pipes_never_opened(tmp_path: Path) -> None:
