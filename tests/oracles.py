@@ -1,7 +1,9 @@
-"""The mathematics of the six objectives a second time: slow, one sample at a time, float64, straight from the formulas.
+"""The mathematics a second time, of the six objectives and of distilling them into a generator: slow, one sample at a
+time, float64, straight from the formulas.
 
 Contract: nothing here is shared with `smsbatch`, so an agreement between the two is evidence. Every function takes and
-returns plain numpy arrays; a latent is `[c, h, w]`. "released" is what the authors' code computes (without its bugs),
+returns plain numpy arrays, but for the last two sections: what a gradient is to reach is torch's; a latent is
+`[c, h, w]`. "released" is what the authors' code computes (without its bugs),
 "paper" what arXiv 2503.07601 writes. A direction is G of section "directions", before the map R and the identity term.
 Timesteps are indices 0..999 into the schedule, as in diffusers. Over 400 lines: a theory is checked in one place.
 
@@ -11,13 +13,16 @@ Timesteps are indices 0..999 into the schedule, as in diffusers. Over 400 lines:
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
 from functools import cache
 from typing import Literal, NamedTuple
 
 import numpy as np
+import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
+from torch import Tensor
 
 Array = NDArray[np.float64]
 Preset = Literal["released", "paper"]
@@ -527,3 +532,158 @@ def sms_iteration(
         w, _predicted(e_style, z_t, t, "target", guidance), _predicted(e_fake, z_t, t, "target", guidance)
     )
     return Iteration(style, relevance, spectral, reduction * relevance[None] * style + lam * spectral)
+
+
+# --------------------------------------------------------------------------------------------------------- generator
+
+Layer = tuple[Tensor, Tensor]  # weight [out, in, k, k] and bias [out] of a convolution
+
+
+def generator(layers: Sequence[Layer], image: Tensor, restore: bool = False) -> Tensor:
+    """CycleGAN's residual network with anti-aliased sampling, of one image [3, H, W] in [0, 1], which it also returns.
+
+    arXiv 1703.10593, appendix 7.2: c7s1-k, d2k, d4k, R4k ..., u2k, uk, c7s1-3, with InstanceNorm without affine
+    parameters (epsilon 1e-5) and ReLU, no activation after a block's sum; tanh at the end, of [-1, 1]. As in CUT
+    (arXiv 2007.15651) every convolution has stride 1; after d's comes the blur of arXiv 1904.11486 at every second
+    pixel, before u's its counterpart. Reflection padding. Sides are reflected to multiples of 4 at their ends.
+
+    `layers` in the order of the network. With `restore` the tanh is normalized too, and every channel gets the image's
+    mean and standard deviation; what is outside [0, 1] is cut.
+    """
+    head, down1, down2, *blocks, up1, up2, tail = layers
+    height, width = image.shape[1:]
+    x = _reflected(2 * image - 1, 0, -height % 4, 0, -width % 4)
+    x = F.relu(_instance_norm(_convolved(x, head)))
+    for layer in (down1, down2):
+        x = _halved(F.relu(_instance_norm(_convolved(x, layer))))
+    for first, second in zip(blocks[::2], blocks[1::2], strict=True):
+        y = F.relu(_instance_norm(_convolved(x, first)))
+        x = x + _instance_norm(_convolved(y, second))
+    for layer in (up1, up2):
+        x = F.relu(_instance_norm(_convolved(_doubled(x), layer)))
+    y = torch.tanh(_convolved(x, tail)[:, :height, :width])
+    if not restore:
+        return (y + 1) / 2
+    mean = image.mean((1, 2), keepdim=True)
+    deviation = torch.sqrt(((image - mean) ** 2).mean((1, 2), keepdim=True))
+    return torch.clamp(_instance_norm(y) * deviation + mean, 0, 1)
+
+
+def generator_parameters(width: int, blocks: int) -> int:
+    """k^2 in out weights and out biases of every convolution."""
+    k = width
+    shapes = [(3, k, 7), (k, 2 * k, 3), (2 * k, 4 * k, 3), *[(4 * k, 4 * k, 3)] * (2 * blocks)]
+    shapes += [(4 * k, 2 * k, 3), (2 * k, k, 3), (k, 3, 7)]
+    return sum(size**2 * inputs * outputs + outputs for inputs, outputs, size in shapes)
+
+
+def _reflected(x: Tensor, top: int, bottom: int, left: int, right: int) -> Tensor:
+    """... 2 1 | 0 1 2 ... n-1 | n-2 n-3 ...: the edge itself is not repeated."""
+
+    def mirror(length: int, before: int, after: int) -> list[int]:
+        return [min(abs(i), 2 * (length - 1) - abs(i)) for i in range(-before, length + after)]
+
+    return x[:, mirror(x.shape[1], top, bottom)][:, :, mirror(x.shape[2], left, right)]
+
+
+def _convolved(x: Tensor, layer: Layer) -> Tensor:
+    weight, bias = layer
+    half = weight.shape[-1] // 2
+    return F.conv2d(_reflected(x, half, half, half, half)[None], weight, bias)[0]
+
+
+def _instance_norm(x: Tensor) -> Tensor:
+    """(x - mean) / sqrt(variance + 1e-5), both of one channel's pixels, the variance divided by their number."""
+    centred = x - x.mean((1, 2), keepdim=True)
+    return centred / torch.sqrt((centred**2).mean((1, 2), keepdim=True) + 1e-5)
+
+
+def _halved(x: Tensor) -> Tensor:
+    """y[i, j] = sum_kl f_k f_l x[2i + k, 2j + l], k, l in -1, 0, 1, f = [1, 2, 1] / 4."""
+    padded, (height, width), f = _reflected(x, 1, 1, 1, 1), x.shape[1:], (0.25, 0.5, 0.25)
+    rows = sum(f[k] * padded[:, k : k + height : 2] for k in range(3))
+    return torch.as_tensor(sum(f[k] * rows[:, :, k : k + width : 2] for k in range(3)))
+
+
+def _doubled(x: Tensor) -> Tensor:
+    """Zeros between the pixels, then [1, 3, 3, 1] / 4 along both sides; beyond the edge the edge is repeated."""
+
+    def along(x: Tensor) -> Tensor:  # the first spatial axis
+        before, after = torch.cat([x[:, :1], x[:, :-1]], 1), torch.cat([x[:, 1:], x[:, -1:]], 1)
+        return torch.stack([(before + 3 * x) / 4, (3 * x + after) / 4], 2).flatten(1, 2)
+
+    return along(along(x).mT).mT
+
+
+# ------------------------------------------------------------------------------------------------------ distillation
+
+
+def generator_gradient(
+    parameters: Sequence[Tensor],
+    latents: Sequence[Callable[[], Tensor]],
+    draws: Sequence[Sequence[tuple[int, Array]]],
+    gradient: Callable[[int, Array, int, Array], Array],
+) -> list[Tensor]:
+    """What reaches the generator's parameters, the naive way: everything once for each (t, eps) of each image.
+
+    d/dtheta of <sg[g], E(G_theta(x))>, the surrogate whose slope in z is g: a sum over a latent's entries, a mean over
+    images and their draws (paper, section 4: one image with B times its own t and eps).
+
+    Args:
+        latents: z = E(G(x)) [c, h, w] of every image, computed anew with its graph by every call.
+        draws: the (t, eps) of every image.
+        gradient: g [c, h, w], per sum, of (number of the image, z, t, eps).
+    """
+    count = sum(len(of_image) for of_image in draws)
+    total = [torch.zeros_like(parameter) for parameter in parameters]
+    for number, (latent, of_image) in enumerate(zip(latents, draws, strict=True)):
+        for t, eps in of_image:
+            z = latent()
+            g = torch.from_numpy(gradient(number, z.detach().double().numpy(), t, eps)).to(z.dtype)
+            found = torch.autograd.grad((g * z).sum(), list(parameters), allow_unused=True)
+            for sum_, one in zip(total, found, strict=True):
+                if one is not None:
+                    sum_ += one / count
+    return total
+
+
+def shared_lora_gradient(
+    predict: Callable[[int, Mapping[str, Tensor]], Tensor],
+    rows: Sequence[tuple[Tensor, float]],
+    down: Mapping[str, Array],
+    up: Mapping[str, Array],
+    scale: float,
+) -> tuple[float, dict[str, Array], dict[str, Array]]:
+    """Of one LoRA for all rows: loss = mean over rows of mean((factor (e - eps))^2), and its gradient by layer.
+
+    Args:
+        predict: e of a row, given what is added to each layer's weight, scale up @ down.
+        rows: the target eps of every row, and its factor.
+        down: [r, in] by layer.
+        up: [out, r] by layer.
+    """
+    downs = {name: torch.from_numpy(value).float().requires_grad_() for name, value in down.items()}
+    ups = {name: torch.from_numpy(value).float().requires_grad_() for name, value in up.items()}
+    loss = torch.zeros(())
+    for number, (target, factor) in enumerate(rows):
+        deltas = {name: scale * (ups[name] @ downs[name]) for name in downs}
+        loss = loss + (factor * (predict(number, deltas) - target)).square().mean() / len(rows)
+    found = torch.autograd.grad(loss, [*downs.values(), *ups.values()])
+    arrays = [gradient.double().numpy() for gradient in found]
+    names, count = list(downs), len(downs)
+    return (
+        float(loss.detach()),
+        dict(zip(names, arrays[:count], strict=True)),
+        dict(zip(names, arrays[count:], strict=True)),
+    )
+
+
+def running_average(average: Array, x: Array, decay: float) -> Array:
+    """average <- decay average + (1 - decay) x, after every step."""
+    return np.asarray(decay * average + (1 - decay) * x)
+
+
+def decaying_rate(step: int, n: int, peak: float, decay: float) -> float:
+    """`peak`, and over the last fraction `decay` of the `n` steps linearly towards zero, which step n would have."""
+    left = Fraction(n - step, n)
+    return peak * float(min(Fraction(1), left / Fraction(str(decay)))) if decay else peak

@@ -463,7 +463,7 @@ def test_every_task_has_its_own_manifest(file: Path, distill: Path, stylize: Pat
 
 def test_the_defaults_of_a_training_are_the_paper_s(distill: Path) -> None:
     training = sb.load(distill).distill
-    assert (training.width, training.blocks, training.repeats, training.skip) == (64, 9, 4, False)
+    assert (training.width, training.blocks, training.repeats, training.restore) == (64, 9, 4, False)
     assert training.all_steps == training.warmup_steps + training.steps
 
 

@@ -464,3 +464,140 @@ def test_iteration_asks_each_model_at_the_right_place() -> None:
         assert sorted(text for text, _ in asked[name]) == sorted(texts.split())
         for _, z_t in asked[name]:
             np.testing.assert_allclose(z_t, oracles.add_noise(base, eps, 101))
+
+
+# --------------------------------------------------------------------------------------------------------- generator
+
+
+def random_layers(width: int, blocks: int) -> list[oracles.Layer]:
+    rng = torch.Generator().manual_seed(0)
+    k = width
+    shapes = [(k, 3, 7), (2 * k, k, 3), (4 * k, 2 * k, 3), *[(4 * k, 4 * k, 3)] * (2 * blocks)]
+    shapes += [(2 * k, 4 * k, 3), (k, 2 * k, 3), (3, k, 7)]
+    return [
+        (
+            torch.randn(out, inputs, size, size, generator=rng, dtype=torch.float64) / inputs**0.5 / size,
+            torch.randn(out, generator=rng, dtype=torch.float64) * 0.1,
+        )
+        for out, inputs, size in shapes
+    ]
+
+
+def test_generator_has_the_published_number_of_parameters() -> None:
+    assert oracles.generator_parameters(64, 9) == 11_378_179
+    assert oracles.generator_parameters(64, 6) == 7_837_699
+    layers = random_layers(4, 2)
+    assert oracles.generator_parameters(4, 2) == sum(weight.numel() + bias.numel() for weight, bias in layers)
+
+
+def test_generator_of_modules_of_torch() -> None:
+    """Sampling as CUT writes it: a strided convolution down, a transposed one up."""
+    layers, image = random_layers(4, 2), torch.rand(1, 3, 24, 32, dtype=torch.float64)
+    norm, reflect = torch.nn.functional.instance_norm, torch.nn.functional.pad
+
+    def convolved(x: torch.Tensor, layer: oracles.Layer) -> torch.Tensor:
+        half = layer[0].shape[-1] // 2
+        return torch.nn.functional.conv2d(reflect(x, (half,) * 4, mode="reflect"), *layer)
+
+    def kernel(row: list[float], channels: int) -> torch.Tensor:
+        line = torch.tensor(row, dtype=torch.float64)
+        return (torch.outer(line, line) / line.sum() ** 2).expand(channels, 1, -1, -1)
+
+    x = norm(convolved(2 * image - 1, layers[0])).relu()
+    for layer in layers[1:3]:
+        x = norm(convolved(x, layer)).relu()
+        x = torch.nn.functional.conv2d(
+            reflect(x, (1,) * 4, mode="reflect"), kernel([1, 2, 1], x.shape[1]), stride=2, groups=x.shape[1]
+        )
+    for first, second in zip(layers[3:-3:2], layers[4:-3:2], strict=True):
+        x = x + norm(convolved(norm(convolved(x, first)).relu(), second))
+    for layer in layers[-3:-1]:
+        x = torch.nn.functional.conv_transpose2d(
+            reflect(x, (1,) * 4, mode="replicate"),
+            4 * kernel([1, 3, 3, 1], x.shape[1]),
+            stride=2,
+            padding=2,
+            groups=x.shape[1],
+        )[..., 1:-1, 1:-1]
+        x = norm(convolved(x, layer)).relu()
+    expected = (convolved(x, layers[-1]).tanh() + 1) / 2
+    np.testing.assert_allclose(oracles.generator(layers, image[0]).numpy(), expected[0].numpy(), atol=1e-10)
+
+
+def test_generator_of_odd_sides_is_that_of_the_reflected_picture() -> None:
+    layers, image = random_layers(4, 1), torch.rand(3, 21, 30, dtype=torch.float64)
+    padded = torch.nn.functional.pad(image[None], (0, 2, 0, 3), mode="reflect")[0]
+    torch.testing.assert_close(oracles.generator(layers, image), oracles.generator(layers, padded)[:, :21, :30])
+
+
+# ------------------------------------------------------------------------------------------------------ distillation
+
+
+def test_generator_gradient_is_the_slope_of_its_surrogate() -> None:
+    """Two images, two and two draws; the surrogate written out for all of them, its slope by finite differences."""
+    theta, x, encoder = noise(3, 3), noise(2, 3, seed=1), noise(4, 3, seed=2)
+    draws = [[(100, noise(4, 1, 1, seed=3)), (200, noise(4, 1, 1, seed=4))] for _ in x]
+
+    def latent(theta: Array, number: int) -> Array:
+        return np.tanh(encoder @ np.sin(theta @ x[number])).reshape(4, 1, 1)
+
+    def gradient(number: int, z: Array, t: int, eps: Array) -> Array:
+        return np.asarray((number + 1) * z**2 + t / 100 * eps)
+
+    held = [[gradient(n, latent(theta, n), t, eps) for t, eps in of_image] for n, of_image in enumerate(draws)]
+
+    def surrogate(theta: Array) -> float:
+        return float(sum((g * latent(theta, n)).sum() for n, of_image in enumerate(held) for g in of_image) / 4)
+
+    parameter = torch.from_numpy(theta.copy()).requires_grad_()
+    calls = []
+
+    def of_image(number: int) -> torch.Tensor:
+        calls.append(number)
+        inside = (parameter @ torch.from_numpy(x[number])).sin()
+        return (torch.from_numpy(encoder) @ inside).tanh().view(4, 1, 1)
+
+    (found,) = oracles.generator_gradient([parameter], [lambda: of_image(0), lambda: of_image(1)], draws, gradient)
+    np.testing.assert_allclose(found.numpy(), oracles.finite_difference(surrogate, theta), atol=1e-8)
+    assert calls == [0, 0, 1, 1]
+
+
+def test_shared_lora_gradient_is_the_slope_of_its_loss() -> None:
+    down, up = {"layer": noise(2, 5)}, {"layer": noise(3, 2, seed=1)}
+    weight, inputs, targets = noise(3, 5, seed=2), noise(4, 5, seed=3), noise(4, 3, seed=4)
+    rows = [(torch.from_numpy(target).float(), 1.0 + number) for number, target in enumerate(targets)]
+
+    def predict(number: int, deltas: dict[str, torch.Tensor]) -> torch.Tensor:
+        return (torch.from_numpy(weight).float() + deltas["layer"]) @ torch.from_numpy(inputs[number]).float()
+
+    def loss(down: Array, up: Array) -> float:
+        errors = inputs @ (weight + 0.5 * up @ down).T - targets
+        return float(np.mean([((1 + n) * error) ** 2 for n, error in enumerate(errors)]))
+
+    value, of_down, of_up = oracles.shared_lora_gradient(predict, rows, down, up, 0.5)
+    assert value == pytest.approx(loss(down["layer"], up["layer"]), rel=1e-5)
+    slope_down = oracles.finite_difference(lambda d: loss(d, up["layer"]), down["layer"])
+    slope_up = oracles.finite_difference(lambda u: loss(down["layer"], u), up["layer"])
+    np.testing.assert_allclose(of_down["layer"], slope_down, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(of_up["layer"], slope_up, rtol=1e-4, atol=1e-4)
+
+
+def test_running_average_is_torchs() -> None:
+    from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+    layer = torch.nn.Linear(3, 2, bias=False).double()
+    theirs = AveragedModel(layer, multi_avg_fn=get_ema_multi_avg_fn(0.9))
+    theirs.update_parameters(layer)  # the first is taken over
+    average = layer.weight.detach().numpy().copy()
+    for seed in range(4):
+        layer.weight.data = torch.from_numpy(noise(2, 3, seed=seed))
+        theirs.update_parameters(layer)
+        average = oracles.running_average(average, noise(2, 3, seed=seed), 0.9)
+    np.testing.assert_allclose(average, theirs.module.weight.detach().numpy(), rtol=1e-12)
+
+
+def test_decaying_rate_is_flat_and_then_a_line_to_zero() -> None:
+    rates = [oracles.decaying_rate(step, 10, 2.0, 0.5) for step in range(11)]
+    np.testing.assert_allclose(rates, [2, 2, 2, 2, 2, 2, 1.6, 1.2, 0.8, 0.4, 0])
+    assert [oracles.decaying_rate(step, 4, 1.0, 0.0) for step in range(4)] == [1.0] * 4
+    assert [oracles.decaying_rate(step, 4, 1.0, 1.0) for step in range(4)] == [1.0, 0.75, 0.5, 0.25]

@@ -64,8 +64,8 @@ class Distiller:
         self._prior, self._style, self._average = prior, style, average
         self._at_once = manifest.compute.batch_size
         self.step = 0
-        width, blocks, skip = self.training.width, self.training.blocks, self.training.skip
-        self.generator = Generator.initialized(width, blocks, manifest.seed, skip=skip).to(prior.device)
+        width, blocks, restore = self.training.width, self.training.blocks, self.training.restore
+        self.generator = Generator.initialized(width, blocks, manifest.seed, restore=restore).to(prior.device)
         if manifest.compute.channels_last:
             self.generator.to(memory_format=torch.channels_last)
         self.ema = copy.deepcopy(self.generator).requires_grad_(False).eval()

@@ -212,9 +212,9 @@ class Training(Section):
     """Channels of the generator's first layer; 64 and 9 blocks make 11.4 million parameters."""
     blocks: int = Field(9, ge=1, le=64)
     """Residual blocks of the generator."""
-    skip: bool = False
-    """Let the generator add to its input instead of painting anew. Without it, as in the paper, its normalization loses
-    every picture's brightness and colour of light: docs/distill.md."""
+    restore: bool = False
+    """Give the generator's result the input's mean and deviation, channel by channel. Without it, as in the paper, its
+    normalization loses every picture's brightness and colour of light: docs/distill.md."""
     warmup_steps: int = Field(1000, ge=0)
     """Steps in which the generator learns to reproduce its input (L1), before any score is asked."""
     steps: int = Field(30_000, ge=1)
