@@ -27,16 +27,21 @@ if TYPE_CHECKING:
         WeightsError,
     )
     from smsbatch.execution.audit import Collected, Repaired, gc, repair
+    from smsbatch.execution.distilled import Distilled
     from smsbatch.execution.doctor import Check, doctor
     from smsbatch.execution.drive import run
+    from smsbatch.execution.export import Exported, export
     from smsbatch.execution.failures import failures
     from smsbatch.execution.measure import Measured, measure, style_distance
-    from smsbatch.execution.plan import Plan, plan
+    from smsbatch.execution.plan import plan
+    from smsbatch.execution.planned import Plan, TrainingPlan
     from smsbatch.execution.replay import Replayed, replay
     from smsbatch.execution.report import Report
     from smsbatch.execution.standing import Problem
     from smsbatch.execution.status import Status, status
     from smsbatch.execution.stylizer import Stylizer
+    from smsbatch.execution.training_log import TrainingProgress
+    from smsbatch.execution.training_status import TrainingStatus
     from smsbatch.execution.verification import Verification, verify
     from smsbatch.manifest import Manifest
     from smsbatch.manifest.file import load
@@ -56,16 +61,21 @@ _HOMES = {
     "smsbatch.manifest": ("Manifest",),
     "smsbatch.manifest.file": ("load",),
     "smsbatch.execution.audit": ("Collected", "Repaired", "gc", "repair"),
+    "smsbatch.execution.distilled": ("Distilled",),
     "smsbatch.execution.doctor": ("Check", "doctor"),
     "smsbatch.execution.drive": ("run",),
+    "smsbatch.execution.export": ("Exported", "export"),
     "smsbatch.execution.failures": ("failures",),
-    "smsbatch.execution.plan": ("Plan", "plan"),
+    "smsbatch.execution.plan": ("plan",),
+    "smsbatch.execution.planned": ("Plan", "TrainingPlan"),
     "smsbatch.execution.replay": ("Replayed", "replay"),
     "smsbatch.execution.report": ("Report",),
     "smsbatch.execution.standing": ("Problem",),
     "smsbatch.execution.status": ("Status", "status"),
     "smsbatch.execution.measure": ("Measured", "measure", "style_distance"),
     "smsbatch.execution.stylizer": ("Stylizer",),
+    "smsbatch.execution.training_log": ("TrainingProgress",),
+    "smsbatch.execution.training_status": ("TrainingStatus",),
     "smsbatch.execution.verification": ("Verification", "verify"),
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names}
@@ -73,7 +83,9 @@ _HOME = {name: module for module, names in _HOMES.items() for name in names}
 __all__ = [
     "Check",
     "Collected",
+    "Distilled",
     "DriftError",
+    "Exported",
     "Manifest",
     "ManifestError",
     "Measured",
@@ -90,9 +102,13 @@ __all__ = [
     "Status",
     "StorageError",
     "Stylizer",
+    "TrainingPlan",
+    "TrainingProgress",
+    "TrainingStatus",
     "Verification",
     "WeightsError",
     "doctor",
+    "export",
     "failures",
     "gc",
     "load",

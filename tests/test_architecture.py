@@ -27,12 +27,22 @@ LAYERS = {
 }
 # Which modules may import it; a room stands for all of its modules.
 DOORS = {
-    "ray": {"execution.ray_pool"},
+    "ray": {"execution.cluster", "execution.ray_pool", "execution.ray_train"},
     "diffusers": {"diffusion.prior"},
     "transformers": {"diffusion.prior", "metrics.hub"},
     "huggingface_hub": {"diffusion.weights"},
-    "torch": {"diffusion", "metrics", "execution.stylizer", "execution.measure", "execution.doctor"},
+    "torch": {
+        "diffusion",
+        "metrics",
+        "execution.engines",
+        "execution.stylizer",
+        "execution.measure",
+        "execution.doctor",
+        "execution.train",
+    },
     "safetensors": {"diffusion", "metrics"},
+    "onnx": {"diffusion.onnx_file"},
+    "onnxruntime": {"diffusion.onnx_file"},
     "lpips": {"metrics"},
     "fsspec": {"data.remote"},
     "tenacity": {"data.remote"},
@@ -40,6 +50,7 @@ DOORS = {
     "aiohttp": {"data.s3", "data.web"},
     "yarl": {"data.web"},
     "pyarrow": {"data"},
+    "tensorboard": {"execution.training_log"},
     "PIL": {"data.pixels"},
     "pydantic": {"manifest"},
     "yaml": {"manifest.file"},

@@ -68,3 +68,53 @@ def test_sd15_is_sd15(common: ModuleType) -> None:
     assert sum(p.numel() for p in model.text_encoder.parameters()) == 123_060_480
     inputs = [torch.empty(shape, device="meta") for shape in ((1, 4, 64, 64), (1,), (1, 77, 768))]
     assert common.flops(lambda: model.unet(*inputs)) == pytest.approx(0.803e12, rel=2e-3)
+
+
+def test_distilling_naively_differs_in_rows_and_calls_alone(engine: ModuleType, common: ModuleType) -> None:
+    """Four repeats: generator and VAE four times, and a call more for the scores; their rows are the same."""
+    import distill
+
+    options = argparse.Namespace(**vars(OPTIONS), width=4, blocks=1)
+    priors = common.engine(options)
+    found = {}
+    for naive in (True, False):
+        step = distill.Step(options, priors, 4, naive)
+        parts = (step.distiller.generator, priors[0]._vae.encoder, priors[1]._unet, priors[0]._unet)
+        calls = [rows_of_calls(part) for part in parts]
+        losses = step()
+        found[naive] = [list(rows) for rows in calls]
+        assert set(losses) == {"objective", "fake"}
+    assert found[True] == [[4], [4, 4], [8], [8, 8, 4]]
+    assert found[False] == [[1], [1, 1], [8], [16, 4]]
+    for part, ours, theirs in zip(
+        distill.parts(options, priors, 4), (1, 1, 1, 8, 16, 4), (4, 4, 4, 8, 16, 4), strict=True
+    ):
+        assert (sum(part.ours), sum(part.naive)) == (ours, theirs)
+
+
+def test_counted_flops_are_those_of_a_training_step(engine: ModuleType, common: ModuleType) -> None:
+    import distill
+
+    options = argparse.Namespace(**vars(OPTIONS), width=8, blocks=1)
+    counted = distill.counted(options, 2)
+    priors = common.engine(options)
+    for naive in (False, True):
+        step = distill.Step(options, priors, 2, naive)
+        step()  # texts embedded, optimizers made
+        texts = common.flops(lambda: priors[0].embed([common.PROMPTS.target]))
+        made = common.flops(step)
+        expected = sum(of_one[1 + naive] for of_one in counted)
+        assert made == pytest.approx(expected + 5 * texts, rel=0.02), "two prompts and the empty one, of two encoders"
+
+
+def test_a_run_is_held_against_its_parts(engine: ModuleType) -> None:
+    import stylize  # beside engine
+
+    options = argparse.Namespace(
+        **vars(OPTIONS) | {"width": 8, "blocks": 1, "images": 6, "batch": 2, "rounds": 1, "side": 32}
+    )
+    threads, *rates, ratio, waited, measured = stylize.measure(options, 1)
+    assert threads == "1"
+    assert len(rates) == 4
+    assert all(float(value) > 0 for value in (*rates, ratio, measured))
+    assert 0 <= float(waited.removesuffix(" %")) <= 100

@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 
 from smsbatch.cli import app
 
-VERBS = ("run", "plan", "status", "errors", "verify", "repair", "replay", "gc", "doctor", "schema", "init")
+VERBS = ("run", "plan", "status", "errors", "verify", "repair", "replay", "gc", "export", "doctor", "schema", "init")
 
 
 def smsbatch(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 from execution.jobs import make_photos, pictures, write_manifest
 from PIL import Image
 
@@ -121,6 +122,47 @@ def test_compare(
     assert of_source["SDS"] == of_source["PDS---LoRA"] == (100, 0.05)
     assert of_source["DDS"] == of_source["CDS"] == (7.5, pytest.approx(0.0488, abs=1e-4))
     assert (of_source["VSD"], of_source["SMS"]) == ((7.5, 0.05), (4.5, 0.05))
+
+
+def test_synthetic_dataset(
+    program: Callable[..., None], tmp_path: Path, model: Path, lora: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    photos = make_photos(tmp_path / "photos", ["a", "b", "c"])
+    shared = {"name": "waves", "source": {"format": "folder", "urls": str(photos)}, "output": {"path": "elsewhere"}}
+    training = shared | {
+        "task": "distill",
+        "model": str(model),
+        "style": {"lora": str(lora), "prompt": "wavy style"},
+        "distill": {"width": 4, "blocks": 1, "warmup_steps": 1, "steps": 2, "images_per_step": 2, "repeats": 1},
+    }
+    dataset = shared | {"task": "stylize", "generator": "elsewhere", "output": {"path": "elsewhere", "format": "png"}}
+    for name, manifest in (("training", training), ("dataset", dataset)):
+        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(manifest | {"image": {"resolution": 32}}))
+    arguments = ("training.yaml", "dataset.yaml", "out", "--reference", photos, "--set", "compute.pool=local")
+    program("synthetic_dataset", *arguments)
+    out = tmp_path / "out"
+    card = (out / "dataset" / "README.md").read_text()
+    printed, _, reasons = capsys.readouterr().out.partition(card)
+    assert "CFSD: vgg19-dcbb9e9d.pth is not on this machine" in reasons
+    assert "this machine" not in printed + card
+    made = pictures(out / "dataset")
+    assert list(made) == ["a", "b", "c"]
+    figures = sb.measure(str(out / "dataset"), photos)
+    own, _, evaluation = card.partition("\n## Evaluation\n")
+    assert own.startswith("---\nlicense: other")
+    assert "## Load it" in own
+    assert f"| LPIPS | 0.000 | {figures.values['LPIPS']:.3f} |" in evaluation
+    assert f"| {figures.values['style distance']:.3f} |\n" in evaluation
+    assert "| 3 steps on 6 crops of 3 pictures |" in evaluation.replace("training | ", "| ")
+    told = json.loads((out / "generator" / "generator" / "generator.json").read_text())
+    assert f"| parameters | {told['parameters']:,} |" in evaluation
+    for name, loss in told["about"]["training"]["losses"].items():
+        assert f"{name} {loss:.4g}" in evaluation
+    assert f"`{told['about']['manifest_sha256']}`" in evaluation
+    assert sb.verify(str(out / "dataset")).ok
+
+    program("synthetic_dataset", *arguments)
+    assert (out / "dataset" / "README.md").read_text() == card, "what is done is not done, and not said, again"
 
 
 def test_a_run_is_measured_with_what_the_hub_has(

@@ -17,9 +17,9 @@ from typing import Any
 from smsbatch.data.ledger import Ledger
 from smsbatch.data.records import ATTEMPTS, GENERATIONS
 from smsbatch.data.store import TEMPORARY, Store
-from smsbatch.diffusion.weights import digests
 from smsbatch.errors import RequestError
 from smsbatch.execution.drive import run as drive
+from smsbatch.execution.generators import digests
 from smsbatch.execution.record import check_request, inputs_changed, store_of
 from smsbatch.execution.report import SUCCESS, write_report
 from smsbatch.execution.standing import Problem, recorded

@@ -25,8 +25,9 @@ from smsbatch.data.store import TEMPORARY, Store
 from smsbatch.data.tables import read_table
 from smsbatch.diffusion.lora_files import check_style
 from smsbatch.errors import RequestError, SmsbatchError
+from smsbatch.execution.generators import about
 from smsbatch.execution.record import read_run, refuse_strangers
-from smsbatch.manifest import Manifest, Storage
+from smsbatch.manifest import Manifest, Storage, Styled, Stylize
 
 __all__ = ["Check", "doctor"]
 
@@ -212,9 +213,14 @@ def _source(manifest: Manifest) -> Check:
 
 def _weights(manifest: Manifest) -> Check:
     try:
+        if isinstance(manifest, Stylize):
+            told = about(manifest)
+            style = f"{told.get('style') or 'a style that it does not name'}, {told['parameters']:,} parameters"
+            return Check("generator", "ok", f"{manifest.generator}: {style}")
+        assert isinstance(manifest, Styled), "there are no other tasks"
         notices = check_style(manifest)
     except SmsbatchError as error:
-        return _failed("weights", error)
+        return _failed("generator" if isinstance(manifest, Stylize) else "weights", error)
     state: Literal["ok", "warn"] = "warn" if notices else "ok"
     models = {manifest.model.path} | ({manifest.style.model.path} if manifest.style.model else set())
     found = f"{' and '.join(sorted(models))} with {' and '.join(manifest.style.lora) or 'no LoRA'}"

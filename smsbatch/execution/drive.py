@@ -1,4 +1,5 @@
-"""A run from its manifest to its report: plan, deal units to a pool, publish shards, report.
+"""A run from its manifest to its report: plan, deal units to a pool, publish shards, report. (`training` has the other
+kind, which ends with a generator.)
 
 Started again it goes on where the commits end, and with nothing left to do it says so.
 """
@@ -8,35 +9,61 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Collection, Sequence
 from itertools import groupby
+from typing import Any, overload
 
 from smsbatch.data.ledger import Ledger
 from smsbatch.data.records import Published
 from smsbatch.data.store import Store
 from smsbatch.errors import ERROR_CODES, RequestError, RunError
+from smsbatch.execution.distilled import Distilled
 from smsbatch.execution.heart import Heart
 from smsbatch.execution.plan import establish, relocate
 from smsbatch.execution.pool import Pool, pool_of
 from smsbatch.execution.record import check_allowed, inputs_changed, store_of
 from smsbatch.execution.report import INDEX, SUCCESS, Report, is_reported, summarize, write_report
 from smsbatch.execution.status import Status, Tally, drivers
+from smsbatch.execution.training import distill
+from smsbatch.execution.training_log import TrainingProgress
 from smsbatch.execution.worker import Task
-from smsbatch.manifest import Errors, Manifest
+from smsbatch.manifest import Dataset, Distill, Errors, Manifest
 
 __all__ = ["run"]
 
 
+@overload
+def run(
+    manifest: Distill, progress: Callable[[TrainingProgress], None] = ..., *, allow_drift: Collection[str] = ...
+) -> Distilled: ...
+@overload
+def run(
+    manifest: Dataset,
+    progress: Callable[[Status], None] = ...,
+    *,
+    retry_failed: bool = ...,
+    codes: Collection[str] = ...,
+    allow_drift: Collection[str] = ...,
+) -> Report: ...
+@overload
 def run(
     manifest: Manifest,
-    progress: Callable[[Status], None] = lambda status: None,
+    progress: Callable[[Any], None] = ...,
+    *,
+    retry_failed: bool = ...,
+    codes: Collection[str] = ...,
+    allow_drift: Collection[str] = ...,
+) -> Report | Distilled: ...
+def run(
+    manifest: Manifest,
+    progress: Callable[[Any], None] = lambda now: None,
     *,
     retry_failed: bool = False,
     codes: Collection[str] = (),
     allow_drift: Collection[str] = (),
-) -> Report:
-    """Plan if there is no plan, do what is not done, publish, report.
+) -> Report | Distilled:
+    """Plan if there is no plan, do what is not done, publish, report; of a `distill` manifest, train.
 
     Args:
-        progress: called a few times a second.
+        progress: called with a Status, of a training with a TrainingProgress, a few times a second.
         retry_failed: try failed samples again too, and publish their shards as a new generation.
         codes: only those that failed with one of these error codes.
         allow_drift: keys of the manifest, `weights` or `inputs` that may have changed since the plan; noted with the
@@ -45,8 +72,13 @@ def run(
     Raises:
         RequestError: the manifest, source, weights or codes are wrong, or not those of the run at `output.path`.
         StorageError: the output cannot be read or written; what is committed is kept.
-        RunError: more samples failed than `errors` allows.
+        RunError: more samples failed than `errors` allows; a training diverged, or its workers kept dying.
     """
+    if isinstance(manifest, Distill):
+        if retry_failed:
+            raise RequestError("--retry-failed is of runs that make a dataset; a training takes other samples instead")
+        return distill(manifest, progress, allow_drift)
+    assert isinstance(manifest, Dataset), "there are no other tasks"
     _check_codes(codes, retry_failed)
     check_allowed(manifest, allow_drift)
     with pool_of(manifest) as pool:
@@ -124,7 +156,7 @@ def _beside_others(todo: list[Task], store: Store, heart: Heart) -> list[Task]:
 
 
 def _work(
-    manifest: Manifest,
+    manifest: Dataset,
     pool: Pool,
     ledger: Ledger,
     tally: Tally,

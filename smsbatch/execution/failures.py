@@ -10,6 +10,7 @@ from typing import Any
 from smsbatch.data.records import attempt_file
 from smsbatch.data.shards import read_rows
 from smsbatch.execution.look import Look
+from smsbatch.execution.record import check_dataset
 from smsbatch.manifest import Manifest
 
 __all__ = ["failures"]
@@ -26,10 +27,12 @@ def failures(
         limit: at most so many.
 
     Raises:
-        RequestError: no run stands there.
+        RequestError: no run stands there, or one that makes no dataset.
         StorageError: rows cannot be read.
     """
-    return islice(_failures(where if isinstance(where, Look) else Look(where), code), limit)
+    look = where if isinstance(where, Look) else Look(where)
+    check_dataset(look.store, look.run)
+    return islice(_failures(look, code), limit)
 
 
 def _failures(look: Look, code: str | None) -> Iterator[dict[str, Any]]:

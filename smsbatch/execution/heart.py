@@ -10,7 +10,7 @@ import time
 import uuid
 from contextlib import suppress
 from dataclasses import asdict
-from typing import Self
+from typing import Any, Self
 
 from smsbatch.data.store import Store
 from smsbatch.errors import StorageError
@@ -22,10 +22,12 @@ __all__ = ["Heart"]
 class Heart:
     """Beats at once when entered and then every few seconds, telling of `now`; whoever leaves in order takes it back.
 
+    A training tells of itself in its own files: there `now` is None.
+
     A beat that cannot be stored is left out: the work meets the same store, and says what is wrong with it.
     """
 
-    def __init__(self, store: Store, now: Status) -> None:
+    def __init__(self, store: Store, now: Status | None = None) -> None:
         self.now = now
         self.name = f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:6]}"
         self._store, self._path = store, f"{HEARTBEATS}/{self.name}.json"
@@ -49,11 +51,12 @@ class Heart:
                 self._beat()
 
     def _beat(self) -> None:
-        beat = {
-            "time": time.time(),
-            "rate": self.now.rate,
-            "samples_under_way": self.now.samples_under_way,
-            "samples_retried": self.now.samples_retried,
-            "workers": [asdict(worker) for worker in self.now.workers],
-        }
+        beat: dict[str, Any] = {"time": time.time()}
+        if self.now is not None:
+            beat |= {
+                "rate": self.now.rate,
+                "samples_under_way": self.now.samples_under_way,
+                "samples_retried": self.now.samples_retried,
+                "workers": [asdict(worker) for worker in self.now.workers],
+            }
         self._store.put(self._path, json.dumps(beat).encode())

@@ -20,7 +20,7 @@ from smsbatch.data.objects import Reader
 from smsbatch.data.shards import read_rows, read_tar
 from smsbatch.data.store import storage_errors
 from smsbatch.errors import RequestError, SampleError
-from smsbatch.execution.record import manifest_of, store_of, the_run
+from smsbatch.execution.record import dataset_of, store_of, the_run
 from smsbatch.manifest import Manifest
 from smsbatch.metrics import Lpips, hub, style
 
@@ -98,7 +98,7 @@ def measure(where: str | Manifest, reference: str | Path, *, of_sources: bool = 
 def _pairs(where: str | Manifest) -> tuple[list[dict[str, Any]], list[Picture], list[Picture]]:
     """The successful rows of a run with their pictures, before and after."""
     store = store_of(where)
-    manifest = manifest_of(the_run(store))
+    manifest = dataset_of(store, the_run(store))
     image = manifest.image
     reader = Reader(manifest.storage, manifest.source.max_bytes)
     entries = {entry.key: entry for entry in read_index(store)}

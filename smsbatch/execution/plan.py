@@ -1,4 +1,4 @@
-"""Manifest and source to units: decided once, written down, then obeyed.
+"""Manifest and source to units, or to the pictures of a training: decided once, written down, then obeyed.
 
 `plan` only looks. `establish` writes `run.json` and `plan/`, or, when they are there, checks that this manifest and
 these weights are still what was planned. The order makes a half-written plan harmless: `run.json` comes first and
@@ -18,9 +18,10 @@ from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 from smsbatch.data.index import (
+    SAMPLES,
     UNITS,
     Built,
     Part,
@@ -37,9 +38,10 @@ from smsbatch.data.ledger import Ledger
 from smsbatch.data.sample import Unit
 from smsbatch.data.sources import Scanned, nothing_found, parts, scan
 from smsbatch.data.store import Store
-from smsbatch.diffusion.lora_files import check_style
-from smsbatch.diffusion.weights import digests
-from smsbatch.errors import DriftError
+from smsbatch.errors import DriftError, RequestError
+from smsbatch.execution.checkpoints import latest
+from smsbatch.execution.generators import about, check_weights, digests
+from smsbatch.execution.planned import Plan, TrainingPlan
 from smsbatch.execution.pool import Pool, pool_of
 from smsbatch.execution.record import (
     RUN,
@@ -51,9 +53,9 @@ from smsbatch.execution.record import (
     store_of,
 )
 from smsbatch.execution.worker import Estimate
-from smsbatch.manifest import Manifest
+from smsbatch.manifest import Dataset, Distill, Manifest, Stylize
 
-__all__ = ["Plan", "cut", "establish", "plan"]
+__all__ = ["cut", "establish", "plan", "relocate"]
 
 # fmt: off
 _RECORDED = (
@@ -62,76 +64,6 @@ _RECORDED = (
 )
 # fmt: on
 _PROBED = 8  # samples that are tried to size units by time
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What will be done. `str(plan)` is the line a user reads.
-
-    Attributes:
-        bytes_in: of all fields of all samples, as far as known: nobody has asked for the sizes of a table's pictures.
-        samples_done: of the run that stands there already.
-        estimate: what a probe measured, if one was asked for.
-        price_per_gpu_hour: in whatever currency the user thinks.
-    """
-
-    manifest: Manifest
-    samples: int
-    units: tuple[Unit, ...]
-    notices: tuple[str, ...] = ()
-    bytes_in: int = 0
-    samples_done: int = 0
-    estimate: Estimate | None = None
-    price_per_gpu_hour: float | None = None
-
-    @property
-    def shards(self) -> int:
-        return self.units[-1].shard + 1
-
-    @property
-    def seconds_per_image(self) -> float | None:
-        """Of one worker."""
-        return self.estimate.seconds_per_image if self.estimate else None
-
-    @property
-    def bytes_out(self) -> int | None:
-        """Of all results' pictures."""
-        return round(self.estimate.bytes_per_image * self.samples) if self.estimate else None
-
-    @property
-    def gpu_hours(self) -> float | None:
-        """Of what is not done yet; a worker without a GPU counts as one."""
-        share = self.manifest.compute.gpus_per_worker
-        gpus = 1.0 if share == "auto" else share or 1.0
-        left = self.samples - self.samples_done
-        return gpus * left * self.estimate.seconds_per_image / 3600 if self.estimate else None
-
-    @property
-    def cost(self) -> float | None:
-        hours, price = self.gpu_hours, self.price_per_gpu_hour
-        return None if hours is None or price is None else hours * price
-
-    def __str__(self) -> str:
-        counts = ((self.shards, "shard"), (len(self.units), "unit"), (self.samples, "image"))
-        return ", ".join(f"{count:,} {word}{'' if count == 1 else 's'}" for count, word in counts)
-
-    def to_dict(self) -> dict[str, Any]:
-        return {
-            "name": self.manifest.name,
-            "output": self.manifest.output.path,
-            "shards": self.shards,
-            "units": len(self.units),
-            "samples": self.samples,
-            "samples_done": self.samples_done,
-            "steps": self.manifest.objective.steps,
-            "bytes_in": self.bytes_in,
-            "bytes_out": self.bytes_out,
-            "seconds_per_image": self.seconds_per_image,
-            "device": self.estimate.device if self.estimate else None,
-            "gpu_hours": self.gpu_hours,
-            "cost": self.cost,
-            "notices": list(self.notices),
-        }
 
 
 def cut(samples: int, samples_per_unit: int, samples_per_shard: int) -> Iterator[Unit]:
@@ -143,13 +75,19 @@ def cut(samples: int, samples_per_unit: int, samples_per_shard: int) -> Iterator
             yield Unit(next(number), shard, start, min(start + samples_per_unit, end))
 
 
+@overload
+def plan(manifest: Distill, *, allow_drift: Collection[str] = ...) -> TrainingPlan: ...
+@overload
+def plan(
+    manifest: Manifest, *, probe: int = ..., price_per_gpu_hour: float | None = ..., allow_drift: Collection[str] = ...
+) -> Plan | TrainingPlan: ...
 def plan(
     manifest: Manifest,
     *,
     probe: int = 0,
     price_per_gpu_hour: float | None = None,
     allow_drift: Collection[str] = (),
-) -> Plan:
+) -> Plan | TrainingPlan:
     """The plan this manifest would get, or that of the run that stands there; nothing is written.
 
     Args:
@@ -162,32 +100,52 @@ def plan(
         WeightsError: a model or LoRA is missing.
         DriftError: another run stands at `output.path`.
         SampleError: none of the probe's samples could be stylized.
+        RequestError: a probe is asked of a training.
     """
     check_allowed(manifest, allow_drift)
+    if isinstance(manifest, Distill) and (probe or price_per_gpu_hour is not None):
+        raise RequestError(
+            "--probe and --price-per-gpu-hour: of a distill run they tell nothing; start it with few steps "
+            "(--set distill.steps=100 and another output.path), which tells the rate"
+        )
     store = store_of(manifest)
     run = read_run(store)
+    if run is not None:
+        check_request(store, run, manifest, digests(manifest), allow_drift, note=False)
+    else:
+        refuse_strangers(store)
+    planned: Plan | TrainingPlan
     with pool_of(manifest) as pool:
-        if run is not None and store.exists(UNITS):
-            check_request(store, run, manifest, digests(manifest), allow_drift, note=False)
-            planned = _standing(manifest, store, run)
-            done = Ledger(store).done()
-            begun = f"{store.url} has this run already: {len(done)} of {len(planned.units)} units are done"
-            if len(done) < len(planned.units):
-                inputs_changed(store, manifest, allow_drift, note=False)
-            samples_done = sum(len(unit) for unit in planned.units if unit.id in done)
-            planned = replace(planned, samples_done=samples_done, notices=(*planned.notices, begun))
-            estimate = _measure(pool, store, planned.samples, probe)
-        else:
-            if run is not None:
-                check_request(store, run, manifest, digests(manifest), allow_drift, note=False)
-            else:
-                refuse_strangers(store)
+        if run is None or not store.exists(_last_file(manifest)):
             with _drafted(manifest, pool, probe) as draft:
-                planned, estimate = draft.plan, draft.plan.estimate
-    return replace(planned, estimate=estimate, price_per_gpu_hour=price_per_gpu_hour)
+                planned = draft.plan
+        else:
+            planned = _begun(_standing(manifest, store, run), store)
+            if not planned.done:
+                inputs_changed(store, manifest, allow_drift, note=False)
+            if isinstance(planned, Plan):
+                planned = replace(planned, estimate=_measure(pool, store, planned.samples, probe))
+    return replace(planned, price_per_gpu_hour=price_per_gpu_hour) if isinstance(planned, Plan) else planned
 
 
-def establish(manifest: Manifest, store: Store, pool: Pool, allow_drift: Collection[str] = ()) -> Plan:
+def _begun(planned: Plan | TrainingPlan, store: Store) -> Plan | TrainingPlan:
+    """The plan of a run that stands, with how far it is."""
+    if isinstance(planned, TrainingPlan):
+        checkpoint, steps = latest(store), planned.manifest.distill.all_steps
+        steps_done = checkpoint.step if checkpoint else 0
+        begun = f"{store.url} has this run already: it goes on from step {steps_done:,} of {steps:,}"
+        return replace(planned, steps_done=steps_done, notices=(*planned.notices, begun))
+    done = Ledger(store).done()
+    begun = f"{store.url} has this run already: {len(done)} of {len(planned.units)} units are done"
+    samples_done = sum(len(unit) for unit in planned.units if unit.id in done)
+    return replace(planned, samples_done=samples_done, notices=(*planned.notices, begun))
+
+
+@overload
+def establish(manifest: Distill, store: Store, pool: Pool, allow_drift: Collection[str] = ...) -> TrainingPlan: ...
+@overload
+def establish(manifest: Dataset, store: Store, pool: Pool, allow_drift: Collection[str] = ...) -> Plan: ...
+def establish(manifest: Manifest, store: Store, pool: Pool, allow_drift: Collection[str] = ()) -> Plan | TrainingPlan:
     """The plan of the run at `store`: the one that stands there, or else a new one, written now.
 
     Raises:
@@ -197,11 +155,11 @@ def establish(manifest: Manifest, store: Store, pool: Pool, allow_drift: Collect
     run, weights = read_run(store), digests(manifest)
     if run is not None:
         check_request(store, run, manifest, weights, allow_drift)
-        if store.exists(UNITS):
+        if store.exists(_last_file(manifest)):
             return _standing(manifest, store, run)
     else:
         refuse_strangers(store)
-    with _drafted(manifest, pool, samples_per_unit=run["planned"]["samples_per_unit"] if run else None) as draft:
+    with _drafted(manifest, pool, samples_per_unit=run["planned"].get("samples_per_unit") if run else None) as draft:
         if run is None:
             store.check_writable()
             store.conditional = store.supports_create()
@@ -214,10 +172,16 @@ def establish(manifest: Manifest, store: Store, pool: Pool, allow_drift: Collect
             raise DriftError(f"{store.url}: the source is not the one this run began with; choose another output.path")
         write_objects(store, draft.parts)
         write_index(store, draft.index)
-        # As run.json has them: a faster driver may have measured another size of unit.
-        per_unit, per_shard = run["planned"]["samples_per_unit"], manifest.output.samples_per_shard
-        write_units(store, cut(draft.built.samples, per_unit, per_shard))
+        if isinstance(manifest, Dataset):
+            # As run.json has them: a faster driver may have measured another size of unit.
+            per_unit, per_shard = run["planned"]["samples_per_unit"], manifest.output.samples_per_shard
+            write_units(store, cut(draft.built.samples, per_unit, per_shard))
     return _standing(manifest, store, run)
+
+
+def _last_file(manifest: Manifest) -> str:
+    """Which file of a plan is written last."""
+    return UNITS if isinstance(manifest, Dataset) else SAMPLES
 
 
 def relocate(manifest: Manifest, store: Store, pool: Pool) -> None:
@@ -236,17 +200,23 @@ def relocate(manifest: Manifest, store: Store, pool: Pool) -> None:
 class _Draft:
     """A plan that is not written down, and its index in a temporary file."""
 
-    plan: Plan
+    plan: Plan | TrainingPlan
     parts: Sequence[Part]
     index: Path
     built: Built
-    samples_per_unit: int
+    samples_per_unit: int | None
 
 
 @contextmanager
 def _drafted(manifest: Manifest, pool: Pool, probe: int = 0, samples_per_unit: int | None = None) -> Iterator[_Draft]:
-    output, notices = manifest.output, check_style(manifest)
+    notices = check_weights(manifest)
     with _indexed(manifest, pool, notices, manifest.source.limit) as (listed, index, built):
+        if isinstance(manifest, Distill):
+            training = TrainingPlan(manifest, built.samples, tuple(notices), built.bytes)
+            yield _Draft(training, listed, index, built, None)
+            return
+        assert isinstance(manifest, Dataset)
+        output = manifest.output
         by_time = output.seconds_per_unit if samples_per_unit is None else None
         estimate = _measure(pool, index, built.samples, max(probe, _PROBED if by_time else 0))
         if samples_per_unit is None:
@@ -268,7 +238,7 @@ def _indexed(
     with tempfile.TemporaryDirectory(prefix="smsbatch-plan-") as folder:
         index = Path(folder, "samples.parquet")
         with closing(pool.map(partial(scan, source=source, storage=storage), listed)) as scanned:
-            built = build_index(index, (part.table for part in _heard(scanned, notices)), limit)
+            built = build_index(index, (part.table for part in _heard(scanned, notices)), limit, source.skip)
         if built.samples == 0:
             raise nothing_found(source, notices)
         yield listed, index, built
@@ -286,28 +256,33 @@ def _measure(pool: Pool, index: Store | Path, samples: int, wanted: int) -> Esti
     return pool.measure([entry for row in rows for entry in read_index(index, row, row + 1)]) if rows else None
 
 
-def _standing(manifest: Manifest, store: Store, run: Mapping[str, Any]) -> Plan:
-    planned = run["planned"]
-    return Plan(manifest, planned["samples"], tuple(read_units(store)), tuple(run["notices"]), planned["bytes"])
+def _standing(manifest: Manifest, store: Store, run: Mapping[str, Any]) -> Plan | TrainingPlan:
+    planned, notices = run["planned"], tuple(run["notices"])
+    if isinstance(manifest, Distill):
+        return TrainingPlan(manifest, planned["samples"], notices, planned["bytes"])
+    assert isinstance(manifest, Dataset)
+    return Plan(manifest, planned["samples"], tuple(read_units(store)), notices, planned["bytes"])
 
 
 def _record(draft: _Draft, weights: Mapping[str, str], commits: str) -> dict[str, Any]:
     plan = draft.plan
+    planned: dict[str, Any] = {"samples": plan.samples, "units": 0, "shards": 0, "bytes": plan.bytes_in}
+    if isinstance(plan, Plan):
+        planned |= {
+            "units": len(plan.units),
+            "shards": plan.shards,
+            "samples_per_unit": draft.samples_per_unit,
+            "seconds_per_image": plan.seconds_per_image,
+        }
     return {
         "smsbatch": version("smsbatch"),
         "name": plan.manifest.name,
         "manifest": plan.manifest.dump(),
         "manifest_sha256": plan.manifest.identity,
         "weights": dict(weights),
+        **({"generator": about(plan.manifest)} if isinstance(plan.manifest, Stylize) else {}),
         "index_sha256": draft.built.sha256,
-        "planned": {
-            "samples": plan.samples,
-            "units": len(plan.units),
-            "shards": plan.shards,
-            "bytes": plan.bytes_in,
-            "samples_per_unit": draft.samples_per_unit,
-            "seconds_per_image": plan.seconds_per_image,
-        },
+        "planned": planned,
         "commits": commits,  # by workers, or by the driver alone where the store has no create-only put
         "notices": list(plan.notices),
         "versions": {"python": platform.python_version()} | _versions(),

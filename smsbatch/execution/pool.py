@@ -19,12 +19,11 @@ from typing import TypeVar
 from smsbatch.data.records import Commit
 from smsbatch.data.sample import Entry
 from smsbatch.execution.worker import Estimate, Progress, Task, Worker
-from smsbatch.manifest import Manifest
+from smsbatch.manifest import Dataset, Manifest, Stylize
 
-__all__ = ["LocalPool", "Pool", "pool_of"]
+__all__ = ["LocalPool", "Pool", "in_flight", "pool_of", "started_ahead"]
 
 TICK_S = 0.25
-IN_FLIGHT = 2  # per worker: with one, it would wait for every read; with three, a lost worker would lose more
 _THREADS = 16  # for what mostly waits
 
 Item = TypeVar("Item")
@@ -59,6 +58,14 @@ class Pool(AbstractContextManager["Pool"], ABC):
             threads.shutdown(cancel_futures=True)
 
 
+def in_flight(manifest: Manifest) -> int:
+    """Units a worker has at once. With one it would wait for every read; with three a lost worker would lose more.
+
+    A generator is done with a unit before the last one is committed and the next one read.
+    """
+    return 4 if isinstance(manifest, Stylize) else 2
+
+
 def started_ahead(started: Iterable[Item], places: int) -> Iterator[Item]:
     """The same items, each taken from its source so many places before it is given."""
     remaining = iter(started)
@@ -73,7 +80,8 @@ class LocalPool(Pool):
 
     def __init__(self, manifest: Manifest) -> None:
         super().__init__(manifest)
-        self._threads = ThreadPoolExecutor(IN_FLIGHT, thread_name_prefix="smsbatch")
+        self._in_flight = in_flight(manifest)
+        self._threads = ThreadPoolExecutor(self._in_flight, thread_name_prefix="smsbatch")
         self._worker: Worker | None = None
 
     def __exit__(self, *_: object) -> None:
@@ -86,7 +94,7 @@ class LocalPool(Pool):
         remaining = iter(tasks)
         running: set[Future[Commit]] = set()
         while True:
-            for task in islice(remaining, IN_FLIGHT - len(running)):
+            for task in islice(remaining, self._in_flight - len(running)):
                 running.add(self._threads.submit(worker.process, task))
             if not running:
                 return
@@ -103,6 +111,7 @@ class LocalPool(Pool):
 
     def _ready(self) -> Worker:
         if self._worker is None:
+            assert isinstance(self.manifest, Dataset), "a task that makes rows"
             worker = Worker(self.manifest, "local")
             worker.setup()
             self._worker = worker

@@ -1,26 +1,20 @@
-"""`RayPool`: workers on a Ray cluster, replaced when they die. The only room that knows Ray."""
+"""`RayPool`: workers on a Ray cluster, replaced when they die."""
 
 from __future__ import annotations
 
-import importlib.util
-import logging
-import os
-import signal
-import threading
-import warnings
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass, field
-from pathlib import Path
 from time import monotonic
 from typing import Any
 
 from smsbatch.data.records import Commit
 from smsbatch.data.sample import Entry
-from smsbatch.errors import RequestError, RunError, SmsbatchError
+from smsbatch.errors import RunError, SmsbatchError
+from smsbatch.execution.cluster import check_installed, connect, size_up
 from smsbatch.execution.job import Job
-from smsbatch.execution.pool import IN_FLIGHT, TICK_S, Item, Pool, Result, started_ahead
+from smsbatch.execution.pool import TICK_S, Item, Pool, Result, in_flight, started_ahead
 from smsbatch.execution.worker import Estimate, Progress, Task, Worker
 from smsbatch.manifest import Manifest
 
@@ -28,19 +22,6 @@ __all__ = ["RayPool"]
 
 _FEW = 64  # things to do that are not worth starting a cluster for
 _LOOK_S = 10.0  # between two looks whether there is a cluster at all
-
-
-@contextmanager
-def _quiet_stderr() -> Iterator[None]:
-    """Nothing on the process's stderr: Ray's own code, in C++, writes there of what it then raises."""
-    with Path(os.devnull).open("w") as nowhere:
-        stderr = os.dup(2)
-        os.dup2(nowhere.fileno(), 2)
-        try:
-            yield
-        finally:
-            os.dup2(stderr, 2)
-            os.close(stderr)
 
 
 @dataclass(eq=False)
@@ -64,11 +45,7 @@ class RayPool(Pool):
 
     def __init__(self, manifest: Manifest) -> None:
         super().__init__(manifest.absolute())  # an actor's working folder is another
-        if importlib.util.find_spec("ray") is None:
-            raise RequestError(
-                "compute.pool: Ray is not installed; pip install 'smsbatch[ray]', or --set compute.pool=local"
-            )
-
+        check_installed()
         self._actors: list[_Actor] = []
         self._seen: dict[str, Progress] = {}
         self._spawned = self._barren = 0
@@ -88,60 +65,10 @@ class RayPool(Pool):
         """Be in a cluster, and know its size."""
         if self._connected:
             return
-        # Ray reads these at import; they only spare the user messages that are not for him.
-        os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-        import ray
-
-        self._started = not ray.is_initialized()
-        if self._started:
-            self._start()
+        self._started = connect(self.manifest.compute)
         self._connected = True
-        self._size_up()
-
-    def _start(self) -> None:
-        """Join the cluster that is named, or start one here."""
-        import ray
-
-        compute = self.manifest.compute
-        address = os.environ.get("RAY_ADDRESS") if compute.address == "auto" else compute.address
-        options: dict[str, Any] = {"address": address}
-        if address is None:
-            wanted = 1 if compute.workers == "auto" else compute.workers
-            threads = 1 if compute.threads == "auto" else compute.threads
-            cores = max(os.cpu_count() or 1, wanted * threads)
-            options = {"address": "local", "include_dashboard": False, "num_cpus": cores}
-        on_sigterm = signal.getsignal(signal.SIGTERM)
-        try:
-            with warnings.catch_warnings(), _quiet_stderr():
-                warnings.simplefilter("ignore")
-                ray.init(**options, log_to_driver=False, logging_level=logging.ERROR)
-        except (OSError, RuntimeError, ValueError) as error:
-            raise RequestError(
-                f"compute.address: no Ray cluster at {address or 'this machine'} ({str(error).splitlines()[0]}); "
-                "check `ray status`, RAY_AUTH_MODE=token if the cluster asks for one, or --set compute.pool=local"
-            ) from error
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, on_sigterm)  # Ray would exit at once, and not in order
-
-    def _size_up(self) -> None:
-        """How many actors of what size: node by node, since an actor cannot lie across two."""
-        import ray
-
-        compute = self.manifest.compute
-        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-        gpus = [int(node.get("GPU", 0)) for node in nodes]
-        self._gpus = float(any(gpus)) if compute.gpus_per_worker == "auto" else compute.gpus_per_worker
-        fit = sum(int(count / self._gpus) for count in gpus) if self._gpus else len(nodes)
-        self._size = fit if compute.workers == "auto" else compute.workers
-        if self._gpus and fit < (1 if compute.workers == "auto" else compute.workers):
-            raise RequestError(
-                f"compute: {max(self._size, 1)} workers of {self._gpus:g} GPUs are wanted, there is room for {fit}; "
-                "lower compute.workers, or set compute.gpus_per_worker to 0 to work on CPUs"
-            )
-        cores = min(int(node.get("CPU", 1)) for node in nodes)
-        each = max(1, cores // -(-self._size // len(nodes)))
-        self._threads = each if compute.threads == "auto" else compute.threads
+        self._sizing = size_up(self.manifest.compute)
+        self._size = self._sizing.workers
 
     def progress(self) -> list[Progress]:
         return [self._seen.get(actor.name, Progress(actor.name, None)) for actor in self._actors]
@@ -242,15 +169,16 @@ class RayPool(Pool):
 
         name = f"w{self._spawned}"
         self._spawned += 1
-        compute = self.manifest.compute.model_copy(update={"threads": self._threads})
+        sizing = self._sizing
+        compute = self.manifest.compute.model_copy(update={"threads": sizing.threads})
         handle = (
             ray.remote(Worker)
             .options(
-                num_gpus=self._gpus,
-                num_cpus=1 if self._gpus else self._threads,
-                max_concurrency=IN_FLIGHT + 1,  # and `progress`
+                num_gpus=sizing.gpus,
+                num_cpus=sizing.cpus,
+                max_concurrency=in_flight(self.manifest) + 1,  # and `progress`
             )
-            .remote(self.manifest.model_copy(update={"compute": compute}), name, "cuda" if self._gpus else "cpu")
+            .remote(self.manifest.model_copy(update={"compute": compute}), name, "cuda" if sizing.gpus else "cpu")
         )
         actor = _Actor(handle, name)
         self._actors.append(actor)
@@ -258,9 +186,9 @@ class RayPool(Pool):
 
     def _deal(self, actor: _Actor, queue: deque[Job], calls: dict[Any, tuple[_Actor, Job | None]]) -> None:
         """Give an actor what it can take; a unit that saw a death has one for itself: the next then has one cause."""
-        while actor.ready and queue and len(actor.jobs) < IN_FLIGHT:
+        while actor.ready and queue and len(actor.jobs) < in_flight(self.manifest):
             idle = sum(not other.jobs for other in self._actors)
-            if actor.jobs and (queue[0].deaths or actor.jobs[0].deaths or len(queue) <= idle):
+            if actor.jobs and (queue[0].deaths or any(job.deaths for job in actor.jobs) or len(queue) <= idle):
                 return  # the last units are for those who have none, also for those who still load
             job = queue.popleft()
             actor.jobs.append(job)

@@ -22,14 +22,17 @@ from smsbatch.data.records import COMMITS
 from smsbatch.data.sources import parts
 from smsbatch.data.store import Store
 from smsbatch.errors import DriftError, RequestError, StorageError
-from smsbatch.manifest import Manifest, Storage
+from smsbatch.execution.checkpoints import CHECKPOINTS
+from smsbatch.manifest import Dataset, Manifest, Storage
 
 __all__ = [
     "RUN",
     "Change",
     "allowed_drift",
     "check_allowed",
+    "check_dataset",
     "check_request",
+    "dataset_of",
     "inputs_changed",
     "manifest_of",
     "read_run",
@@ -94,6 +97,27 @@ def the_run(store: Store) -> dict[str, Any]:
     return run
 
 
+def check_dataset(store: Store, run: Mapping[str, Any]) -> None:
+    """The run is one that makes a dataset: rows, shards, a report.
+
+    Raises:
+        RequestError: it makes a generator.
+    """
+    if run["manifest"].get("task") == "distill":
+        raise RequestError(
+            f"{store.url}: this run distills a generator and makes no dataset; `smsbatch status` says how far it is, "
+            "and a manifest of task stylize makes a dataset with its generator"
+        )
+
+
+def dataset_of(store: Store, run: Mapping[str, Any]) -> Dataset:
+    """The manifest of a run that makes a dataset. Raises as `check_dataset` and `manifest_of`."""
+    check_dataset(store, run)
+    manifest = manifest_of(run)
+    assert isinstance(manifest, Dataset)
+    return manifest
+
+
 def manifest_of(run: Mapping[str, Any]) -> Manifest:
     """The manifest a run was planned with, in the words of this version.
 
@@ -101,7 +125,7 @@ def manifest_of(run: Mapping[str, Any]) -> Manifest:
         RequestError: it is of a version that has other ones.
     """
     plain = dict(run["manifest"])
-    for section in _RENAMED.keys() | _BEFORE.keys():
+    for section in (_RENAMED.keys() | _BEFORE.keys()) & plain.keys():
         names = _RENAMED.get(section, {})
         plain[section] = _BEFORE.get(section, {}) | {
             names.get(key, key): v for key, v in plain.get(section, {}).items()
@@ -228,7 +252,11 @@ def _settle(store: Store, changes: Iterable[Change], allow: Collection[str], not
         begun = f"undo the change, choose another output.path, or allow it by --allow-drift {refused[0].key}"
         if refused[0].key in _NEVER:
             begun = f"undo the change, or choose another output.path ({_NEVER[refused[0].key]})"
-        advice = begun if store.list(COMMITS) else "nothing is committed there: delete the folder to begin anew"
+        advice = (
+            begun
+            if store.list(COMMITS) or store.list(CHECKPOINTS)
+            else "nothing is committed there: delete the folder to begin anew"
+        )
         told = "; ".join(change.text for change in refused)
         raise DriftError(f"{store.url}: this run was planned differently; changed: {told}; {advice}")
     if fresh and note:

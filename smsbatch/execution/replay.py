@@ -26,12 +26,12 @@ from smsbatch.data.sample import Outcome, Unit
 from smsbatch.data.shards import read_rows
 from smsbatch.data.sources import load_sample
 from smsbatch.data.store import Store, storage_errors
-from smsbatch.diffusion.weights import digests
 from smsbatch.errors import RequestError, SampleError
 from smsbatch.execution.gallery import find_members
-from smsbatch.execution.record import manifest_of, store_of, the_run
+from smsbatch.execution.generators import digests
+from smsbatch.execution.record import dataset_of, store_of, the_run
 from smsbatch.execution.worker import failed
-from smsbatch.manifest import Manifest
+from smsbatch.manifest import Dataset, Manifest
 
 __all__ = ["Replayed", "replay"]
 
@@ -76,14 +76,15 @@ def replay(where: str | Manifest, key: str, target: str | Path | None = None) ->
         target: a file, or a folder that exists. Default: `<key>.<format>` here.
 
     Raises:
-        RequestError: no run stands there, the key is not in its plan, or another file is in the way.
+        RequestError: no run stands there or one that makes no dataset, the key is not in its plan, or another file is
+            in the way.
         StorageError: the run cannot be read, or the file not be written.
     """
     store = store_of(where)
     run = the_run(store)
+    manifest = dataset_of(store, run)
     if not store.exists(UNITS):
         raise RequestError(f"{store.url}: the run here has no plan yet; `smsbatch run` goes on")
-    manifest = manifest_of(run)
     if isinstance(where, Manifest):
         manifest = manifest.model_copy(update={"compute": where.compute, "storage": where.storage})
     row = find_key(store, key)
@@ -108,7 +109,7 @@ def replay(where: str | Manifest, key: str, target: str | Path | None = None) ->
     return Replayed(key, shown, path, before, same=False, largest=largest, mean=mean, changed=changed)
 
 
-def _again(store: Store, manifest: Manifest, row: int) -> Outcome:
+def _again(store: Store, manifest: Dataset, row: int) -> Outcome:
     from smsbatch.execution.stylizer import Stylizer  # loads torch
 
     (entry,) = read_index(store, row, row + 1)
@@ -153,9 +154,7 @@ def _difference(before: bytes, now: bytes) -> tuple[int | None, float | None]:
     return int(difference.max()), float(difference.mean())
 
 
-def _changed(
-    run: Mapping[str, Any], manifest: Manifest, before: Mapping[str, Any], now: Mapping[str, Any]
-) -> list[str]:
+def _changed(run: Mapping[str, Any], manifest: Dataset, before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     found = []
     if before.get("source_sha256") != now["source_sha256"]:
         found.append("the source picture is another")

@@ -37,7 +37,7 @@ from smsbatch.data.store import Store, storage_errors
 from smsbatch.errors import RunError
 from smsbatch.execution.gallery import SHOW_ALL, SHOW_END, gallery, has_value
 from smsbatch.execution.pool import started_ahead
-from smsbatch.execution.record import allowed_drift, the_run
+from smsbatch.execution.record import allowed_drift, check_dataset, the_run
 from smsbatch.execution.report_card import card
 from smsbatch.execution.report_page import render
 
@@ -115,6 +115,7 @@ class Report:
     started: str
     finished: str
     settings: Mapping[str, Any]  # the resolved manifest
+    generator: Mapping[str, Any] | None  # what it says of itself, of task stylize
     weights: Mapping[str, str]  # file: SHA-256
     versions: Mapping[str, str]
     notices: Sequence[str]
@@ -145,10 +146,11 @@ def summarize(
         published: likewise.
 
     Raises:
-        RequestError: there is no run.
+        RequestError: there is no run, or one that makes no dataset.
         RunError: a planned sample has no row, or a shard is not published.
     """
     run = the_run(store)
+    check_dataset(store, run)
     published = Ledger(store).publications() if published is None else published
     return _recall(store, run, published) or _count(store, run, commits, published)[0]
 
@@ -158,6 +160,7 @@ def write_report(
 ) -> Report:
     """Write README.md, report.html and index.json; returns the numbers. Arguments and errors as of `summarize`."""
     run = the_run(store)
+    check_dataset(store, run)
     published = Ledger(store).publications() if published is None else published
     report, tally = _count(store, run, commits, published)
     numbers = {name: value for name, value in report.to_dict().items() if name in _NUMBERS}
@@ -212,6 +215,7 @@ def _circumstances(store: Store, run: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "name": run["name"],
         "settings": run["manifest"],
+        "generator": run.get("generator"),
         "weights": run["weights"],
         "versions": run["versions"],
         "notices": [*run["notices"], *_drift(store)],

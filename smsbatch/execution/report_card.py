@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
 
-from smsbatch.execution.report_page import count, duration, moment, rate
+from smsbatch.execution.report_page import count, duration, generator_name, moment, rate
 from smsbatch.manifest import Style
 
 if TYPE_CHECKING:
@@ -31,18 +31,12 @@ _OBJECTIVES = {  # name, and its paper on arXiv
 
 def card(report: Report) -> str:
     settings = report.settings
-    source, model, objective = (settings[key] for key in ("source", "model", "objective"))
-    name, paper = _OBJECTIVES[objective["name"]]
     output = settings["output"]["format"]
     shards = "shards/000000.tar" if report.shards == 1 else f"shards/{{000000..{report.shards - 1:06d}}}.tar"
+    how, by = _distilled(report) if report.generator is not None else _optimized(settings)
     made = [
-        ("style", _style(Style.model_validate(settings["style"]))),
-        ("source", ", ".join(map(_code, source["urls"]))),
-        ("model", _code(model["path"]) + (f" at {_code(model['revision'])}" if model["revision"] else "")),
-        (
-            "objective",
-            f"{_code(objective['name'])}, preset {_code(objective['preset'])}, {count(objective['steps'], 'step')}",
-        ),
+        *by,
+        ("source", ", ".join(map(_code, settings["source"]["urls"]))),
         ("seed", str(settings["seed"])),
         ("images", f"{report.succeeded:,} stylized, {report.failed:,} failed, of {report.planned:,} planned"),
         ("files", f"{count(report.shards, 'shard')} of {_code(output)} in tar, with one Parquet each"),
@@ -59,7 +53,7 @@ def card(report: Report) -> str:
         "",
         f"# {report.name}",
         "",
-        f"Images stylized with [{name}](https://arxiv.org/abs/{paper}) by smsbatch.",
+        f"Images stylized {how} by smsbatch.",
         "",
         *_table(("", ""), made),
         "",
@@ -105,6 +99,32 @@ def card(report: Report) -> str:
         "",
     ]
     return "\n".join(parts)
+
+
+def _optimized(settings: Mapping[str, Any]) -> tuple[str, list[tuple[str, str]]]:
+    """With what, and its lines of the table, of a run that has asked the scores for every image."""
+    model, objective = settings["model"], settings["objective"]
+    name, paper = _OBJECTIVES[objective["name"]]
+    told = f"{_code(objective['name'])}, preset {_code(objective['preset'])}, {count(objective['steps'], 'step')}"
+    return f"with [{name}](https://arxiv.org/abs/{paper})", [
+        ("style", _style(Style.model_validate(settings["style"]))),
+        ("model", _code(model["path"]) + (f" at {_code(model['revision'])}" if model["revision"] else "")),
+        ("objective", told),
+    ]
+
+
+def _distilled(report: Report) -> tuple[str, list[tuple[str, str]]]:
+    """The same of a run by a generator."""
+    told = report.generator or {}
+    lines = [("generator", f"{_code(report.settings['generator'])}, {told['parameters']:,} parameters")]
+    loras = told.get("lora") or ()
+    parts = [_code(told["style"])] if told.get("style") else []
+    parts += [f"LoRA {_code(path)}" for path in ([loras] if isinstance(loras, str) else loras)]
+    if parts:
+        lines.append(("style", ", ".join(parts)))
+    if told.get("model"):
+        lines.append(("distilled from", _code(str(told["model"]))))
+    return f"in one pass of the generator {_code(generator_name(report))}", lines
 
 
 def _style(style: Style) -> str:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from smsbatch.execution.gallery import Group, Picture
     from smsbatch.execution.report import Distribution, Report
 
-__all__ = ["count", "duration", "moment", "rate", "render"]
+__all__ = ["count", "duration", "generator_name", "moment", "rate", "render"]
 
 
 def render(report: Report, gallery: Iterable[Group]) -> str:
@@ -57,9 +57,7 @@ def render(report: Report, gallery: Iterable[Group]) -> str:
 
 
 def _header(report: Report) -> str:
-    settings = report.settings
-    prompt, objective = settings["style"]["prompt"], settings["objective"]
-    work = f"{count(objective['steps'], 'step')} of {objective['name'].upper()} each"
+    prompt, work = _work(report)
     facts = [
         ("images stylized", f"{report.succeeded:,}"),
         ("failed", f"{report.failed:,}"),
@@ -76,6 +74,15 @@ def _header(report: Report) -> str:
         f"“{escape(prompt)}”, {escape(work)}, {moment(report.started)}.</p>"
         f'<dl class="facts">{"".join(f"<div><dt>{escape(k)}</dt><dd>{v}</dd></div>" for k, v in facts)}</dl></header>'
     )
+
+
+def _work(report: Report) -> tuple[str, str]:
+    """The style in words, and what every image was put through for it."""
+    if report.generator is not None:
+        return report.generator.get("style") or "its style", f"one pass of the generator {generator_name(report)} each"
+    objective = report.settings["objective"]
+    work = f"{count(objective['steps'], 'step')} of {objective['name'].upper()} each"
+    return report.settings["style"]["prompt"], work
 
 
 def _gallery(groups: list[Group]) -> str:
@@ -140,7 +147,10 @@ def _failures(report: Report) -> str:
 
 def _settings(report: Report) -> str:
     loose = {key: value for key, value in report.settings.items() if not isinstance(value, Mapping)}
-    sections = {"run": loose} | {key: value for key, value in report.settings.items() if isinstance(value, Mapping)}
+    sections: dict[str, Mapping[str, Any]] = {"run": loose}
+    if report.generator is not None:
+        sections["generator"] = report.generator
+    sections |= {key: value for key, value in report.settings.items() if isinstance(value, Mapping)}
     sections |= {"versions": report.versions}
     groups = "".join(
         f'<div class="group"><h3>{escape(title)}</h3>{_pairs(_flat(values))}</div>'
@@ -273,6 +283,11 @@ def duration(seconds: float) -> str:
         if amount or parts:
             parts.append((amount, unit))
     return " ".join(f"{amount} {unit}" for amount, unit in parts[:2] if amount)
+
+
+def generator_name(report: Report) -> str:
+    """Of a run of task stylize: as the run that made the generator was called, else where it lies."""
+    return str((report.generator or {}).get("name") or report.settings["generator"])
 
 
 def rate(report: Report) -> str:

@@ -23,7 +23,7 @@ from smsbatch.data.records import (
 from smsbatch.data.sample import Unit
 from smsbatch.data.store import Store
 from smsbatch.errors import RequestError, StorageError
-from smsbatch.execution.record import manifest_of, the_run
+from smsbatch.execution.record import check_dataset, manifest_of, the_run
 from smsbatch.execution.report import is_reported
 from smsbatch.manifest import Manifest, Storage
 
@@ -73,10 +73,14 @@ class Standing:
         commit_files: of all generations, by unit.
         records: of published shards.
         damaged: records that cannot be read, and why.
+
+    Raises:
+        RequestError: no run stands there, or one that makes no dataset.
     """
 
     def __init__(self, store: Store) -> None:
         self.store, self.run = store, the_run(store)
+        check_dataset(store, self.run)
         self.damaged: dict[str, Problem] = {}
         self.units = self._plan()
         self.shards = {shard: list(units) for shard, units in groupby(self.units, lambda unit: unit.shard)}

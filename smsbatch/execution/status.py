@@ -8,21 +8,24 @@ driver works in another order, and on a store without create-only put it is refu
 from __future__ import annotations
 
 import json
+import os
+import socket
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from time import monotonic
-from typing import Any
+from typing import Any, overload
 
 from smsbatch.data.records import Commit
 from smsbatch.data.sample import Unit
 from smsbatch.data.store import Store
 from smsbatch.execution.look import Look
 from smsbatch.execution.report import is_reported
+from smsbatch.execution.training_status import TrainingStatus, training_status
 from smsbatch.execution.worker import Progress
-from smsbatch.manifest import Errors, Manifest
+from smsbatch.manifest import Distill, Errors, Manifest
 
 __all__ = ["Driver", "Status", "Tally", "drivers", "over_budget", "status"]
 
@@ -40,7 +43,21 @@ class Driver:
 
     @property
     def alive(self) -> bool:
-        return self.age_s < DEAD_AFTER_S
+        return self.age_s < DEAD_AFTER_S and not _gone(self.name)
+
+
+def _gone(name: str) -> bool:
+    """Whether it was a process of this machine that is no more, so that one need not wait for it to look dead."""
+    host, _, process = name.rpartition("-")[0].rpartition("-")
+    if host != socket.gethostname() or not process.isdigit():
+        return False
+    try:
+        os.kill(int(process), 0)
+    except ProcessLookupError:
+        return True
+    except PermissionError:
+        pass  # it is somebody else's
+    return False
 
 
 @dataclass(frozen=True)
@@ -218,13 +235,19 @@ def over_budget(errors: Errors, failed: int, samples: int, codes: Mapping[str, i
     return ""
 
 
-def status(where: str | Manifest | Look) -> Status:
+@overload
+def status(where: Distill) -> TrainingStatus: ...
+@overload
+def status(where: str | Manifest | Look) -> Status | TrainingStatus: ...
+def status(where: str | Manifest | Look) -> Status | TrainingStatus:
     """How far a run is, from what is stored alone; of a manifest, an output path or URL, or as it was looked at.
 
     Raises:
         RequestError: no run stands there.
     """
     look = where if isinstance(where, Look) else Look(where)
+    if look.run["manifest"].get("task") == "distill":
+        return training_status(look.store, look.run, any(driver.alive for driver in drivers(look.store)))
     errors: Counter[str] = Counter()
     for counted in (
         *(record.errors for record in look.records.values()),

@@ -1,15 +1,24 @@
-"""Samples in, outcomes out: all between a sample's bytes and its row, on one device, without storage or cluster."""
+"""Samples in, outcomes out: all between a sample's bytes and its row, on one device, without storage or cluster.
+
+A pipeline: threads decode ahead of the device, one stacks the next batch, other threads encode behind it. Several calls
+at once share the device, one after the other; each has its first batch ready before its turn.
+"""
 
 from __future__ import annotations
 
-import gc
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+import os
+import threading
+from collections import deque
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import chain, groupby, islice
 from pathlib import Path
 from time import perf_counter
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -18,16 +27,19 @@ from torch import Tensor
 
 from smsbatch.data import pixels
 from smsbatch.data.sample import Outcome, Sample, Unit
-from smsbatch.diffusion.lora import read_style
-from smsbatch.diffusion.optimize import optimize
-from smsbatch.diffusion.prior import Prior
-from smsbatch.errors import SampleError, WeightsError
-from smsbatch.manifest import Manifest, Prompts
-from smsbatch.metrics import METRICS
+from smsbatch.errors import RequestError, SampleError
+from smsbatch.execution.engines import Fitting, engine_of
+from smsbatch.manifest import Dataset, Manifest
+from smsbatch.metrics import METRICS, Metric
 
 __all__ = ["Stylizer", "sample_seed"]
 
 Picture = NDArray[np.uint8]
+Item = TypeVar("Item")
+
+_AHEAD = 2  # batches whose pictures are decoded before they are stacked
+_AHEAD_BYTES = 1 << 29  # of pixels being decoded, or decoded and not yet stacked; one picture may be more
+_BEHIND = 4  # batches that are encoded while the device goes on
 
 
 def sample_seed(run_seed: int, key: str) -> int:
@@ -36,44 +48,105 @@ def sample_seed(run_seed: int, key: str) -> int:
 
 
 @dataclass(frozen=True)
-class _Item:
-    """A sample on its way: decoded, fitted, and its row as far as it is known."""
+class _Head:
+    """What is known of a sample by its file's header: its row so far, and the size it will have, None if it failed."""
 
-    picture: Picture
-    prompts: Prompts
     outcome: Outcome
+    size: tuple[int, int] | None = None  # width, height
+    bytes: int = 0  # that decoding it takes
+
+
+@dataclass(frozen=True)
+class _Call:
+    """A call of `stylize`: what it was given, and what has become of its samples so far, None of those to come."""
+
+    samples: Sequence[Sample]
+    heads: Sequence[_Head]
+    outcomes: list[Outcome | Future[Outcome] | None]
+    progress: Callable[[int, int, int], None]
+
+    @property
+    def done(self) -> int:
+        return len(self.outcomes) - self.outcomes.count(None)
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """Pictures of one size, [B, H, W, 3] uint8 in the host's memory, with their places in the call and their rows."""
+
+    places: Sequence[int]
+    outcomes: Sequence[Outcome]
+    pixels: Tensor
+
+
+@dataclass(frozen=True)
+class _Launched:
+    """What the device has been given, and where the results come to when it has done it."""
+
+    places: Sequence[int]
+    outcomes: Sequence[Outcome]
+    began: _Moment
+    ended: _Moment
+    pictures: Tensor  # [B, H, W, 3] uint8
+    steps: Tensor
+    finite: Tensor
+    metrics: Mapping[str, Tensor]
+
+
+class _Moment:
+    """Now, by the clock of the device: when it has done what it was given so far."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._event: torch.cuda.Event | None = None
+        self._time = 0.0
+        if device.type == "cuda":
+            self._event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+            self._event.record(torch.cuda.current_stream(device))
+        else:
+            self._time = perf_counter()
+
+    def wait(self) -> None:
+        if self._event is not None:
+            self._event.synchronize()
+
+    def since(self, other: _Moment) -> float:
+        """Seconds; both have passed."""
+        if self._event is None or other._event is None:
+            return self._time - other._time
+        return float(other._event.elapsed_time(self._event)) / 1000
 
 
 class Stylizer:
     """The manifest's models on one device (default: CUDA, if there is any). Building it loads them.
 
+    May be called from several threads at once.
+
     Raises:
-        WeightsError: a model or LoRA is missing or not understood, or the two models do not go together.
+        RequestError: the manifest's task makes no pictures.
+        WeightsError: a model, LoRA or generator is missing or not understood, or the two models do not go together.
     """
 
     def __init__(self, manifest: Manifest, device: str | None = None) -> None:
-        self.manifest = manifest
-        compute, style = manifest.compute, manifest.style
-        if isinstance(compute.threads, int):
-            torch.set_num_threads(compute.threads)
-        load = partial(
-            Prior.load,
-            device=device or ("cuda" if torch.cuda.is_available() else "cpu"),
-            precision=compute.precision,
-            channels_last=compute.channels_last,
-            compile=compute.compile,
-        )
-        self.prior = load(manifest.model)
-        bare = self.prior
-        if style.model is not None and style.model != manifest.model:
-            bare = load(style.model, key="style.model")
-            _check_family(self.prior, bare, manifest.model.path, style.model.path)
-        self.style = bare
-        if style.lora:
-            deltas = read_style(style, bare)
-            self.style = bare.with_deltas(deltas.unet, deltas.text)
-        self.metrics = {name: METRICS[name]() for name in manifest.metrics}
-        self._fitting: dict[int, int] = {}  # samples that go into memory together, by their pixels
+        if not isinstance(manifest, Dataset):
+            raise RequestError(f"task {manifest.task} makes no pictures; a manifest of task stylize uses its generator")
+        self.manifest, threads = manifest, manifest.compute.threads
+        if isinstance(threads, int):
+            torch.set_num_threads(threads)
+        self.engine = engine_of(manifest, device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.metrics: dict[str, Metric] = {name: METRICS[name]() for name in manifest.metrics}
+        self._threads = threads if isinstance(threads, int) else os.cpu_count() or 1
+        self._decoders = ThreadPoolExecutor(self._threads, thread_name_prefix="smsbatch-decode")
+        self._encoders = ThreadPoolExecutor(self._threads, thread_name_prefix="smsbatch-encode")
+        self._turn = threading.Lock()
+        self._fitting = Fitting()
+        self._last: _Moment | None = None
+        self._busy_s = 0.0
+        self._idle_s: float | None = None
+
+    @property
+    def waited(self) -> float | None:
+        """Which part of the time from its first batch to its last the device had nothing to do; None before two."""
+        return None if self._idle_s is None else self._idle_s / (self._idle_s + self._busy_s)
 
     def __call__(
         self, picture: bytes | str | Path, caption: str = "", key: str = "image"
@@ -102,165 +175,191 @@ class Stylizer:
     ) -> list[Outcome]:
         """One outcome for every sample, in the same order; a sample that fails does not touch the others.
 
-        `progress` is called with the number of samples finished, and size and step of the batch in hand.
+        `progress` is called while the device is ours, with the number of samples finished, and size and step of the
+        batch in hand; what it raises ends the call.
         """
-        outcomes: list[Outcome | None] = [None] * len(samples)
-        items: dict[int, _Item] = {}
-        for index, sample in enumerate(samples):
-            known = self._known(sample)
-            try:
-                items[index] = self._item(sample, known)
-            except SampleError as error:
-                outcomes[index] = _failed(known, error)
-        done = len(samples) - len(items)
-        for waiting in _by_shape(items):
-            while waiting:
-                batch = waiting[: self._batch_size(items[waiting[0]])]
-                results = self._run([items[index] for index in batch], partial(progress, done, len(batch)))
-                if results is None:
-                    continue  # with fewer
-                for index, outcome in zip(batch, results, strict=True):
-                    outcomes[index] = outcome
-                del waiting[: len(batch)]
-                done += len(batch)
-                progress(done, 0, 0)
-        return [outcome for outcome in outcomes if outcome is not None]
+        heads = list(self._decoders.map(self._head, samples))
+        call = _Call(samples, heads, [None if head.size else head.outcome for head in heads], progress)
+        with closing(_one_ahead(self._batches(call))) as batches:
+            first = next(batches, None)
+            with self._turn:
+                progress(call.done, 0, 0)
+                behind: deque[Future[Outcome]] = deque()
+                for launched in self._rendered(chain([first] if first else [], batches), call):
+                    encoding = self._finished(launched)
+                    for place, outcome in zip(launched.places, encoding, strict=True):
+                        call.outcomes[place] = outcome
+                    progress(call.done, 0, 0)
+                    behind += encoding
+                    while len(behind) > _BEHIND * len(encoding):
+                        behind.popleft().result()
+        return [outcome.result() if isinstance(outcome, Future) else outcome for outcome in call.outcomes if outcome]
 
-    def _known(self, sample: Sample) -> Outcome:
-        """What the row says of a sample before anything was tried, as an outcome that has not succeeded yet."""
-        return Outcome(
+    # -------------------------------------------------------------------------------------------- ahead of the device
+
+    def _head(self, sample: Sample) -> _Head:
+        image = self.manifest.image
+        known = Outcome(
             key=sample.key,
             url=sample.url,
             error_code="unfinished",
             caption=sample.caption or None,
-            prompt=self._prompts(sample).target,
+            prompt=self.engine.prompt(sample.caption),
             source_sha256=sample.sha256,
             seed=sample_seed(self.manifest.seed, sample.key),
-            steps=self.manifest.objective.steps,
+            steps=self.engine.steps,
             original_key=sample.original_key,
             fields=sample.fields,
         )
+        try:
+            width, height = pixels.size(sample.image, min_side=image.min_side, max_pixels=image.max_pixels)
+            size = pixels.fitted(width, height, image.resolution, image.fit)
+        except SampleError as error:
+            return _Head(_failed(known, error))
+        return _Head(known, size, 3 * (width * height + size[0] * size[1]))
 
-    def _prompts(self, sample: Sample) -> Prompts:
-        return self.manifest.objective.prompts(self.manifest.style.prompt, sample.caption)
+    def _batches(self, call: _Call) -> Generator[_Batch, None, None]:
+        """Samples of one size together, in their order; what cannot be decoded is an outcome, and in no batch."""
 
-    def _item(self, sample: Sample, known: Outcome) -> _Item:
+        def decoded() -> Iterator[tuple[int, Outcome, Picture]]:
+            for place, future in self._ahead(call):
+                try:
+                    outcome, picture = future.result()
+                except SampleError as error:
+                    call.outcomes[place] = _failed(call.heads[place].outcome, error)
+                else:
+                    yield place, outcome, picture
+
+        # By the sizes they came to have: a header may be mistaken.
+        for (height, width, _), group in groupby(decoded(), key=lambda item: item[2].shape):
+            while batch := list(islice(group, self.engine.together(height, width))):
+                places, known, pictures = zip(*batch, strict=True)
+                stacked = torch.from_numpy(np.stack(pictures))
+                yield _Batch(places, known, stacked.pin_memory() if self._on_cuda else stacked)
+
+    def _ahead(self, call: _Call) -> Iterator[tuple[int, Future[tuple[Outcome, Picture]]]]:
+        """Every sample's decoding, size by size, begun some samples before it is asked for, but not too many bytes."""
+        sizes: dict[tuple[int, int], list[int]] = {}
+        for place, head in enumerate(call.heads):
+            if head.size:
+                sizes.setdefault(head.size, []).append(place)
+        waiting = deque(chain.from_iterable(sizes.values()))
+        begun: deque[tuple[int, Future[tuple[Outcome, Picture]]]] = deque()
+        number, taken = max(_AHEAD * self.manifest.compute.batch_size, 2 * self._threads), 0
+        try:
+            while waiting or begun:
+                while waiting and len(begun) < number and (not begun or taken < _AHEAD_BYTES):
+                    place = waiting.popleft()
+                    sample, head = call.samples[place], call.heads[place]
+                    begun.append((place, self._decoders.submit(self._decode, sample, head.outcome)))
+                    taken += head.bytes
+                place, future = begun.popleft()
+                yield place, future
+                taken -= call.heads[place].bytes
+        finally:
+            for _, future in begun:
+                future.cancel()
+
+    def _decode(self, sample: Sample, known: Outcome) -> tuple[Outcome, Picture]:
         image = self.manifest.image
         original = pixels.decode(sample.image, min_side=image.min_side, max_pixels=image.max_pixels)
         height, width = original.shape[:2]
         picture = pixels.fit(original, image.resolution, image.fit)
-        return _Item(picture, self._prompts(sample), replace(known, original_width=width, original_height=height))
+        return replace(known, original_width=width, original_height=height), picture
 
-    def _batch_size(self, item: _Item) -> int:
-        return self._fitting.get(_pixels(item), self.manifest.compute.batch_size)
+    # -------------------------------------------------------------------------------------------------- on the device
 
-    def _run(self, batch: Sequence[_Item], progress: Callable[[int], None]) -> list[Outcome] | None:
-        """Optimize one batch. None if it does not fit the device's memory: half as many are tried from then on."""
-        try:
-            return self._optimize(batch, progress)
-        except RuntimeError as error:
-            if not _out_of_memory(error):
-                raise
-        # Not before the exception is gone: its frames hold the tensors that must make room.
-        gc.collect()
-        torch.cuda.empty_cache()
-        if len(batch) > 1:
-            self._fitting[_pixels(batch[0])] = len(batch) // 2
-            return None
-        height, width = batch[0].picture.shape[:2]
-        message = f"{width}x{height} does not fit the device's memory; lower image.resolution"
-        return [_failed(batch[0].outcome, SampleError("oom", message))]
+    @property
+    def _on_cuda(self) -> bool:
+        return self.engine.device.type == "cuda"
 
-    def _optimize(self, batch: Sequence[_Item], progress: Callable[[int], None]) -> list[Outcome]:
-        started = perf_counter()
-        source = torch.stack([_to_tensor(item.picture) for item in batch]).to(self.prior.device)
-        z, steps = optimize(
-            self.prior,
-            self.style,
-            # One at a time, as below: a small part of the work, and the largest peak of memory when batched.
-            torch.cat([self.prior.encode(row[None]) for row in source]),
-            [item.prompts for item in batch],
-            [item.outcome.seed or 0 for item in batch],
-            self.manifest.objective,
-            progress,
+    def _rendered(self, batches: Iterator[_Batch], call: _Call) -> Iterator[_Launched]:
+        """What the device has done; on CUDA it has been given the next batch by then."""
+        before: _Launched | None = None
+        for batch in batches:
+            height, width = batch.pixels.shape[1:3]
+            launch = partial(self._launch, batch, call)
+            for chosen, launched, _ in self._fitting.each(len(batch.places), height * width, len(batch.places), launch):
+                if launched is None:
+                    message = f"{width}x{height} does not fit the device's memory; {self.engine.if_too_large}"
+                    known = batch.outcomes[chosen.start]
+                    call.outcomes[batch.places[chosen.start]] = _failed(known, SampleError("oom", message))
+                elif self._on_cuda:
+                    if before is not None:
+                        yield before
+                    before = launched
+                else:
+                    yield launched
+        if before is not None:
+            yield before
+
+    def _launch(self, batch: _Batch, call: _Call, chosen: slice) -> _Launched:
+        """Give the device a part of a batch; nothing here waits for it, unless the engine does."""
+        device, places, outcomes = self.engine.device, batch.places[chosen], batch.outcomes[chosen]
+        began, done = _Moment(device), call.done
+        source = batch.pixels[chosen].to(device, non_blocking=True).permute(0, 3, 1, 2).contiguous().float() / 255
+        rendered = self.engine.render(
+            source,
+            [outcome.caption or "" for outcome in outcomes],
+            [outcome.seed or 0 for outcome in outcomes],
+            lambda step: call.progress(done, len(places), step),
         )
-        size = (source.shape[-2], source.shape[-1])
-        results = torch.cat([self.prior.decode(row[None], size) for row in z.nan_to_num()])
-        taken: list[int] = steps.tolist()
-        finite = (z.isfinite().flatten(1).all(1) & results.isfinite().flatten(1).all(1)).tolist()
-        quantized = (results.nan_to_num() * 255).round().to(torch.uint8)
-        measured = {name: metric(source, quantized / 255).tolist() for name, metric in self.metrics.items()}
-        seconds = (perf_counter() - started) / len(batch)
+        quantized = (rendered.images.nan_to_num() * 255).round().to(torch.uint8)
+        measured = {name: metric(source, quantized / 255) for name, metric in self.metrics.items()}
+        pictures = quantized.permute(0, 2, 3, 1).contiguous()
+        pictures, steps, finite, *values = (
+            tensor.to("cpu", non_blocking=True)  # on CUDA to pinned memory
+            for tensor in (pictures, rendered.steps, rendered.finite, *measured.values())
+        )
+        metrics = dict(zip(measured, values, strict=True))
+        return _Launched(places, outcomes, began, _Moment(device), pictures, steps, finite, metrics)
 
-        height, width = size
-        outcomes = []
-        for index, item in enumerate(batch):
-            known = replace(item.outcome, steps=taken[index], batch_size=len(batch))
-            try:
-                if not finite[index]:
-                    raise SampleError("diverged", "the latent is not finite; lower objective.learning_rate")
-                picture = quantized[index].permute(1, 2, 0).cpu().numpy()
-                data = pixels.encode(picture, self.manifest.output.format, self.manifest.output.quality)
-            except SampleError as error:
-                outcomes.append(_failed(known, error))
-                continue
-            outcomes.append(
-                replace(
-                    known,
-                    width=width,
-                    height=height,
-                    seconds=seconds,
-                    image=data,
-                    image_field=self.manifest.output.format,
-                    error_code=None,
-                    metrics={name: values[index] for name, values in measured.items()},
-                )
-            )
-        return outcomes
+    # ------------------------------------------------------------------------------------------------------- behind it
+
+    def _finished(self, launched: _Launched) -> list[Future[Outcome]]:
+        """The rows of what the device has done, and their pictures, being encoded."""
+        launched.ended.wait()
+        seconds = launched.ended.since(launched.began)
+        self._busy_s += seconds
+        if self._last is not None:
+            self._idle_s = (self._idle_s or 0.0) + launched.began.since(self._last)
+        self._last = launched.ended
+        each = seconds / len(launched.places)
+        return [self._encoders.submit(self._encode, launched, index, each) for index in range(len(launched.places))]
+
+    def _encode(self, launched: _Launched, index: int, seconds: float) -> Outcome:
+        output = self.manifest.output
+        number = len(launched.places)
+        known = replace(launched.outcomes[index], steps=int(launched.steps[index]), batch_size=number)
+        picture = launched.pictures[index].numpy()
+        try:
+            if not launched.finite[index]:
+                raise SampleError("diverged", self.engine.if_diverged)
+            data = pixels.encode(picture, output.format, output.quality)
+        except SampleError as error:
+            return _failed(known, error)
+        return replace(
+            known,
+            width=picture.shape[1],
+            height=picture.shape[0],
+            seconds=seconds,
+            image=data,
+            image_field=output.format,
+            error_code=None,
+            metrics={name: float(values[index]) for name, values in launched.metrics.items()},
+        )
 
 
 _OF_A_RUN = ("unit", "shard", "generation", "attempt", "attempts", "worker")
 
 
-def _check_family(prior: Prior, style: Prior, path: str, style_path: str) -> None:
-    """One latent is looked at by both models: it must mean the same to them, and a timestep the same noise."""
-    other = [
-        f"{name} {its} instead of {ours}"
-        for name, its, ours in (
-            ("latent channels:", style.channels, prior.channels),
-            ("pixels per latent entry:", style.factor, prior.factor),
-        )
-        if its != ours
-    ]
-    if not torch.allclose(style.schedule.abar, prior.schedule.abar, atol=1e-4):
-        other.append("another noise schedule")
-    if other:
-        raise WeightsError(
-            f"style.model: {style_path} does not go with {path} ({', '.join(other)}); choose models of one family"
-        )
-
-
-def _by_shape(items: Mapping[int, _Item]) -> list[list[int]]:
-    """Samples of one shape together, in their order."""
-    shapes: dict[tuple[int, ...], list[int]] = {}
-    for index, item in items.items():
-        shapes.setdefault(item.picture.shape, []).append(index)
-    return list(shapes.values())
-
-
-def _pixels(item: _Item) -> int:
-    return int(item.picture.shape[0] * item.picture.shape[1])
-
-
-def _out_of_memory(error: RuntimeError) -> bool:
-    """CUDA has a class of errors for it; the CPU's allocator, the driver, cuBLAS and cuDNN say it in words."""
-    words = ("can't allocate memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED")
-    return isinstance(error, torch.OutOfMemoryError) or any(word in str(error) for word in words)
-
-
-def _to_tensor(picture: Picture) -> Tensor:
-    """[H, W, 3] uint8 to [3, H, W] float32 in [0, 1]."""
-    return torch.from_numpy(picture).permute(2, 0, 1).float() / 255
+def _one_ahead(items: Generator[Item, None, None]) -> Generator[Item, None, None]:
+    """The same items, each made by a thread while the one before is used."""
+    with closing(items), ThreadPoolExecutor(1, thread_name_prefix="smsbatch-stack") as thread:
+        following = thread.submit(next, items, None)
+        while (item := following.result()) is not None:
+            following = thread.submit(next, items, None)
+            yield item
 
 
 def _failed(known: Outcome, error: SampleError) -> Outcome:

@@ -22,7 +22,7 @@ from smsbatch.data.sources import load_sample
 from smsbatch.data.store import Store
 from smsbatch.errors import SampleError
 from smsbatch.execution.record import store_of
-from smsbatch.manifest import Manifest
+from smsbatch.manifest import Dataset
 
 if TYPE_CHECKING:
     from smsbatch.execution.stylizer import Stylizer
@@ -49,7 +49,8 @@ class Task:
 class Progress:
     """Where a worker is: `done` of `samples` in its unit, `step` of `steps` of the `batch` it computes now.
 
-    `seen` is when that was so, in seconds since 1970 by the worker's clock: a step that hangs grows old.
+    `seen` is when that was so, in seconds since 1970 by the worker's clock: a step that hangs grows old. `waited` is
+    the part of the time from its first batch to its last in which its device had nothing to do.
     """
 
     worker: str
@@ -61,6 +62,7 @@ class Progress:
     steps: int = 0
     generation: int = 0
     seen: float | None = None
+    waited: float | None = None
 
     @property
     def worth(self) -> float:
@@ -81,14 +83,14 @@ class Estimate:
 class Worker:
     """Models loaded once by `setup`, then any number of units.
 
-    `process` may be called from two threads at once: one computes, the other reads the next unit or commits the last.
-    That is all the prefetching there is, and all that is needed.
+    `process` may be called from several threads at once: one computes, the others read and decode the next units, or
+    encode and commit the last. That is all the prefetching between units there is, and all that is needed.
     """
 
-    def __init__(self, manifest: Manifest, name: str, device: str | None = None) -> None:
+    def __init__(self, manifest: Dataset, name: str, device: str | None = None) -> None:
         self.manifest, self.name, self._device = manifest, f"{socket.gethostname()}-{name}", device
         self._readers = ThreadPoolExecutor(_READERS, thread_name_prefix="smsbatch-read")
-        self._compute = threading.Lock()
+        self._showing = threading.Lock()
         self._cancelled = threading.Event()
         self._stylizer: Stylizer | None = None
         self._progress = Progress(self.name, None)
@@ -102,7 +104,9 @@ class Worker:
         self._stylizer = Stylizer(self.manifest, self._device)
 
     def progress(self) -> Progress:
-        return self._progress if self._progress.unit else replace(self._progress, seen=time.time())
+        waited = self._stylizer.waited if self._stylizer is not None else None
+        now = replace(self._progress, waited=waited)
+        return now if now.unit else replace(now, seen=time.time())
 
     def cancel(self) -> None:
         """Make `process` raise Cancelled at its next step; what is committed stays."""
@@ -155,7 +159,7 @@ class Worker:
             images=len(pictures),
             seconds_per_image=seconds / len(pictures),
             bytes_per_image=sum(map(len, pictures)) / len(pictures),
-            device=self._stylizer.prior.device.type,
+            device=self._stylizer.engine.device.type,
         )
 
     def _outcomes(self, task: Task, rows: range, lost: Collection[int] = (), deaths: int = 0) -> list[Outcome]:
@@ -185,22 +189,21 @@ class Worker:
     def _stylize(self, task: Task | None, items: Sequence[Sample | Outcome]) -> list[Outcome]:
         samples = [item for item in items if isinstance(item, Sample)]
         assert self._stylizer is not None, "setup() first"
-        with self._compute:
-            self._progress = Progress(self.name, None)
-            show = partial(self._show, task, len(samples))
-            show(0, 0, 0)
-            stylized = iter(self._stylizer.stylize(samples, show))
-            self._progress = Progress(self.name, None)
+        stylized = iter(self._stylizer.stylize(samples, partial(self._show, task, len(samples))))
+        with self._showing:
+            if self._progress.unit == _name(task):  # else the next one computes already
+                self._progress = Progress(self.name, None)
         return [next(stylized) if isinstance(item, Sample) else item for item in items]
 
     def _show(self, task: Task | None, samples: int, done: int, batch: int, step: int) -> None:
         self._check()
-        unit, generation = ("probe", 0) if task is None else (task.unit.name, task.generation)
-        steps = self.manifest.objective.steps
+        assert self._stylizer is not None
+        unit, generation, steps = _name(task), task.generation if task else 0, self._stylizer.engine.steps
         shown = Progress(self.name, unit, done, samples, batch, step, steps, generation, time.time())
-        if self._progress.unit == unit and self._progress.worth > shown.worth:
-            shown = replace(self._progress, seen=shown.seen)  # a batch that begins anew with fewer samples
-        self._progress = shown
+        with self._showing:
+            if self._progress.unit == unit and self._progress.worth > shown.worth:
+                shown = replace(self._progress, seen=shown.seen)  # a batch that begins anew with fewer samples
+            self._progress = shown
 
     def _check(self) -> None:
         if self._cancelled.is_set():
@@ -232,6 +235,10 @@ class Worker:
     @cached_property
     def _shards(self) -> dict[int, list[Unit]]:
         return {shard: list(units) for shard, units in groupby(read_units(self._store), lambda unit: unit.shard)}
+
+
+def _name(task: Task | None) -> str:
+    return "probe" if task is None else task.unit.name
 
 
 def failed(entry: Entry, code: str, message: str) -> Outcome:

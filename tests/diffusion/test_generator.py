@@ -18,7 +18,9 @@ from smsbatch.errors import WeightsError
 ABOUT = {"name": "oil", "style": "oil painting", "training": {"steps": 7, "reconstruction": 0.25}}
 
 
-def lively(width: int = 8, blocks: int = 2, *, restore: bool = False, about: dict[str, object] | None = None) -> Generator:
+def lively(
+    width: int = 8, blocks: int = 2, *, restore: bool = False, about: dict[str, object] | None = None
+) -> Generator:
     """One whose every convolution matters: PyTorch's initial weights, and biases that are not zero."""
     torch.manual_seed(3)
     return Generator(width, blocks, restore=restore, about=about).requires_grad_(False)

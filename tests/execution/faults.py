@@ -34,6 +34,7 @@ PRELOAD = [
     "smsbatch.cli",
     "smsbatch.execution.drive",
     "smsbatch.execution.stylizer",
+    "smsbatch.execution.train",
     "smsbatch.metrics",
     "diffusers.models.autoencoders.autoencoder_kl",
     "diffusers.models.unets.unet_2d_condition",

@@ -10,9 +10,12 @@ from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
+import torch
 import yaml
 from numpy.typing import NDArray
 from PIL import Image
+
+from smsbatch.diffusion.generator import Generator
 
 KEYS = [f"photo-{number}" for number in range(6)]
 
@@ -44,6 +47,32 @@ def write_manifest(folder: Path, model: Path, lora: Path, photos: Path, **sectio
     }
     for name, section in sections.items():
         manifest[name] = manifest.get(name, {}) | section
+    file = folder / "manifest.yaml"
+    file.write_text(yaml.safe_dump(manifest))
+    return file
+
+
+def make_generator(folder: Path, seed: int = 0) -> Path:
+    """A small generator of random weights, in a style of its own."""
+    torch.manual_seed(seed)
+    about = {"name": "waves", "style": "wavy style", "lora": ["waves.safetensors"], "model": "tiny"}
+    Generator(8, 1, about=about).save(folder)
+    return folder
+
+
+def write_stylize(folder: Path, generator: Path | str, photos: Path, **sections: Any) -> Path:
+    """A manifest as `write_manifest`'s, of one pass of a generator."""
+    manifest: dict[str, Any] = {
+        "task": "stylize",
+        "name": "test",
+        "generator": str(generator),
+        "source": {"format": "folder", "urls": str(photos)},
+        "image": {"resolution": 32},
+        "output": {"path": str(folder / "out"), "samples_per_unit": 2, "samples_per_shard": 4, "format": "png"},
+        "compute": {"pool": "local", "batch_size": 2, "threads": 1},
+    }
+    for name, section in sections.items():
+        manifest[name] = manifest.get(name, {}) | section if isinstance(section, dict) else section
     file = folder / "manifest.yaml"
     file.write_text(yaml.safe_dump(manifest))
     return file

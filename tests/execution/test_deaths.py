@@ -13,9 +13,10 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 from deadly import DeadlyWorker, StillbornWorker
-from jobs import commits, make_photos, rows, tars, write_manifest
+from jobs import commits, make_generator, make_photos, pictures, rows, tars, write_manifest, write_stylize
 
 import smsbatch as sb
 from smsbatch.data.sample import Unit
@@ -83,6 +84,31 @@ class TestRayPool:
         assert found["killer"]["error_code"] == "worker_lost"
         assert "alone" in found["killer"]["error_message"]
         assert found["killer"]["attempts"] > 1
+
+    def test_a_generators_actor_that_dies(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """The guilty sample is found among four units in flight; all others are as in one process."""
+        keys = ["a", "b", "killer", "c", "d", "e", "f"]
+        manifest = sb.load(
+            write_stylize(
+                tmp_path,
+                make_generator(tmp_path / "generator"),
+                make_photos(tmp_path / "photos", keys),
+                compute={"pool": "ray", "workers": 1, "retries": 0, "batch_size": 1},
+                errors={"max_failed_fraction": 0.5},
+            )
+        )
+        monkeypatch.setattr(ray_pool, "Worker", DeadlyWorker)
+        sb.run(manifest)
+        found = {key: row["error_code"] for key, row in rows(tmp_path / "out").items()}
+        assert found == dict.fromkeys(keys) | {"killer": "worker_lost"}
+        update = {
+            "output": manifest.output.model_copy(update={"path": str(tmp_path / "local")}),
+            "compute": manifest.compute.model_copy(update={"pool": "local"}),
+        }
+        sb.run(manifest.model_copy(update=update))
+        here, there = pictures(tmp_path / "local"), pictures(tmp_path / "out")
+        assert here.keys() - there.keys() == {"killer"}
+        assert all(np.array_equal(here[key], there[key]) for key in there)
 
     def test_actors_that_cannot_even_load_end_the_run(
         self, tmp_path: Path, model: Path, lora: Path, monkeypatch: pytest.MonkeyPatch
@@ -170,6 +196,6 @@ def test_an_interrupt_keeps_all_commits(job: Path, pool_name: str, how: signal.S
         process.terminate()  # as a cluster's manager does
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130, err
-    assert err.strip() == "smsbatch: interrupted; all commits are kept, the same command goes on from here"
+    assert err.strip() == "smsbatch: interrupted; what is done is kept, the same command goes on from here"
     assert 1 <= len(commits(out)) < 8
     assert not list((out / "_smsbatch/heartbeats").iterdir())

@@ -15,7 +15,7 @@ import smsbatch as sb
 from smsbatch.data import pixels
 from smsbatch.data.index import read_units
 from smsbatch.errors import ERROR_CODES
-from smsbatch.execution import drive, stylizer
+from smsbatch.execution import drive, engines
 from smsbatch.execution.record import store_of
 from smsbatch.execution.worker import Task, Worker
 
@@ -170,7 +170,7 @@ class TestEveryCode:
         make_photos(photos, ["large"], size=(200, 200))
         for key in ("memory", "finite", "encoder"):
             (photos / f"{key}.txt").write_text(key)
-        optimize, encode = stylizer.optimize, pixels.encode
+        optimize, encode = engines.optimize, pixels.encode
 
         def optimize_badly(prior: Any, style: Any, z: Any, prompts: Any, *rest: Any) -> Any:
             if prompts[0].target == "wavy style, memory":
@@ -186,7 +186,7 @@ class TestEveryCode:
                 raise sb.SampleError("encode_error", "no room for it")
             return encode(picture, *rest)
 
-        monkeypatch.setattr(stylizer, "optimize", optimize_badly)
+        monkeypatch.setattr(engines, "optimize", optimize_badly)
         monkeypatch.setattr(pixels, "encode", encode_badly)
         manifest = write_manifest(
             tmp_path,

@@ -18,7 +18,7 @@ import smsbatch as sb
 from smsbatch.data import pixels
 from smsbatch.data.sample import Sample, Unit
 from smsbatch.diffusion.optimize import Optimized
-from smsbatch.execution import stylizer
+from smsbatch.execution import engines
 from smsbatch.execution.worker import Task, Worker
 from smsbatch.manifest import Prompts
 
@@ -74,7 +74,7 @@ def test_a_batch_that_does_not_fit_is_halved_and_later_ones_begin_with_what_fitt
     manifest: Manifest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     memory = Memory(fits=3)
-    monkeypatch.setattr(stylizer, "optimize", memory)
+    monkeypatch.setattr(engines, "optimize", memory)
     worker = sb.Stylizer(manifest())
     work = [*samples(7), *samples(4, height=48, width=32), *samples(4, height=32, width=32)]
     rows = [outcome.row(Unit(0, 0, 0, 1), "", "", ()) for outcome in worker.stylize(work)]
@@ -101,7 +101,7 @@ def test_one_that_does_not_fit_alone_is_its_own_failure(
     manifest: Manifest, monkeypatch: pytest.MonkeyPatch, error: str
 ) -> None:
     memory = Memory(fits=6, error=error)
-    monkeypatch.setattr(stylizer, "optimize", memory)
+    monkeypatch.setattr(engines, "optimize", memory)
     first, hungry, *rest = sb.Stylizer(manifest()).stylize(
         [*samples(1), *samples(1, caption="hungry"), *samples(2, width=40)]
     )
@@ -114,7 +114,7 @@ def test_one_that_does_not_fit_alone_is_its_own_failure(
 
 def test_another_error_is_no_lack_of_memory(manifest: Manifest, monkeypatch: pytest.MonkeyPatch) -> None:
     memory = Memory(fits=1, error="shapes do not match")
-    monkeypatch.setattr(stylizer, "optimize", memory)
+    monkeypatch.setattr(engines, "optimize", memory)
     with pytest.raises(RuntimeError, match="shapes do not match"):
         sb.Stylizer(manifest()).stylize(samples(4))
     assert memory.tried == [4]
@@ -133,7 +133,7 @@ def test_the_display_does_not_run_backwards(manifest: Manifest, monkeypatch: pyt
 
             return super().__call__(*rest, watched)
 
-    monkeypatch.setattr(stylizer, "optimize", Watched(fits=2, at_step=7))
+    monkeypatch.setattr(engines, "optimize", Watched(fits=2, at_step=7))
     worker.setup()
     worker._stylize(Task(Unit(0, 0, 0, 5)), samples(5))
     worth = [progress.worth for progress in seen]
@@ -148,7 +148,7 @@ def test_pictures_of_many_shapes_share_a_bucket_and_so_a_batch(
     manifest: Manifest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     memory = Memory(fits=6)
-    monkeypatch.setattr(stylizer, "optimize", memory)
+    monkeypatch.setattr(engines, "optimize", memory)
     shapes = [(40, 60), (33, 50), (34, 54), (60, 40)]
     work = [sample for height, width in shapes for sample in samples(1, height, width)]
     outcomes = sb.Stylizer(manifest("image.fit=bucket", "image.resolution=64")).stylize(work)
@@ -157,14 +157,14 @@ def test_pictures_of_many_shapes_share_a_bucket_and_so_a_batch(
 
 
 def test_without_a_lora_the_style_is_the_bare_model(manifest: Manifest) -> None:
-    bare = sb.Stylizer(manifest("style.lora=[]"))
+    bare = sb.Stylizer(manifest("style.lora=[]")).engine
     assert bare.style is bare.prior
 
 
 def test_the_style_may_be_of_another_checkpoint(manifest: Manifest, model: Path, tmp_path: Path) -> None:
     other = tmp_path / "other"
     other.symlink_to(model)
-    both = sb.Stylizer(manifest(f"style.model={other}", "style.lora=[]"))
+    both = sb.Stylizer(manifest(f"style.model={other}", "style.lora=[]")).engine
     assert both.style is not both.prior
     scheduler = shutil.copytree(model, tmp_path / "noisier") / "scheduler" / "scheduler_config.json"
     scheduler.write_text(json.dumps(json.loads(scheduler.read_text()) | {"beta_end": 0.02}))
@@ -176,4 +176,4 @@ def test_the_style_may_be_of_another_checkpoint(manifest: Manifest, model: Path,
     with pytest.raises(
         sb.WeightsError, match="latent channels: 16 instead of 4, pixels per latent entry: 8 instead of"
     ):
-        stylizer._check_family(both.prior, both.style, "a", "b")
+        engines._check_family(both.prior, both.style, "a", "b")

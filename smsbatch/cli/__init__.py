@@ -1,7 +1,7 @@
 """The command line: parse, call, print. Everything it can do, `import smsbatch` can do too.
 
-Exit codes: 0 done; 1 finished with too many failures, a unit lost, or a problem found; 2 the request was wrong;
-3 storage; 130 interrupted.
+Exit codes: 0 done; 1 finished with too many failures, a unit lost, a training that diverged, or a problem found; 2 the
+request was wrong; 3 storage; 130 interrupted.
 """
 
 from __future__ import annotations
@@ -11,18 +11,13 @@ import shlex
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
 
-from smsbatch.errors import RequestError, SmsbatchError
-
-if TYPE_CHECKING:
-    from smsbatch.manifest import Manifest
-    from smsbatch.terminal import Display
+from smsbatch.cli.tools import display_for, echo, echo_json, fail, located, overrides, reporting, same_again, show
+from smsbatch.errors import RequestError
 
 app = typer.Typer(
     help="Stylize image datasets with Style Matching Score.",
@@ -77,19 +72,22 @@ def run(
 ) -> None:
     """Plan if there is no plan, then work. Running it again goes on where it stopped."""
     import smsbatch as sb
-    from smsbatch import terminal
+    from smsbatch.terminal import dataset, training
 
     # A machine that is taken away, or a job that is cancelled, gets this: leave in order, as by Ctrl-C.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    with _failures(as_json, "all commits are kept, the same command goes on from here"):
+    with reporting(as_json, "what is done is kept, the same command goes on from here"):
         if code and not retry_failed:
             raise RequestError("--code says what to retry, so it needs --retry-failed")
-        loaded = sb.load(manifest, _overrides(set_, limit))
-        with _display(as_json) as shown:
-            report = sb.run(
-                loaded, shown.update, retry_failed=retry_failed, codes=code or (), allow_drift=allow_drift or ()
-            )
-        _show(as_json, report.to_dict, terminal.summary(report, shown.worked))
+        loaded = sb.load(manifest, overrides(set_, limit))
+        with display_for(as_json) as shown:
+
+            def update(now: sb.Status | sb.TrainingProgress) -> None:
+                shown.update(now if isinstance(now, sb.Status) else sb.TrainingStatus.of(loaded.name, now))
+
+            done = sb.run(loaded, update, retry_failed=retry_failed, codes=code or (), allow_drift=allow_drift or ())
+        told = training.summary(done) if isinstance(done, sb.Distilled) else dataset.summary(done, shown.worked)
+        show(as_json, done.to_dict, told)
 
 
 @app.command()
@@ -108,11 +106,11 @@ def plan(
 ) -> None:
     """Say what `run` would do, and what it would cost. Writes nothing."""
     import smsbatch as sb
-    from smsbatch import terminal
+    from smsbatch.terminal import dataset, training
 
-    with _failures(as_json):
+    with reporting(as_json):
         planned = sb.plan(
-            sb.load(manifest, _overrides(set_, limit)),
+            sb.load(manifest, overrides(set_, limit)),
             probe=probe,
             price_per_gpu_hour=price_per_gpu_hour,
             allow_drift=allow_drift or (),
@@ -121,7 +119,8 @@ def plan(
         options += [] if limit is None else ["--limit", str(limit)]
         options += [part for key in allow_drift or () for part in ("--allow-drift", key)]
         start = f"Start it with: smsbatch run {shlex.join([str(manifest), *options])}"
-        _show(as_json, planned.to_dict, [*terminal.plan(planned), start])
+        told = training.plan(planned) if isinstance(planned, sb.TrainingPlan) else dataset.plan(planned)
+        show(as_json, planned.to_dict, [*told, start])
 
 
 @app.command()
@@ -134,15 +133,15 @@ def status(
 ) -> None:
     """Say how far a run is, from its storage alone."""
     import smsbatch as sb
-    from smsbatch import terminal
     from smsbatch.execution.look import Look
+    from smsbatch.terminal import display
 
-    with _failures(as_json):
-        look = Look(_where(where, set_))
+    with reporting(as_json):
+        look = Look(located(where, set_))
         now = sb.status(look)
         if watch:
             try:
-                with terminal.Watch(as_json) as shown:
+                with display.Watch(as_json) as shown:
                     shown.update(now)
                     while not now.finished:
                         time.sleep(interval)
@@ -152,7 +151,7 @@ def status(
             except KeyboardInterrupt:
                 raise typer.Exit from None  # to leave is how one ends to watch
             return
-        _show(as_json, now.to_dict, terminal.status(now, ages=True))
+        show(as_json, now.to_dict, display.status(now, ages=True))
 
 
 @app.command()
@@ -165,22 +164,24 @@ def errors(
 ) -> None:
     """List the failed samples, and count them by error code. With --json a line for each row."""
     import smsbatch as sb
-    from smsbatch import terminal
     from smsbatch.execution.look import Look
+    from smsbatch.terminal import dataset
 
-    with _failures(as_json):
-        look = Look(_where(where, set_))
+    with reporting(as_json):
+        look = Look(located(where, set_))
         shown = 0
         for row in sb.failures(look, code, limit):
             if as_json:
                 typer.echo(json.dumps(row, ensure_ascii=False))
             else:
                 if not shown:
-                    typer.echo(terminal.FAILURE_HEAD)
-                typer.echo(terminal.failure(row))
+                    typer.echo(dataset.FAILURE_HEAD)
+                typer.echo(dataset.failure(row))
             shown += 1
         if not as_json:
-            _print(terminal.failed(sb.status(look), shown))
+            now = sb.status(look)
+            assert isinstance(now, sb.Status), "failures() refuses a training"
+            echo(dataset.failed(now, shown))
 
 
 @app.command()
@@ -190,12 +191,12 @@ def verify(where: Where, set_: Override = None, full: Full = False, as_json: AsJ
     By names, sizes and counts; with --full by every byte. Changes nothing.
     """
     import smsbatch as sb
-    from smsbatch import terminal
+    from smsbatch.terminal import dataset, display
 
-    with _failures(as_json):
-        with terminal.Shards(hidden=as_json or not sys.stdout.isatty()) as shown:
-            found = sb.verify(_where(where, set_), full, shown.progress)
-        _show(as_json, found.to_dict, terminal.verification(found, _again(where, set_)))
+    with reporting(as_json):
+        with display.Shards(hidden=as_json or not sys.stdout.isatty()) as shown:
+            found = sb.verify(located(where, set_), full, shown.progress)
+        show(as_json, found.to_dict, dataset.verification(found, same_again(where, set_)))
         raise typer.Exit(0 if found.ok else 1)
 
 
@@ -213,14 +214,14 @@ def repair(
     A shard is published again from the attempts it was made of; units whose attempts are gone are computed again.
     """
     import smsbatch as sb
-    from smsbatch import terminal
+    from smsbatch.terminal import dataset
 
-    with _failures(as_json, "the same command goes on from here"):
-        with _display(as_json) as shown:
+    with reporting(as_json, "the same command goes on from here"):
+        with display_for(as_json) as shown:
             result = sb.repair(
-                _where(where, set_), shown.update, full=full, dry_run=dry_run, allow_drift=allow_drift or ()
+                located(where, set_), shown.update, full=full, dry_run=dry_run, allow_drift=allow_drift or ()
             )
-        _show(as_json, result.to_dict, terminal.repaired(result, _again(where, set_)))
+        show(as_json, result.to_dict, dataset.repaired(result, same_again(where, set_)))
         raise typer.Exit(0 if result.ok or dry_run else 1)
 
 
@@ -236,13 +237,13 @@ def replay(
 ) -> None:
     """Stylize one image of a run again, to a file. Says whether it is the run's."""
     import smsbatch as sb
-    from smsbatch import terminal
+    from smsbatch.terminal import dataset
 
-    with _failures(as_json):
-        result = sb.replay(_where(where, set_), key, to)
-        _show(as_json, result.to_dict, terminal.replayed(result))
+    with reporting(as_json):
+        result = sb.replay(located(where, set_), key, to)
+        show(as_json, result.to_dict, dataset.replayed(result))
         if not result.succeeded:
-            _fail(f"{key}: {result.row['error_code']}: {result.row['error_message']}", 1)
+            fail(f"{key}: {result.row['error_code']}: {result.row['error_message']}", 1)
 
 
 @app.command()
@@ -259,11 +260,30 @@ def gc(
 ) -> None:
     """Remove what nothing needs any more. Lost attempts, older generations, leftovers of the killed."""
     import smsbatch as sb
-    from smsbatch import terminal
+    from smsbatch.terminal import dataset
 
-    with _failures(as_json):
-        found = sb.gc(_where(where, set_), dry_run=dry_run, attempts=attempts, force=force)
-        _show(as_json, found.to_dict, terminal.collected(found, attempts))
+    with reporting(as_json):
+        found = sb.gc(located(where, set_), dry_run=dry_run, attempts=attempts, force=force)
+        show(as_json, found.to_dict, dataset.collected(found, attempts))
+
+
+@app.command()
+def export(
+    generator: Annotated[
+        str, typer.Argument(help="The output of a distill run, or a generator's folder or URL.", metavar="GENERATOR")
+    ],
+    to: Annotated[
+        Path, typer.Option(help="Where to write it. Default: generator.onnx here.", metavar="FILE|FOLDER")
+    ] = Path("generator.onnx"),
+    as_json: AsJson = False,
+) -> None:
+    """Write a generator as an ONNX file, which runs without this package."""
+    import smsbatch as sb
+    from smsbatch.terminal import training
+
+    with reporting(as_json):
+        written = sb.export(generator, to)
+        show(as_json, written.to_dict, training.exported(written))
 
 
 @app.command()
@@ -276,11 +296,11 @@ def doctor(
 ) -> None:
     """Check this machine, storage, source, weights."""
     import smsbatch as sb
-    from smsbatch import terminal
+    from smsbatch.terminal import dataset
 
-    with _failures(as_json):
-        found = sb.doctor(None if where is None else _where(where, set_))
-        _show(as_json, lambda: [check.to_dict() for check in found], terminal.checks(found))
+    with reporting(as_json):
+        found = sb.doctor(None if where is None else located(where, set_))
+        show(as_json, lambda: [check.to_dict() for check in found], dataset.checks(found))
         raise typer.Exit(1 if any(check.state == "fail" for check in found) else 0)
 
 
@@ -290,7 +310,7 @@ def schema(as_json: AsJson = True) -> None:
     from smsbatch.manifest import schema as of_manifests
 
     del as_json  # it is JSON either way; the option is there because every verb has it
-    _print_json(of_manifests())
+    echo_json(of_manifests())
 
 
 @app.command()
@@ -301,15 +321,15 @@ def init(
     """Write a commented manifest to start from. It runs as it is, on the embedded model."""
     from importlib.resources import files
 
-    with _failures():
+    with reporting():
         try:
             with path.open("x", encoding="utf-8") as file:
                 file.write(files("smsbatch").joinpath("template.yaml").read_text(encoding="utf-8"))
         except FileExistsError:
-            _fail(f"{path} exists; choose another name", 2)
+            fail(f"{path} exists; choose another name", 2)
         except OSError as error:
-            _fail(f"{path}: cannot write it: {error.strerror}", 3)
-    _show(as_json, lambda: {"written": str(path)}, [f"{path} is written. Edit it, then: smsbatch run {path}"])
+            fail(f"{path}: cannot write it: {error.strerror}", 3)
+    show(as_json, lambda: {"written": str(path)}, [f"{path} is written. Edit it, then: smsbatch run {path}"])
 
 
 @app.callback(invoke_without_command=True)
@@ -321,71 +341,3 @@ def _main(
 
         typer.echo(f"smsbatch {installed('smsbatch')}")
         raise typer.Exit
-
-
-def _overrides(set_: list[str] | None, limit: int | None) -> list[str]:
-    return [*(set_ or ()), *([] if limit is None else [f"source.limit={limit}"])]
-
-
-def _where(argument: str, set_: list[str] | None) -> str | Manifest:
-    """A manifest if it is a file, else an output, of which only the way there can be set: `storage` keys."""
-    import smsbatch as sb
-    from smsbatch.execution.standing import of_output
-
-    if Path(argument).is_file() or argument.endswith((".yaml", ".yml")):
-        return sb.load(argument, set_ or ())
-    options = dict(override.partition("=")[::2] for override in set_ or ())
-    if not options:
-        return argument
-    for key in options:
-        if not key.startswith("storage."):
-            raise RequestError(
-                f"--set {key}: {argument} is an output, whose manifest stands; only storage.* can be set"
-            )
-    return of_output(argument, {key.removeprefix("storage."): value for key, value in options.items()})
-
-
-def _again(where: str, set_: list[str] | None) -> str:
-    """The same arguments for another verb."""
-    return shlex.join([where, *(part for override in set_ or () for part in ("--set", override))])
-
-
-def _display(as_json: bool) -> Display:
-    from smsbatch import terminal
-
-    return terminal.Live() if sys.stdout.isatty() and not as_json else terminal.Plain(as_json)
-
-
-@contextmanager
-def _failures(as_json: bool = False, interrupted: str = "") -> Iterator[None]:
-    """Errors on purpose become lines and an exit code; any other is a bug and keeps its traceback."""
-    try:
-        yield
-    except SmsbatchError as error:
-        if as_json:
-            _print_json({"error": type(error).__name__, "message": str(error), "exit_code": error.exit_code})
-        _fail(str(error), error.exit_code)
-    except KeyboardInterrupt:
-        _fail(f"interrupted{'; ' if interrupted else ''}{interrupted}", 130)
-
-
-def _fail(message: str, code: int) -> None:
-    for line in message.splitlines():
-        typer.echo(f"smsbatch: {line}", err=True)
-    raise typer.Exit(code)
-
-
-def _show(as_json: bool, plain: Callable[[], Any], lines: Iterable[str]) -> None:
-    if as_json:
-        _print_json(plain())
-    else:
-        _print(lines)
-
-
-def _print(lines: Iterable[str]) -> None:
-    for line in lines:
-        typer.echo(line)
-
-
-def _print_json(value: Any) -> None:
-    typer.echo(json.dumps(value, indent=2 if sys.stdout.isatty() else None, ensure_ascii=False))

@@ -1,22 +1,17 @@
-"""What the command line shows: a run while it works, and every verb's result as lines of text.
-
-Lines are whole: a path that is cut is of no use. What comes from a dataset, a key or a message, is shown without its
-control characters: a terminal would obey them.
-"""
+"""A run that makes a dataset, as lines: its status, and what every verb found."""
 
 from __future__ import annotations
 
-import json
-import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
-from time import monotonic, time
+from collections.abc import Iterator, Mapping, Sequence
+from time import time
 from typing import TYPE_CHECKING, Any
+
+from smsbatch.terminal.words import bar, count, duration, printable, size, table
 
 if TYPE_CHECKING:
     from smsbatch.execution.audit import Collected, Repaired
     from smsbatch.execution.doctor import Check
-    from smsbatch.execution.plan import Plan
+    from smsbatch.execution.planned import Plan
     from smsbatch.execution.replay import Replayed
     from smsbatch.execution.report import Report
     from smsbatch.execution.status import Status
@@ -24,11 +19,6 @@ if TYPE_CHECKING:
 
 __all__ = [
     "FAILURE_HEAD",
-    "Display",
-    "Live",
-    "Plain",
-    "Shards",
-    "Watch",
     "checks",
     "collected",
     "failed",
@@ -37,122 +27,18 @@ __all__ = [
     "repaired",
     "replayed",
     "status",
+    "status_line",
     "summary",
     "verification",
 ]
 
-_INTERVAL_S = 10.0  # between two lines where nobody watches
 _SHOWN = 20  # problems, of which there may be thousands
-
-
-# ------------------------------------------------------------------------------------------------------ while it works
-
-
-class Display(AbstractContextManager["Display"]):
-    """What is seen of a run while it works."""
-
-    worked = False
-
-    def update(self, now: Status) -> None:
-        self.worked |= not now.finished and (now.units_done < now.units or bool(now.workers))
-
-    def __exit__(self, *_: object) -> None:
-        pass
-
-
-class Plain(Display):
-    """One line an interval and one at the end, for logs: text, or JSON beside the output that is to be JSON."""
-
-    def __init__(self, as_json: bool = False) -> None:
-        self._as_json, self._next = as_json, 0.0
-
-    def update(self, now: Status) -> None:
-        super().update(now)
-        if now.finished or monotonic() >= self._next:
-            if self._as_json:
-                print(json.dumps(now.to_dict()), file=sys.stderr, flush=True)
-            else:
-                print(status_line(now), flush=True)
-            self._next = monotonic() + _INTERVAL_S
-
-
-class Live(Display):
-    """A few lines that renew themselves."""
-
-    def __init__(self, transient: bool = True) -> None:
-        from rich.console import Console
-        from rich.live import Live
-        from rich.text import Text
-
-        self._text = Text  # plain: what looks like markup in a name is none
-        self._live = Live(console=Console(), refresh_per_second=4, transient=transient)
-
-    def __enter__(self) -> Live:
-        self._live.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._live.stop()
-
-    def update(self, now: Status) -> None:
-        super().update(now)
-        self.show(status(now))
-
-    def show(self, lines: Iterable[str]) -> None:
-        self._live.update(self._text("\n".join(lines)))
-
-
-class Watch(Display):
-    """What `status --watch` shows: the live lines, which stay at the end, or a line for each look."""
-
-    def __init__(self, as_json: bool) -> None:
-        self._as_json = as_json
-        self._live = Live(transient=False) if sys.stdout.isatty() and not as_json else None
-
-    def __enter__(self) -> Watch:
-        if self._live:
-            self._live.__enter__()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        if self._live:
-            self._live.__exit__(*error)
-
-    def update(self, now: Status) -> None:
-        if self._live:
-            self._live.show(status(now, ages=True))
-        else:
-            print(json.dumps(now.to_dict()) if self._as_json else status_line(now), flush=True)
-
-
-class Shards(AbstractContextManager["Shards"]):
-    """How many shards `verify` has looked at, on a line that goes away; none if `hidden`."""
-
-    def __init__(self, hidden: bool) -> None:
-        self._live = None if hidden else Live()
-
-    def __enter__(self) -> Shards:
-        if self._live:
-            self._live.__enter__()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        if self._live:
-            self._live.__exit__(*error)
-
-    def progress(self, done: int, shards: int) -> None:
-        if self._live:
-            self._live.show([f"{done:,} of {count(shards, 'shard')} looked at"])
-
-
-# ------------------------------------------------------------------------------------------------------------- status
 
 
 def status(now: Status, ages: bool = False) -> list[str]:
     """A status as a few lines; with `ages` also when each worker was last heard of."""
-    share = now.samples_done / now.samples if now.samples else 0.0
-    bar = "█" * round(30 * share) + "░" * (30 - round(30 * share))
-    lines = [f"{now.name}  {bar}  {now.samples_done:,}/{now.samples:,} images  {now.units_done:,}/{now.units:,} units"]
+    done = bar(now.samples_done, now.samples)
+    lines = [f"{now.name}  {done}  {now.samples_done:,}/{now.samples:,} images  {now.units_done:,}/{now.units:,} units"]
     for worker in now.workers:
         age = f"  {duration(time() - worker.seen)} ago" if ages and worker.seen is not None else ""
         if worker.unit is None:
@@ -198,9 +84,6 @@ def _codes(errors: Mapping[str, int]) -> str:
     return ", ".join(f"{number:,} {code}" for code, number in sorted(errors.items()))
 
 
-# ------------------------------------------------------------------------------------------------------ what was found
-
-
 def summary(report: Report, worked: bool) -> Iterator[str]:
     """What there is now, and where."""
     if not worked:
@@ -216,13 +99,14 @@ def summary(report: Report, worked: bool) -> Iterator[str]:
     rows += [("computing", f"{duration(report.seconds)} on {count(report.workers, 'worker')}, {each:.1f} s an image")]
     rows += [("note", notice) for notice in report.notices]
     rows += list(report.paths.items())
-    yield from _table(rows)
+    yield from table(rows)
 
 
 def plan(planned: Plan) -> Iterator[str]:
     """What would be done, and what it would cost."""
     manifest = planned.manifest
-    yield f"{planned} of {manifest.objective.steps} steps each, to {manifest.output.path}"
+    each = "in one pass each" if planned.steps is None else f"of {planned.steps} steps each"
+    yield f"{planned} {each}, to {manifest.output.path}"
     rows = [("reads", size(planned.bytes_in))] if planned.bytes_in else []
     if planned.bytes_out is not None:
         rows.append(("writes", f"about {size(planned.bytes_out)} of pictures"))
@@ -232,7 +116,7 @@ def plan(planned: Plan) -> Iterator[str]:
         rows.append(("costs", f"about {planned.cost:,.2f} at {planned.price_per_gpu_hour:,.2f} per GPU-hour"))
     elif planned.price_per_gpu_hour is not None:
         rows.append(("costs", "not known before a few images are tried: add --probe 8"))
-    yield from _table(rows)
+    yield from table(rows)
     for notice in planned.notices:
         yield f"note: {notice}"
 
@@ -292,7 +176,7 @@ def repaired(result: Repaired, where: str) -> Iterator[str]:
 def collected(found: Collected, attempts: bool) -> Iterator[str]:
     verb = "would be removed" if found.dry_run else "removed"
     rows = [(heap.kind, f"{heap.objects:,}", size(heap.bytes)) for heap in found.heaps]
-    yield from _table([*rows, ("in all", f"{found.objects:,}", size(found.bytes))] if rows else [])
+    yield from table([*rows, ("in all", f"{found.objects:,}", size(found.bytes))] if rows else [])
     yield f"{count(found.objects, 'object')} {verb}." if rows else "Nothing to remove."
     if attempts and any(heap.kind == "attempts of published shards" for heap in found.heaps):
         yield "Without its attempts a shard that gets damaged must be computed again, and --retry-failed refuses it."
@@ -326,7 +210,7 @@ def failed(now: Status, shown: int) -> Iterator[str]:
 
 
 def replayed(result: Replayed) -> Iterator[str]:
-    yield from _table(
+    yield from table(
         (name, f"{value:.4g}" if isinstance(value, float) else printable(str(value)))
         for name, value in result.row.items()
         if value is not None
@@ -348,43 +232,3 @@ def replayed(result: Replayed) -> Iterator[str]:
         yield from (f"  changed since: {change}" for change in result.changed)
         if not result.changed:
             yield "  Weights and versions are those of the run: alone or in a batch, or on another device, sums round."
-
-
-# -------------------------------------------------------------------------------------------------------------- words
-
-
-def _table(rows: Iterable[tuple[str, ...]]) -> Iterator[str]:
-    """Columns as wide as they must be, the last as long as it is."""
-    known = list(rows)
-    widths = [max(map(len, column)) for column in zip(*known, strict=True)]
-    for row in known:
-        yield "  ".join(f"{cell:{width}}" for cell, width in zip(row, widths, strict=True)).rstrip()
-
-
-def count(number: int, word: str) -> str:
-    return f"{number:,} {word}{'' if number == 1 else 's'}"
-
-
-def size(number: float) -> str:
-    """Bytes as people say them."""
-    for unit in ("bytes", "kB", "MB", "GB"):
-        if number < 1000:
-            return f"{number:.0f} {unit}" if unit == "bytes" else f"{number:.3g} {unit}"
-        number /= 1000
-    return f"{number:,.4g} TB"
-
-
-def duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    days, hours = divmod(hours, 24)
-    if days:
-        return f"{days} d {hours:02d} h"
-    if hours:
-        return f"{hours} h {minutes:02d} min"
-    return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
-
-
-def printable(text: str) -> str:
-    """One line without control characters."""
-    return "".join(letter if letter.isprintable() else " " for letter in text)

@@ -1,0 +1,50 @@
+"""Numbers, tables and times as people read them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+__all__ = ["bar", "count", "duration", "printable", "size", "table"]
+
+
+def table(rows: Iterable[tuple[str, ...]]) -> Iterator[str]:
+    """Columns as wide as they must be, the last as long as it is."""
+    known = list(rows)
+    widths = [max(map(len, column)) for column in zip(*known, strict=True)]
+    for row in known:
+        yield "  ".join(f"{cell:{width}}" for cell, width in zip(row, widths, strict=True)).rstrip()
+
+
+def count(number: int, word: str) -> str:
+    return f"{number:,} {word}{'' if number == 1 else 's'}"
+
+
+def size(number: float) -> str:
+    """Bytes as people say them."""
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if number < 1000:
+            return f"{number:.0f} {unit}" if unit == "bytes" else f"{number:.3g} {unit}"
+        number /= 1000
+    return f"{number:,.4g} TB"
+
+
+def duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    days, hours = divmod(hours, 24)
+    if days:
+        return f"{days} d {hours:02d} h"
+    if hours:
+        return f"{hours} h {minutes:02d} min"
+    return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
+
+
+def printable(text: str) -> str:
+    """One line without control characters."""
+    return "".join(letter if letter.isprintable() else " " for letter in text)
+
+
+def bar(done: int, total: int) -> str:
+    """How much of it is done."""
+    filled = round(30 * done / total) if total else 0
+    return "█" * filled + "░" * (30 - filled)
