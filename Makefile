@@ -5,13 +5,17 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow lint format bench clean
+.PHONY: help demo demo-distill test test-slow lint format bench clean
 
 help: ## what there is
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: $(VENV)/.run ## stylize photographs with the embedded model, on a local Ray (6 minutes with installation)
 	@$(BIN)/smsbatch run manifests/demo.yaml
+
+demo-distill: $(VENV)/.run ## distill the style into a generator and stylize others with it, on a local Ray (DISTILL_MINUTES minutes with installation)
+	@$(BIN)/smsbatch run manifests/demo-distill.yaml
+	@$(BIN)/smsbatch run manifests/demo-stylize.yaml
 
 test: $(VENV)/.dev ## the tests, on the CPU, without network (13 minutes)
 	$(BIN)/python -m pytest -m "not slow"
@@ -34,6 +38,8 @@ bench: $(VENV)/.dev ## measure and print ratios
 	$(BIN)/python benchmarks/where_time_goes.py
 	$(BIN)/python benchmarks/cheaper.py
 	$(BIN)/python benchmarks/planning.py
+	$(BIN)/python benchmarks/distill.py
+	$(BIN)/python benchmarks/stylize.py
 
 clean: ## remove the environment, caches and the demo's output
 	rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis out
