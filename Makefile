@@ -13,11 +13,11 @@ help: ## what there is
 demo: $(VENV)/.run ## stylize photographs with the embedded model, on a local Ray (6 minutes with installation)
 	@$(BIN)/smsbatch run manifests/demo.yaml
 
-demo-distill: $(VENV)/.run ## distill the style into a generator and stylize others with it, on a local Ray (DISTILL_MINUTES minutes with installation)
+demo-distill: $(VENV)/.run ## distill the style into a generator and stylize others with it, on a local Ray (9 minutes with installation)
 	@$(BIN)/smsbatch run manifests/demo-distill.yaml
 	@$(BIN)/smsbatch run manifests/demo-stylize.yaml
 
-test: $(VENV)/.dev ## the tests, on the CPU, without network (13 minutes)
+test: $(VENV)/.dev ## the tests, on the CPU, without network (15 minutes)
 	$(BIN)/python -m pytest -m "not slow"
 
 test-slow: $(VENV)/.dev ## the tests that take long

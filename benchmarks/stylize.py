@@ -120,7 +120,8 @@ class Bench:
 
             def look(status: Status) -> None:
                 for worker in status.workers:
-                    self.waited[name] = worker.waited or 0.0
+                    if worker.waited is not None:
+                        self.waited[name] = worker.waited
 
             return sb.run(manifest, look).wall_seconds
 
@@ -138,7 +139,7 @@ def measure(options: argparse.Namespace, threads: int) -> list[str]:
         str(threads),
         *rates,
         f"{parts / best[RUN]:.2f}",
-        f"{100 * bench.waited[RUN]:.1f} %",
+        f"{100 * bench.waited[RUN]:.1f} %" if RUN in bench.waited else "-",
         f"{options.images / best[MEASURED]:.1f}",
     ]
 

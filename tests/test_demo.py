@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 from execution.jobs import rows, tars
 
+import smsbatch as sb
+
 ROOT = Path(__file__).parent.parent
 RUN = [sys.executable, "-m", "smsbatch", "run", "manifests/demo.yaml"]
 
@@ -30,3 +32,29 @@ def test_both_pools_give_the_same_bytes(tmp_path: Path) -> None:
     found = rows(tmp_path / "ray")
     assert len(found) >= 8
     assert all(row["status"] == "success" and 0.05 < row["lpips"] <= 0.4 for row in found.values())
+
+
+def distilled(folder: Path, pool: str, *short: str) -> Path:
+    """Both manifests of `make demo-distill`, the second with what the first has made."""
+    outputs = {"demo-distill": folder / f"{pool}-generator", "demo-stylize": folder / f"{pool}-pictures"}
+    for name, output in outputs.items():
+        arguments = ["--set", f"compute.pool={pool}", "--set", f"output.path={output}"]
+        arguments += short if name == "demo-distill" else ["--set", f"generator={outputs['demo-distill']}"]
+        run = [sys.executable, "-m", "smsbatch", "run", f"manifests/{name}.yaml"]
+        subprocess.run([*run, *arguments], cwd=ROOT, check=True)
+    return outputs["demo-stylize"]
+
+
+def test_two_steps_of_a_training_and_what_it_made(tmp_path: Path) -> None:
+    short = ("--set", "distill.warmup_steps=1", "--set", "distill.steps=1", "--set", "image.resolution=32")
+    assert len(rows(distilled(tmp_path, "local", *short))) == 5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("pool", ["ray", "local"])
+def test_a_generator_carries_the_style_and_keeps_the_content(tmp_path: Path, pool: str) -> None:
+    pictures = distilled(tmp_path, pool)
+    reference = "tiny:styles/oil.reference.safetensors"
+    made, sources = (sb.measure(str(pictures), reference, of_sources=of).values for of in (False, True))
+    assert made["style distance"] < 0.92 * sources["style distance"]
+    assert 0.1 < made["LPIPS"] < 0.42

@@ -470,15 +470,19 @@ def test_the_defaults_of_a_training_are_the_paper_s(distill: Path) -> None:
 @pytest.mark.parametrize(
     ("override", "told"),
     [
-        ("objective.learning_rate=0.1", "objective.learning_rate: no such key"),
-        ("objective.steps=10", "objective.steps: no such key; did you mean timesteps?"),
+        ("objective.learning_rate=0.1", "objective.learning_rate: is no key of task distill"),
+        ("objective.steps=10", "objective.steps: is no key of task distill"),
         ("objective.preset=fast", "objective: preset: fast is of optimize; a training is made cheaper by"),
         ("metrics=[lpips]", "metrics: is no key of task distill"),
-        ("output.format=png", "output.format: no such key; known here: path"),
-        ("image.fit=bucket", "image.fit: no such key"),
+        ("output.format=png", "output.format: is no key of task distill"),
+        ("image.fit=bucket", "image.fit: is no key of task distill"),
         ("image.resolution=100", "image.resolution: 100 is no multiple of 8"),
         ("compute.precision=fp16", "compute: precision: fp16 has too small a range to train in; take bf16"),
         ("distill.images_per_step=5", "distill.images_per_step (5) cannot be divided among 2 workers"),
+        ("compute.gpus_per_worker=2", "compute: gpus_per_worker: a worker trains on one GPU"),
+        ("errors.max_failed_fraction_per_unit=0.5", "errors: max_failed_fraction_per_unit: a training has no units"),
+        ("objective.fake={trains_on: forward, updates: 2}", "fake.updates is 1 where"),
+        ("objective.fake={trains_on: forward, t_max: 300}", "fake.t_min and t_max are the objective's where"),
         ("distill.betas=[0.5, 1]", "distill.betas: input should be less than 1, not 1"),
     ],
 )
@@ -511,3 +515,10 @@ def test_where_a_generator_lies_is_found_from_any_folder(
     monkeypatch.chdir(tmp_path)
     assert sb.load(stylize).absolute().generator == str(tmp_path / "out" / "oil")
     assert sb.load(stylize, ["generator=s3://bucket/oil"]).absolute().generator == "s3://bucket/oil"
+
+
+def test_how_often_something_is_written_changes_no_result(distill: Path) -> None:
+    identity = sb.load(distill).identity
+    same = ("distill.checkpoint_every=7", "distill.keep=9", "distill.log_every=1", "distill.checkpoint_vae=true")
+    assert {sb.load(distill, [override]).identity for override in same} == {identity}
+    assert sb.load(distill, ["distill.steps=7"]).identity != identity

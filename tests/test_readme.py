@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from smsbatch.diffusion.generator import Generator
+
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 
@@ -26,10 +28,11 @@ def test_make_knows_every_command() -> None:
 
 
 def test_every_smsbatch_command_runs(tmp_path: Path) -> None:
-    """In their order, as they stand; only the manifest that `init` writes is made short."""
+    """In their order, as they stand; only the manifest that `init` writes is made short, and a generator is there."""
     commands = re.findall(r"^smsbatch .*?(?=  +#|$)", "\n".join(blocks("bash")), re.MULTILINE)
-    verbs = "init plan run status errors verify repair replay gc doctor schema"
+    verbs = "init plan run status errors verify repair replay gc doctor schema export"
     assert {command.split()[1] for command in commands} == set(verbs.split())
+    Generator(4, 1).save(tmp_path / "out" / "demo-distill")
     for command in commands:
         arguments = [sys.executable, "-m", *command.replace("steps=50", "steps=2").split()]
         done = subprocess.run(arguments, cwd=tmp_path, capture_output=True, text=True, check=False)

@@ -23,7 +23,7 @@ from smsbatch.diffusion.generator import Generator
 from smsbatch.diffusion.objectives import OBJECTIVES
 from smsbatch.diffusion.prior import Prior
 from smsbatch.diffusion.scores import Models
-from smsbatch.diffusion.timesteps import allowed, draw
+from smsbatch.diffusion.timesteps import allowed, draw, to_device
 from smsbatch.manifest import Distill, Prompts, Training
 
 __all__ = ["Distiller", "learning_rate"]
@@ -200,7 +200,7 @@ class Distiller:
             if part == "step":
                 self.step = int(value)
             else:
-                parts[part][key] = value.to(self._prior.device)
+                parts[part][key] = value  # whoever loads it moves it; Adam's step counts stay with the host
         self.generator.load_state_dict(parts["generator"])
         self.ema.load_state_dict(parts["ema"])
         _load_state(self._optimizer, parts["adam"])
@@ -231,13 +231,13 @@ class Distiller:
 
 def _times(draws: Sequence[torch.Generator], choices: range, repeats: int, device: torch.device) -> Tensor:
     """`repeats` timesteps for every picture, [n * repeats]."""
-    return torch.tensor([draw(choices, generator) for generator in draws for _ in range(repeats)]).to(device)
+    return to_device(torch.tensor([draw(choices, generator) for generator in draws for _ in range(repeats)]), device)
 
 
 def _noise(draws: Sequence[torch.Generator], like: Tensor, repeats: int) -> Tensor:
     """`repeats` noises for every picture, [n * repeats, C, h, w]."""
     shape = (repeats, *like.shape[1:])
-    return torch.cat([torch.randn(shape, generator=generator) for generator in draws]).to(like.device)
+    return to_device(torch.cat([torch.randn(shape, generator=generator) for generator in draws]), like.device)
 
 
 def _state(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

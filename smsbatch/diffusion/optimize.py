@@ -13,7 +13,7 @@ from smsbatch.diffusion.fake import FakeScore
 from smsbatch.diffusion.objectives import OBJECTIVES
 from smsbatch.diffusion.prior import Prior
 from smsbatch.diffusion.scores import Models
-from smsbatch.diffusion.timesteps import allowed, draw
+from smsbatch.diffusion.timesteps import allowed, draw, to_device
 from smsbatch.manifest import Objective, Prompts
 
 __all__ = ["Optimized", "learning_rate", "optimize"]
@@ -74,14 +74,12 @@ def optimize(
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     device = z_src.device
 
-    def to_device(drawn: Tensor) -> Tensor:
-        return (drawn.pin_memory() if device.type == "cuda" else drawn).to(device, non_blocking=True)
-
     def noise() -> Tensor:
-        return to_device(torch.stack([torch.randn(z_src.shape[1:], generator=generator) for generator in generators]))
+        drawn = [torch.randn(z_src.shape[1:], generator=generator) for generator in generators]
+        return to_device(torch.stack(drawn), device)
 
     def times(choices: range) -> Tensor:
-        return to_device(torch.tensor([draw(choices, generator) for generator in generators]))
+        return to_device(torch.tensor([draw(choices, generator) for generator in generators]), device)
 
     objective = OBJECTIVES[config.name](config, prior.schedule, z_src)
     fake = FakeScore(prior, config.fake, generators) if objective.asks_fake else None

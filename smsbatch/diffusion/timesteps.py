@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-__all__ = ["Schedule", "allowed", "draw"]
+__all__ = ["Schedule", "allowed", "draw", "to_device"]
 
 
 @dataclass(frozen=True)
@@ -110,3 +110,8 @@ def _narrowed(step: int, steps: int, t_min: int, t_max: int, grid: int) -> range
 def draw(choices: range, generator: torch.Generator) -> int:
     """One timestep, uniformly."""
     return choices[int(torch.randint(len(choices), (), generator=generator))]
+
+
+def to_device(drawn: Tensor, device: torch.device) -> Tensor:
+    """What was drawn on the CPU, without waiting for the device."""
+    return (drawn.pin_memory() if device.type == "cuda" else drawn).to(device, non_blocking=True)

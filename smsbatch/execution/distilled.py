@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import PurePosixPath
 from typing import Any
 
+from smsbatch.data.records import ILLEGIBLE
 from smsbatch.data.store import Store
 from smsbatch.errors import StorageError
 from smsbatch.execution.report import SUCCESS
+from smsbatch.manifest import Training
 
 __all__ = ["Distilled", "about", "model_card"]
 
@@ -45,8 +47,10 @@ class Distilled:
     resumed_from: int | None = None
 
     @classmethod
-    def of(cls, store: Store, run: Mapping[str, Any], resumed_from: int | None = None) -> Distilled:
-        """What stands finished there.
+    def of(
+        cls, store: Store, run: Mapping[str, Any], resumed_from: int | None = None, notices: Iterable[str] = ()
+    ) -> Distilled:
+        """What stands finished there; `notices` are of this call, and come after those of the plan.
 
         Raises:
             StorageError: the generator's file is gone or damaged.
@@ -58,11 +62,11 @@ class Distilled:
                 name=run["name"],
                 generator=store.url,
                 parameters=parameters,
-                notices=tuple(run["notices"]),
+                notices=(*run["notices"], *notices),
                 resumed_from=resumed_from,
                 **training,
             )
-        except (ValueError, LookupError, TypeError) as error:
+        except ILLEGIBLE as error:
             where = store.locate(GENERATOR)
             raise StorageError(f"{where} is damaged; delete it and {SUCCESS}, and run again") from error
 
@@ -73,9 +77,9 @@ class Distilled:
 def about(run: Mapping[str, Any], checkpoint: Mapping[str, Any]) -> dict[str, Any]:
     """What a generator says of itself, of the run's record and of what its last checkpoint says: always the same."""
     manifest, planned = run["manifest"], run["planned"]
-    training, style = manifest["distill"], manifest["style"]
-    steps = training["warmup_steps"] + training["steps"]
-    images, seconds = steps * training["images_per_step"], checkpoint["seconds"]
+    training, style = Training.model_validate(manifest["distill"]), manifest["style"]
+    steps, seconds = training.all_steps, checkpoint["seconds"]
+    images = steps * training.images_per_step
     return {
         "name": run["name"],
         "style": style["prompt"],

@@ -1,13 +1,16 @@
-"""A run from its manifest to its report: plan, deal units to a pool, publish shards, report. (`training` has the other
-kind, which ends with a generator.)
+"""A run from its manifest to its end: plan, then deal units to a pool, publish shards and report; or train in the pool.
 
-Started again it goes on where the commits end, and with nothing left to do it says so.
+Started again it goes on where the commits end, or from the newest checkpoint, and with nothing left to do it says so.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Collection, Sequence
+import signal
+import threading
+import time
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import groupby
 from typing import Any, overload
 
@@ -15,14 +18,14 @@ from smsbatch.data.ledger import Ledger
 from smsbatch.data.records import Published
 from smsbatch.data.store import Store
 from smsbatch.errors import ERROR_CODES, RequestError, RunError
+from smsbatch.execution.checkpoints import restore
 from smsbatch.execution.distilled import Distilled
 from smsbatch.execution.heart import Heart
 from smsbatch.execution.plan import establish, relocate
 from smsbatch.execution.pool import Pool, pool_of
-from smsbatch.execution.record import check_allowed, inputs_changed, store_of
+from smsbatch.execution.record import check_allowed, inputs_changed, store_of, the_run
 from smsbatch.execution.report import INDEX, SUCCESS, Report, is_reported, summarize, write_report
-from smsbatch.execution.status import Status, Tally, drivers
-from smsbatch.execution.training import distill
+from smsbatch.execution.status import Driver, Status, Tally, drivers
 from smsbatch.execution.training_log import TrainingProgress
 from smsbatch.execution.worker import Task
 from smsbatch.manifest import Dataset, Distill, Errors, Manifest
@@ -62,6 +65,9 @@ def run(
 ) -> Report | Distilled:
     """Plan if there is no plan, do what is not done, publish, report; of a `distill` manifest, train.
 
+    A training that gets SIGINT or SIGTERM, where this is called in the main thread, finishes its step and writes a
+    checkpoint, then comes a KeyboardInterrupt; by a second one at once.
+
     Args:
         progress: called with a Status, of a training with a TrainingProgress, a few times a second.
         retry_failed: try failed samples again too, and publish their shards as a new generation.
@@ -70,14 +76,15 @@ def run(
             run, whose plan is obeyed nevertheless.
 
     Raises:
-        RequestError: the manifest, source, weights or codes are wrong, or not those of the run at `output.path`.
+        RequestError: the manifest, source, weights or codes are wrong, or not those of the run at `output.path`;
+            or another driver is at work on it, where two cannot be.
         StorageError: the output cannot be read or written; what is committed is kept.
         RunError: more samples failed than `errors` allows; a training diverged, or its workers kept dying.
     """
     if isinstance(manifest, Distill):
         if retry_failed:
             raise RequestError("--retry-failed is of runs that make a dataset; a training takes other samples instead")
-        return distill(manifest, progress, allow_drift)
+        return _train(manifest, progress, allow_drift)
     assert isinstance(manifest, Dataset), "there are no other tasks"
     _check_codes(codes, retry_failed)
     check_allowed(manifest, allow_drift)
@@ -144,7 +151,7 @@ def _beside_others(todo: list[Task], store: Store, heart: Heart) -> list[Task]:
     Raises:
         RequestError: one is, on a store where two must not be.
     """
-    others = [driver for driver in drivers(store, bury=True) if driver.alive and driver.name != heart.name]
+    others = _others(store, heart)
     if not others:
         return todo
     if not store.conditional:
@@ -153,6 +160,11 @@ def _beside_others(todo: list[Task], store: Store, heart: Heart) -> list[Task]:
             "store has no create-only put, so that two cannot share a run; stop one, or try again in a minute"
         )
     return _shuffled(todo, heart.name)
+
+
+def _others(store: Store, own: Heart) -> list[Driver]:
+    """The other drivers at work; what is left of dead ones is removed."""
+    return [driver for driver in drivers(store, bury=True) if driver.alive and driver.name != own.name]
 
 
 def _work(
@@ -224,3 +236,69 @@ def _publish(ledger: Ledger, tally: Tally) -> dict[int, Published] | None:
     for shard in missing:
         ledger.publish(shard, tally.shard(shard))
     return None if missing else published
+
+
+def _train(manifest: Distill, progress: Callable[[TrainingProgress], None], allow_drift: Collection[str]) -> Distilled:
+    """Plan if there is no plan, train what is not trained."""
+    check_allowed(manifest, allow_drift)
+    store = store_of(manifest)
+    with pool_of(manifest) as pool:
+        establish(manifest, store, pool, allow_drift)
+        if store.exists(SUCCESS):
+            return Distilled.of(store, the_run(store))
+        if inputs_changed(store, manifest, allow_drift):
+            relocate(manifest, store, pool)
+    training = manifest.distill
+    with Heart(store) as heart, _asked_to_stop() as stop:
+        _refuse_others(store, heart)
+        first_step, notices = _to_go_on_from(store)
+        progress(TrainingProgress(first_step, training.all_steps, training.phase(first_step), time=time.time()))
+        if manifest.compute.pool == "local":
+            from smsbatch.execution.train import train_here  # with torch, which nobody needs who only looks
+
+            done = train_here(manifest, stop.is_set, progress)
+        else:
+            from smsbatch.execution.ray_train import train_on_ray
+
+            done = train_on_ray(manifest, store, stop.is_set, progress)
+    if not done:
+        raise KeyboardInterrupt
+    return Distilled.of(store, the_run(store), first_step, notices)
+
+
+def _to_go_on_from(store: Store) -> tuple[int, list[str]]:
+    """The step of the checkpoint that the workers will take, and why no newer one. It is read, and dropped at once: the
+    length alone does not show all damage."""
+    found = restore(store)
+    return (found.checkpoint.step if found.checkpoint else 0), found.notices
+
+
+def _refuse_others(store: Store, heart: Heart) -> None:
+    """Two trainings would write one generator."""
+    others = _others(store, heart)
+    if others:
+        raise RequestError(
+            f"{store.url}: another driver, {others[0].name}, is at work (seen {others[0].age_s:.0f} s ago); stop it, "
+            "or, if it is dead, try again in a minute"
+        )
+
+
+@contextmanager
+def _asked_to_stop() -> Iterator[threading.Event]:
+    """Set by the first SIGINT or SIGTERM; the second one interrupts whatever is going on."""
+    stop = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+
+    def ask(*_: Any) -> None:
+        if stop.is_set():
+            raise KeyboardInterrupt
+        stop.set()
+
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

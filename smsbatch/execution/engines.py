@@ -130,14 +130,14 @@ def load_models(manifest: Styled, device: str) -> tuple[Prior, Prior]:
         compile=compute.compile,
     )
     prior = load(manifest.model)
-    bare = prior
+    base = prior
     if style.model is not None and style.model != manifest.model:
-        bare = load(style.model, key="style.model")
-        _check_family(prior, bare, manifest.model.path, style.model.path)
+        base = load(style.model, key="style.model")
+        _check_family(prior, base, manifest.model.path, style.model.path)
     if not style.lora:
-        return prior, bare
-    deltas = read_style(style, bare)
-    return prior, bare.with_deltas(deltas.unet, deltas.text)
+        return prior, base
+    deltas = read_style(style, base)
+    return prior, base.with_deltas(deltas.unet, deltas.text)
 
 
 def _check_family(prior: Prior, style: Prior, path: str, style_path: str) -> None:
@@ -165,7 +165,7 @@ class Feedforward:
     """Every picture in one pass of a generator; a large one tile by tile."""
 
     if_diverged = "the result is not finite; set compute.precision to bf16 or fp32"
-    if_too_large = "lower image.resolution or tiles.size"
+    if_too_large = "lower image.resolution or tiles.size, or set metrics to []"
     steps = 1
 
     def __init__(self, manifest: Stylize, device: str) -> None:
@@ -210,12 +210,14 @@ class Feedforward:
         moments = self.generator.moments(thumbnail(image, tiles.thumbnail))
         tiling = Tiling(image, tiles.size, tiles.overlap, self.generator.reach)
 
-        def compute(chosen: slice) -> None:
-            tiling.paste(chosen, self._call(tiling.cut(chosen), moments))
+        def compute(chosen: slice) -> Tensor:
+            computed: Tensor = self._call(tiling.cut(chosen), moments)
+            return computed
 
-        for _, _, error in self._fitting.each(len(tiling), tiling.pixels, self._batch_size, compute):
-            if error:
+        for chosen, computed, error in self._fitting.each(len(tiling), tiling.pixels, self._batch_size, compute):
+            if computed is None:
                 raise torch.OutOfMemoryError(error)
+            tiling.paste(chosen, computed)  # not in `compute`, which may be tried again
             progress(0)
         return tiling.result()
 

@@ -94,6 +94,8 @@ def _found(where: str, storage: Storage) -> tuple[Store, str]:
 def _instead(store: Store) -> str:
     """What lies where no generator is, and what to do."""
     run = store.read_all(["run.json"]).get("run.json")
+    if not store.entries():
+        return "does not exist, or is empty; if a `distill` run is to make it, `smsbatch run` its manifest first"
     if run is None:
         return (
             f"has no {CONFIG}, there or in generator/; name the output of a `distill` run, or a folder with {CONFIG} "

@@ -190,7 +190,7 @@ def relocate(manifest: Manifest, store: Store, pool: Pool) -> None:
     Raises:
         SourceError: the source is missing, empty or has clashing keys.
     """
-    with _indexed(manifest, pool, [], limit=None) as (listed, index, _):
+    with _indexed(manifest, pool, [], chosen=False) as (listed, index, _):
         moved = index.with_name("moved.parquet")
         move_index(store, index, moved)
         write_moved(store, moved, listed)
@@ -210,7 +210,7 @@ class _Draft:
 @contextmanager
 def _drafted(manifest: Manifest, pool: Pool, probe: int = 0, samples_per_unit: int | None = None) -> Iterator[_Draft]:
     notices = check_weights(manifest)
-    with _indexed(manifest, pool, notices, manifest.source.limit) as (listed, index, built):
+    with _indexed(manifest, pool, notices, chosen=True) as (listed, index, built):
         if isinstance(manifest, Distill):
             training = TrainingPlan(manifest, built.samples, tuple(notices), built.bytes)
             yield _Draft(training, listed, index, built, None)
@@ -230,15 +230,21 @@ def _drafted(manifest: Manifest, pool: Pool, probe: int = 0, samples_per_unit: i
 
 @contextmanager
 def _indexed(
-    manifest: Manifest, pool: Pool, notices: list[str], limit: int | None
+    manifest: Manifest, pool: Pool, notices: list[str], chosen: bool
 ) -> Iterator[tuple[Sequence[Part], Path, Built]]:
-    """The source's objects, and their index in a temporary file; what was passed over is added to `notices`."""
+    """The source's objects, and their index in a temporary file; what was passed over is added to `notices`.
+
+    Args:
+        chosen: of the samples those that `skip` and `limit` choose; else all, as where one sample less makes it another
+            choice.
+    """
     source, storage = manifest.source, manifest.storage
+    limit, skip = (source.limit, source.skip) if chosen else (None, 0)
     listed = parts(source, storage)
     with tempfile.TemporaryDirectory(prefix="smsbatch-plan-") as folder:
         index = Path(folder, "samples.parquet")
         with closing(pool.map(partial(scan, source=source, storage=storage), listed)) as scanned:
-            built = build_index(index, (part.table for part in _heard(scanned, notices)), limit, source.skip)
+            built = build_index(index, (part.table for part in _heard(scanned, notices)), limit, skip)
         if built.samples == 0:
             raise nothing_found(source, notices)
         yield listed, index, built

@@ -19,7 +19,7 @@ from contextlib import suppress
 from typing import Any
 
 from smsbatch.data.store import Store
-from smsbatch.errors import RequestError, RunError, SmsbatchError, StorageError
+from smsbatch.errors import RunError, SmsbatchError, StorageError
 from smsbatch.execution.cluster import Sizing, check_installed, connect, size_up
 from smsbatch.execution.record import store_of
 from smsbatch.execution.training_log import TrainingProgress, read_progress
@@ -70,16 +70,11 @@ def train_on_ray(
 
 
 def _divided(sizing: Sizing, manifest: Distill) -> Sizing:
-    """With as many workers as the pictures of a step can be divided among."""
+    """With as many workers as the pictures of a step can be divided among; the manifest has seen to a given number."""
+    if manifest.compute.workers != "auto":
+        return sizing
     images = manifest.distill.images_per_step
-    if manifest.compute.workers == "auto":
-        return sizing._replace(workers=next(n for n in range(sizing.workers, 0, -1) if images % n == 0))
-    if images % sizing.workers:
-        raise RequestError(
-            f"distill.images_per_step ({images}) cannot be divided among {sizing.workers} workers; lower "
-            "compute.workers, or change it"
-        )
-    return sizing
+    return sizing._replace(workers=next(n for n in range(sizing.workers, 0, -1) if images % n == 0))
 
 
 class _Fit:

@@ -23,7 +23,7 @@ from smsbatch.data.sources import parts
 from smsbatch.data.store import Store
 from smsbatch.errors import DriftError, RequestError, StorageError
 from smsbatch.execution.checkpoints import CHECKPOINTS
-from smsbatch.manifest import Dataset, Manifest, Storage
+from smsbatch.manifest import HOUSEKEEPING, Dataset, Manifest, Storage
 
 __all__ = [
     "RUN",
@@ -39,14 +39,23 @@ __all__ = [
     "refuse_strangers",
     "store_of",
     "the_run",
+    "trains",
 ]
 
 RUN = "run.json"
 DRIFT = "_smsbatch/drift"
 INPUTS = "inputs"
 
-_ELSEWHERE = ("compute.", "errors.", "storage.", "output.path")  # where and how, which changes no result
+# Where and how, which changes no result.
+_ELSEWHERE = ("compute.", "errors.", "storage.", "output.path", *(f"distill.{key}" for key in HOUSEKEEPING))
 _NEVER = {"metrics": "rows of one run have the same columns"}
+_NEVER_IN_TRAINING = dict.fromkeys(
+    [
+        *(f"distill.{key}" for key in ("width", "blocks", "restore", "warmup_steps", "steps", "images_per_step")),
+        *("seed", "objective.name", "objective.fake.rank", "objective.fake.layers"),
+    ],
+    "a checkpoint is of one training",
+)
 _RENAMED = {"objective": {"spectral_weight": "identity_weight"}}  # keys of older versions
 _BEFORE = {"style": {"text_encoder": False}}  # what a version did that had no such key, where the default is another
 _NAMED = 3
@@ -97,13 +106,18 @@ def the_run(store: Store) -> dict[str, Any]:
     return run
 
 
+def trains(run: Mapping[str, Any]) -> bool:
+    """Whether a run makes a generator, and no dataset."""
+    return bool(run["manifest"].get("task") == "distill")  # manifests of older versions name no task
+
+
 def check_dataset(store: Store, run: Mapping[str, Any]) -> None:
     """The run is one that makes a dataset: rows, shards, a report.
 
     Raises:
         RequestError: it makes a generator.
     """
-    if run["manifest"].get("task") == "distill":
+    if trains(run):
         raise RequestError(
             f"{store.url}: this run distills a generator and makes no dataset; `smsbatch status` says how far it is, "
             "and a manifest of task stylize makes a dataset with its generator"
@@ -182,6 +196,9 @@ def check_request(
     Raises:
         DriftError: naming what changed.
     """
+    task = run["manifest"].get("task", "optimize")
+    if task != manifest.task:
+        raise DriftError(f"{store.url}: here is a run of task {task}, not {manifest.task}; choose another output.path")
     changes = []
     if run["manifest_sha256"] != manifest.identity:
         then, now = _flat(manifest_of(run).dump()), _flat(manifest.dump())
@@ -195,7 +212,7 @@ def check_request(
         for name in sorted(run["weights"].keys() | weights.keys())
         if run["weights"].get(name) != weights.get(name)
     ]
-    _settle(store, changes, allow, note)
+    _settle(store, changes, allow, note, _NEVER_IN_TRAINING if trains(run) else _NEVER)
 
 
 def inputs_changed(store: Store, manifest: Manifest, allow: Collection[str] = (), note: bool = True) -> bool:
@@ -244,14 +261,25 @@ def allowed_drift(store: Store) -> list[dict[str, Any]]:
     return sorted(notes, key=lambda note: str(note["time"]))
 
 
-def _settle(store: Store, changes: Iterable[Change], allow: Collection[str], note: bool = True) -> None:
+def _settle(
+    store: Store,
+    changes: Iterable[Change],
+    allow: Collection[str],
+    note: bool = True,
+    never: Mapping[str, str] = _NEVER,
+) -> None:
     known = {key: change["now"] for note in allowed_drift(store) for key, change in note["changed"].items()}
     fresh = [change for change in changes if change.key not in known or known[change.key] != change.now]
-    refused = [change for change in fresh if change.key in _NEVER or not _covered(change.key, allow)]
+    refused = [change for change in fresh if change.key in never or not _covered(change.key, allow)]
     if refused:
-        begun = f"undo the change, choose another output.path, or allow it by --allow-drift {refused[0].key}"
-        if refused[0].key in _NEVER:
-            begun = f"undo the change, or choose another output.path ({_NEVER[refused[0].key]})"
+        keys = list(dict.fromkeys(change.key for change in refused))
+        if len(keys) > _NAMED:
+            keys = list(dict.fromkeys(key.partition(".")[0] for key in keys))
+        flags = " ".join(f"--allow-drift {key}" for key in keys)
+        begun = f"undo the change, choose another output.path, or allow it by {flags}"
+        for change in refused:
+            if change.key in never:
+                begun = f"undo the change, or choose another output.path ({never[change.key]})"
         advice = (
             begun
             if store.list(COMMITS) or store.list(CHECKPOINTS)

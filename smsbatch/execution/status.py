@@ -22,6 +22,7 @@ from smsbatch.data.records import Commit
 from smsbatch.data.sample import Unit
 from smsbatch.data.store import Store
 from smsbatch.execution.look import Look
+from smsbatch.execution.record import trains
 from smsbatch.execution.report import is_reported
 from smsbatch.execution.training_status import TrainingStatus, training_status
 from smsbatch.execution.worker import Progress
@@ -43,11 +44,15 @@ class Driver:
 
     @property
     def alive(self) -> bool:
-        return self.age_s < DEAD_AFTER_S and not _gone(self.name)
+        return self.age_s < DEAD_AFTER_S and not (self.age_s > 2 * BEAT_S and _gone(self.name))
 
 
 def _gone(name: str) -> bool:
-    """Whether it was a process of this machine that is no more, so that one need not wait for it to look dead."""
+    """Whether it was a process of this machine that is no more, so that one need not wait for it to look dead.
+
+    Hosts of one name are taken for one machine. Two containers may share a name and see only their own processes; so
+    this is asked only of who has missed a beat.
+    """
     host, _, process = name.rpartition("-")[0].rpartition("-")
     if host != socket.gethostname() or not process.isdigit():
         return False
@@ -246,7 +251,7 @@ def status(where: str | Manifest | Look) -> Status | TrainingStatus:
         RequestError: no run stands there.
     """
     look = where if isinstance(where, Look) else Look(where)
-    if look.run["manifest"].get("task") == "distill":
+    if trains(look.run):
         return training_status(look.store, look.run, any(driver.alive for driver in drivers(look.store)))
     errors: Counter[str] = Counter()
     for counted in (

@@ -37,6 +37,7 @@ __all__ = ["Stylizer", "sample_seed"]
 Picture = NDArray[np.uint8]
 Item = TypeVar("Item")
 
+_OF_A_RUN = ("unit", "shard", "generation", "attempt", "attempts", "worker")  # columns that one picture alone lacks
 _AHEAD = 2  # batches whose pictures are decoded before they are stacked
 _AHEAD_BYTES = 1 << 29  # of pixels being decoded, or decoded and not yet stacked; one picture may be more
 _BEHIND = 4  # batches that are encoded while the device goes on
@@ -193,6 +194,7 @@ class Stylizer:
                     behind += encoding
                     while len(behind) > _BEHIND * len(encoding):
                         behind.popleft().result()
+        assert call.done == len(call.outcomes), "every sample is an outcome"
         return [outcome.result() if isinstance(outcome, Future) else outcome for outcome in call.outcomes if outcome]
 
     # -------------------------------------------------------------------------------------------- ahead of the device
@@ -348,9 +350,6 @@ class Stylizer:
             error_code=None,
             metrics={name: float(values[index]) for name, values in launched.metrics.items()},
         )
-
-
-_OF_A_RUN = ("unit", "shard", "generation", "attempt", "attempts", "worker")
 
 
 def _one_ahead(items: Generator[Item, None, None]) -> Generator[Item, None, None]:

@@ -22,7 +22,7 @@ from smsbatch.data.index import index_size
 from smsbatch.data.store import Store
 from smsbatch.diffusion.distill import Distiller, learning_rate
 from smsbatch.errors import RunError, SmsbatchError
-from smsbatch.execution.checkpoints import Checkpoint, prune, read, restore, write
+from smsbatch.execution.checkpoints import Checkpoint, Restored, prune, read, restore, write
 from smsbatch.execution.distilled import about, model_card
 from smsbatch.execution.engines import load_models
 from smsbatch.execution.feed import Batch, Feed
@@ -69,6 +69,13 @@ class Team:
             yield
         except SmsbatchError as error:
             self._own = error
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """What all workers do at this place, each its own: `apart`, and at once agreed upon. Raises as `agree`."""
+        with self.apart():
+            yield
+        self.agree()
 
     def agree(self, *counts: int) -> list[int]:
         """The sums of the counts over all workers.
@@ -122,7 +129,7 @@ def train_loop(
         stop: whether to leave after this step, with a checkpoint; asked before each step, and one worker is enough.
         progress: called by worker 0 after each step.
         doomed: whether a worker's machine is about to be taken away. Every worker asks at the same steps, those of the
-            log, and gets the same answer; a checkpoint is written at once then.
+            log, and gets the same answer; at the first yes a checkpoint is written.
 
     Returns:
         Whether it is done; False if it was stopped before.
@@ -133,22 +140,23 @@ def train_loop(
     store, training = store_of(manifest), manifest.distill
     if isinstance(manifest.compute.threads, int):
         torch.set_num_threads(manifest.compute.threads)
-    found = None
-    with team.apart():
+    found: Restored | None = None
+    records: _Records | None = None
+    with team.together():
         distiller = Distiller(*load_models(manifest, team.device), manifest, team.average)
         samples = index_size(store)
         found = restore(store) if team.rank == 0 else None
-    team.agree()
     checkpoint = team.of_first(found.checkpoint if found else None)
-    with team.apart():
+    with team.together():
         if checkpoint is not None:
             distiller.restore(found.data if found else read(store, checkpoint))
-    team.agree()
 
-    saved, failures = distiller.step, checkpoint.about["failed"] if checkpoint else 0
+    saved, warned, failures = distiller.step, False, checkpoint.about["failed"] if checkpoint else 0
     with ExitStack() as stack:
         feed = stack.enter_context(Feed(manifest, store, samples, team.rank, team.size, distiller.step))
-        records = stack.enter_context(_Records(store, manifest, distiller, checkpoint)) if team.rank == 0 else None
+        with team.together():
+            if team.rank == 0:
+                records = stack.enter_context(_Records(store, manifest, distiller, checkpoint))
         batches, recent, waited, began = iter(feed), list[dict[str, Tensor]](), 0.0, monotonic()
         while distiller.step < training.all_steps:
             batch, asked = None, monotonic()
@@ -176,7 +184,8 @@ def train_loop(
                 if wrong:
                     team.fail(RunError(f"{wrong}; {_advice(saved)}"))
                 losses = _means(recent)
-            saves |= logs and doomed()
+            if logs and doomed():
+                saves, warned = saves or not warned, True
             with team.apart():
                 if records is not None:
                     progress(records.log.step(step, failed))
@@ -192,10 +201,9 @@ def train_loop(
                 recent, waited, began = [], 0.0, monotonic()
             if saves:
                 saved = step
-        with team.apart():
+        with team.together():
             if records is not None:
                 records.finish(failures, stopped=distiller.step < training.all_steps)
-        team.agree()
     return distiller.step == training.all_steps
 
 
@@ -209,7 +217,7 @@ class _Records:
     def __init__(self, store: Store, manifest: Distill, distiller: Distiller, checkpoint: Checkpoint | None) -> None:
         self._store, self._training, self._distiller = store, manifest.distill, distiller
         self._about: Mapping[str, Any] = checkpoint.about if checkpoint else {"failed": 0, "seconds": 0.0, "losses": {}}
-        self._first, self._saved, self._began = distiller.step, distiller.step, monotonic()
+        self._saved, self._began = distiller.step, monotonic()
         self._seconds = self._about["seconds"]
         self.log = TrainingLog(store, manifest, distiller.step, self._about["failed"])
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="smsbatch-checkpoint")
@@ -310,6 +318,7 @@ def _advice(saved: int) -> str:
 def _too_many(failed: int, taken: int, batch: Batch, step: int, manifest: Distill) -> RunError:
     example = f" ({batch.failed[-1][0]}: {batch.failed[-1][1]}: {batch.failed[-1][2]})" if batch.failed else ""
     return RunError(
-        f"{failed} of {taken} samples failed{example}, more than errors.max_failed_fraction "
-        f"({manifest.errors.max_failed_fraction:g}) allows; stopped at step {step}; mend the source, or raise the limit"
+        f"samples could not be used {failed} times{example}, more than errors.max_failed_fraction "
+        f"({manifest.errors.max_failed_fraction:g}) of {taken} allows; stopped at step {step}; mend the source and run "
+        "with --allow-drift inputs, or raise the limit"
     )

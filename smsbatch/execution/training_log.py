@@ -69,13 +69,8 @@ class TrainingProgress:
     failed: int = 0
     time: float = 0.0
 
-    @property
-    def eta(self) -> float | None:
-        """Seconds to the end at this rate; None while there is none."""
-        return (self.steps - self.step) / self.steps_per_second if self.steps_per_second else None
-
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self) | {"eta": self.eta}
+        return asdict(self)
 
 
 class TrainingLog:
@@ -89,8 +84,8 @@ class TrainingLog:
         self._events = _Events(store, first_step)
         self._begun = self._told = time.monotonic()
         self._seen: deque[tuple[float, int]] = deque([(self._begun, first_step)])
-        steps = manifest.distill.all_steps
-        self._now = TrainingProgress(first_step, steps, self._phase(first_step), failed=failed, time=time.time())
+        steps, phase = self._training.all_steps, self._training.phase(first_step)
+        self._now = TrainingProgress(first_step, steps, phase, failed=failed, time=time.time())
         self._waiting: dict[str, bytes] = {}  # to be stored: the last content of each path
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="smsbatch-log")
         self._storing: Future[None] | None = None
@@ -117,7 +112,7 @@ class TrainingLog:
         self._now = replace(
             self._now,
             step=step,
-            phase=self._phase(step),
+            phase=self._training.phase(step),
             steps_per_second=rate,
             images_per_second=None if rate is None else rate * self._training.images_per_step,
             failed=self._now.failed + failed,
@@ -139,7 +134,7 @@ class TrainingLog:
             "images_per_second": self._now.images_per_second,
             "failed": self._now.failed,
         }
-        known = {"step": step, "phase": self._phase(step), "attempt": self._attempt, "time": time.time()}
+        known = {"step": step, "phase": self._training.phase(step), "attempt": self._attempt, "time": time.time()}
         known["seconds"] = time.monotonic() - self._begun
         self._lines.append(_json(known | rates | figures))
         self._waiting[self._path] = b"".join(self._lines)
@@ -183,10 +178,6 @@ class TrainingLog:
                 self._storing.result()
         if finished:
             self._store.put(TRAINING, b"".join(map(_json, read_log(self._store))))
-
-    def _phase(self, step: int) -> str:
-        """Of the last step done."""
-        return "warm-up" if 0 < self._training.warmup_steps >= step else "distillation"
 
     def _store_waiting(self, closing: bool = False) -> None:
         """Give what waits to the thread, unless it is busy: then the next call does."""
@@ -276,9 +267,7 @@ def read_progress(store: Store) -> TrainingProgress | None:
     if data is None:
         return None
     try:
-        values = json.loads(data)
-        values.pop("eta")
-        return TrainingProgress(**values)
+        return TrainingProgress(**json.loads(data))
     except ILLEGIBLE as error:
         raise StorageError(f"{store.locate(PROGRESS)} is not a training's progress; delete it") from error
 

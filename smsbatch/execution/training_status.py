@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import datetime
 from typing import Any
 
 from smsbatch.data.store import Store
 from smsbatch.execution.checkpoints import latest
+from smsbatch.execution.record import manifest_of
 from smsbatch.execution.report import SUCCESS
 from smsbatch.execution.training_log import TrainingProgress, read_progress
+from smsbatch.manifest import Distill
 
 __all__ = ["TrainingStatus", "training_status"]
 
@@ -72,19 +74,19 @@ class TrainingStatus:
         return (self.steps - self.step) / self.steps_per_second if self.steps_per_second else None
 
     def to_dict(self) -> dict[str, Any]:
-        names = self.__dataclass_fields__
-        return {name: getattr(self, name) for name in names} | {"remaining_s": self.remaining_s}
+        return asdict(self) | {"remaining_s": self.remaining_s}
 
 
 def training_status(store: Store, run: Mapping[str, Any], alive: bool) -> TrainingStatus:
     """What `run.json`, the newest checkpoint and the training's own words say; `alive`: a driver is at work."""
-    training = run["manifest"]["distill"]
-    steps, warmup = training["warmup_steps"] + training["steps"], training["warmup_steps"]
+    manifest = manifest_of(run)
+    assert isinstance(manifest, Distill)
+    training = manifest.distill
     now, checkpoint, finished = read_progress(store), latest(store), store.exists(SUCCESS)
     saved = checkpoint.step if checkpoint else 0
     age_s = None if now is None else max(0.0, time.time() - now.time)
     at_work = not finished and alive
-    step = now.step if now is not None and at_work else max(saved, steps if finished else 0)
+    step = now.step if now is not None and at_work else max(saved, training.all_steps if finished else 0)
     if at_work or finished:
         note = ""
     elif now is None and checkpoint is None:
@@ -94,8 +96,8 @@ def training_status(store: Store, run: Mapping[str, Any], alive: bool) -> Traini
     return TrainingStatus(
         name=run["name"],
         step=step,
-        steps=steps,
-        phase="warm-up" if step <= warmup and warmup else "distillation",
+        steps=training.all_steps,
+        phase=training.phase(step),
         steps_per_second=now.steps_per_second if now and at_work else None,
         images_per_second=now.images_per_second if now and at_work else None,
         losses=now.losses if now else None,

@@ -4,6 +4,7 @@ A manifest is frozen and resolved: two equal manifests ask for the same run. `fi
 """
 
 from smsbatch.manifest.models import (
+    HOUSEKEEPING,
     Compute,
     Crops,
     Destination,
@@ -22,6 +23,7 @@ from smsbatch.manifest.section import SECRET
 from smsbatch.manifest.tasks import TASKS, Dataset, Distill, Manifest, Optimize, Styled, Stylize, schema
 
 __all__ = [
+    "HOUSEKEEPING",
     "PRESETS",
     "SECRET",
     "TASKS",

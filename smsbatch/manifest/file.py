@@ -53,7 +53,7 @@ def load(path: str | os.PathLike[str], overrides: Iterable[str] = ()) -> Manifes
     try:
         return TASKS[task].model_validate(data)
     except ValidationError as error:
-        raise ManifestError("\n".join(_explain(error, TASKS[task], file, lines, set_keys))) from error
+        raise ManifestError("\n".join(_explain(error, task, file, lines, set_keys))) from error
 
 
 Key = tuple[str | int, ...]
@@ -124,7 +124,7 @@ def _where(file: Path, key: Key, lines: Mapping[Key, int]) -> str:
 
 
 def _explain(
-    error: ValidationError, kind: type[Manifest], file: Path, lines: Mapping[Key, int], set_keys: Sequence[Key]
+    error: ValidationError, task: str, file: Path, lines: Mapping[Key, int], set_keys: Sequence[Key]
 ) -> list[str]:
     """One line for each key at fault."""
     explained: dict[str, list[str]] = {}
@@ -140,18 +140,18 @@ def _explain(
         if problem["type"] not in ("missing", "extra_forbidden"):  # pydantic appends the names of a union's members
             key = next((key[:n] for n in range(len(key), 0, -1) if key[:n] in lines or key[:n] in set_keys), key)
         where = f"--set {'.'.join(map(str, key))}" if key in set_keys else _where(file, key, lines)
-        explained.setdefault(where, []).append(_message(key, problem, kind))
+        explained.setdefault(where, []).append(_message(key, problem, task))
     return [f"{where}: {', or '.join(dict.fromkeys(messages))}" for where, messages in explained.items()]
 
 
-def _message(key: Key, problem: Mapping[str, Any], kind: type[Manifest]) -> str:
+def _message(key: Key, problem: Mapping[str, Any], task: str) -> str:
     if problem["type"] == "missing":
         return "is missing; `smsbatch schema` lists every key"
     if problem["type"] == "extra_forbidden":
-        known = _known_keys(key[:-1], kind)
+        if any(key[-1] in _known_keys(key[:-1], other) for other in TASKS.values()):
+            return f"is no key of task {task}"
+        known = _known_keys(key[:-1], TASKS[task])
         close = difflib.get_close_matches(str(key[-1]), known, n=1)
-        if len(key) == 1 and any(key[0] in other.model_fields for other in TASKS.values()):
-            return f"is no key of task {kind.model_fields['task'].annotation.__args__[0]}"  # type: ignore[union-attr]
         return "no such key; " + (f"did you mean {close[0]}?" if close else f"known here: {', '.join(known)}")
     message: str = problem["msg"].removeprefix("Value error, ")
     ours = message != problem["msg"]
@@ -161,9 +161,12 @@ def _message(key: Key, problem: Mapping[str, Any], kind: type[Manifest]) -> str:
 
 
 def _known_keys(section: Key, kind: type[Manifest]) -> list[str]:
+    """The keys of a section in manifests of a task; none if they have no such section."""
     model: type[BaseModel] = kind
     for name in section:
-        annotation = model.model_fields[str(name)].annotation
-        sections = [annotation, *get_args(annotation)]  # a section may be one or None
+        field = model.model_fields.get(str(name))
+        if field is None:
+            return []
+        sections = [field.annotation, *get_args(field.annotation)]  # a section may be one or None
         model = next(kind for kind in sections if isinstance(kind, type) and issubclass(kind, BaseModel))
     return list(model.model_fields)

@@ -9,6 +9,7 @@ from pydantic import Field, field_validator, model_validator
 from smsbatch.manifest.section import Beta, Section
 
 __all__ = [
+    "HOUSEKEEPING",
     "Compute",
     "Crops",
     "Destination",
@@ -194,7 +195,7 @@ class Tiles(Section):
     normalization's statistics of the whole, so that no tile looks different from its neighbours."""
     overlap: int = Field(128, ge=0, multiple_of=4)
     """Pixels that neighbouring tiles share, and over which one fades into the other."""
-    thumbnail: int = Field(768, ge=64)
+    thumbnail: int = Field(768, ge=64, le=4096)
     """The whole picture, scaled to so many pixels of its long side, is where the statistics are taken from
     (arXiv 2103.11784)."""
 
@@ -203,6 +204,10 @@ class Tiles(Section):
         if 2 * self.overlap > self.size:
             raise ValueError(f"overlap ({self.overlap}) is more than half of size ({self.size})")
         return self
+
+
+HOUSEKEEPING = ("checkpoint_vae", "checkpoint_every", "keep", "log_every", "grid_every")
+"""Fields of `Training` that change nothing about the generator."""
 
 
 class Training(Section):
@@ -246,6 +251,10 @@ class Training(Section):
     def all_steps(self) -> int:
         return self.warmup_steps + self.steps
 
+    def phase(self, step: int) -> Literal["warm-up", "distillation"]:
+        """Of the last step done; before the first one, of that."""
+        return "warm-up" if 0 < self.warmup_steps >= step else "distillation"
+
 
 class Destination(Section):
     """Where results go."""
@@ -283,8 +292,8 @@ class Compute(Section):
     threads: int | Literal["auto"] = "auto"
     """CPU threads of torch in a worker; `auto`: the machine's cores, divided among the workers."""
     batch_size: int = Field(8, ge=1)
-    """Samples computed together: those of a unit that have one size after `image.fit`; or tiles of one; or, of a
-    `distill` step, as many of a worker's pictures as its memory holds."""
+    """Samples computed together: those of a unit that have one size after `image.fit`; or tiles of one; or a
+    worker's pictures of a `distill` step."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Of the frozen models; `auto`: bf16 on CUDA, else fp32. Latents, LoRAs and optimizers are always fp32. A generator
     in training computes in bf16 under `bf16` and has its parameters in fp32; a finished one takes fp16 for `auto` on
@@ -292,7 +301,8 @@ class Compute(Section):
     channels_last: bool = False
     """Lay the convolutions of UNets or generator out with channels last. Measure first: docs/benchmarks.md."""
     compile: bool = False
-    """Compile UNets or generator with torch.compile: minutes at the start, once per shape. Measure first."""
+    """Compile the UNets, or the generator that `stylize` uses, with torch.compile: minutes at the start, once per
+    shape. Measure first."""
     retries: int = Field(2, ge=0)
     """How often a unit is tried again after its worker died, before the guilty sample is searched for; and how often a
     training goes on from its last checkpoint after a worker died."""

@@ -226,6 +226,8 @@ class ScoreObjective(Section):
             raise ValueError(f"{self.name} asks no fake score; leave fake.trains_on out")
         if self.fake.trains_on == "forward" and self.fake.updates > 1:
             raise ValueError("fake.updates is 1 where the fake score trains on the gradient's own prediction")
+        if self.fake.trains_on == "forward" and (self.fake.t_min, self.fake.t_max) != (None, None):
+            raise ValueError("fake.t_min and t_max are the objective's where the fake score trains on its prediction")
         return self
 
     @field_validator("prompt", "source_prompt", "edit_prompt")

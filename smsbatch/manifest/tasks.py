@@ -14,6 +14,7 @@ from typing import Any, Literal, Self
 from pydantic import Field, ModelWrapValidatorHandler, TypeAdapter, field_validator, model_validator
 
 from smsbatch.manifest.models import (
+    HOUSEKEEPING,
     Compute,
     Crops,
     Destination,
@@ -73,6 +74,8 @@ class Manifest(Section):
         plain = self.dump()
         plain["compute"] = plain["compute"]["precision"]
         del plain["errors"], plain["storage"], plain["output"]["path"]
+        for key in HOUSEKEEPING:
+            plain.get("distill", {}).pop(key, None)
         return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
 
 
@@ -133,6 +136,15 @@ class Distill(Styled):
     def _wide_enough(cls, value: Compute) -> Compute:
         if value.precision == "fp16":
             raise ValueError("precision: fp16 has too small a range to train in; take bf16")
+        if value.gpus_per_worker not in ("auto", 0, 1):
+            raise ValueError("gpus_per_worker: a worker trains on one GPU; set it to 1, or to 0 for CPUs")
+        return value
+
+    @field_validator("errors")
+    @classmethod
+    def _of_no_units(cls, value: Errors) -> Errors:
+        if "max_failed_fraction_per_unit" in value.model_fields_set and value.max_failed_fraction_per_unit < 1:
+            raise ValueError("max_failed_fraction_per_unit: a training has no units; set max_failed_fraction")
         return value
 
     @field_validator("objective")

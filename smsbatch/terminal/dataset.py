@@ -45,7 +45,9 @@ def status(now: Status, ages: bool = False) -> list[str]:
             lines.append(f"  {worker.worker}  {'waiting' if now.units_done else 'starting'}{age}")
         else:
             step = f"step {worker.step} of {worker.steps}" if worker.step else "between two batches"
-            lines.append(f"  {worker.worker}  unit {worker.unit}  {worker.done}/{worker.samples} images  {step}{age}")
+            waited = "" if worker.waited is None else f"  device waited {100 * worker.waited:.0f} %"
+            told = f"unit {worker.unit}  {worker.done}/{worker.samples} images  {step}{waited}{age}"
+            lines.append(f"  {worker.worker}  {told}")
     lines += [
         f"  driver {driver.name} was heard of {duration(driver.age_s)} ago: it is not at work any more"
         for driver in now.drivers

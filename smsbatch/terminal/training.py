@@ -22,7 +22,7 @@ def status(now: TrainingStatus, ages: bool = False) -> list[str]:
     if now.losses:
         lines.append(f"  {_losses(now.losses)}")
     if now.failed:
-        lines.append(f"  {now.failed:,} samples failed, others took their place")
+        lines.append(f"  {now.failed:,} times a sample failed, and another took its place")
     if ages and now.checkpoint is not None and now.checkpoint_age_s is not None:
         lines.append(f"  checkpoint of step {now.checkpoint:,}, {duration(now.checkpoint_age_s)} ago")
     if now.note:
@@ -41,7 +41,7 @@ def status_line(now: TrainingStatus) -> str:
     if now.losses:
         parts.append(_losses(now.losses))
     if now.failed:
-        parts.append(f"{now.failed:,} samples failed")
+        parts.append(f"{now.failed:,} times a sample failed")
     if now.note:
         parts.append(now.note)
     elif now.finished:
@@ -64,11 +64,11 @@ def summary(done: Distilled) -> Iterator[str]:
     if done.losses:
         rows.append(("losses", _losses(done.losses)))
     if done.failed:
-        rows.append(("failed", f"{count(done.failed, 'sample')}, others took their place"))
+        rows.append(("failed", f"{done.failed:,} times a sample, and another took its place"))
     rows += [("note", notice) for notice in done.notices]
     rows += [("files", f"{done.generator}/generator"), ("pictures", f"{done.generator}/grids")]
     yield from table(rows)
-    yield f"Apply it: smsbatch run a manifest with `task: stylize` and `generator: {done.generator}`"
+    yield f"Next: put `generator: {done.generator}` into a manifest of `task: stylize`, and run that."
 
 
 def plan(planned: TrainingPlan) -> Iterator[str]:

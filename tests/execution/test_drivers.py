@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import socket
+import subprocess
+import sys
 import threading
 import time
 from dataclasses import asdict
@@ -18,7 +22,7 @@ from smsbatch.data.store import Store
 from smsbatch.execution import heart as heart_module
 from smsbatch.execution.drive import _shuffled
 from smsbatch.execution.heart import Heart
-from smsbatch.execution.status import drivers
+from smsbatch.execution.status import BEAT_S, drivers
 from smsbatch.execution.worker import Progress, Task
 
 
@@ -79,6 +83,21 @@ def test_the_dead_are_buried_by_the_next_driver(job: Path, tmp_path: Path) -> No
     (tmp_path / "out/_smsbatch/commits/000003.json").unlink()
     sb.run(sb.load(job, ["source.limit=8"]))
     assert not dead.exists()
+
+
+def test_a_process_that_is_no_more_is_dead_when_it_has_missed_a_beat(tmp_path: Path) -> None:
+    """Before, it may be alive in a container that has the same name."""
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    for process, age_s, alive in (
+        (ended.pid, BEAT_S, True),
+        (ended.pid, 2.5 * BEAT_S, False),
+        (os.getpid(), 2.5 * BEAT_S, True),
+    ):
+        beat = heartbeat(tmp_path, f"{socket.gethostname()}-{process}-abc", age_s)
+        (driver,) = drivers(Store(tmp_path))
+        assert (driver.name, driver.alive) == (beat.stem, alive)
+        beat.unlink()
 
 
 def test_a_second_driver_takes_shards_in_another_order() -> None:

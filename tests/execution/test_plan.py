@@ -208,6 +208,16 @@ def test_an_output_that_cannot_be_written(job: Path) -> None:
         _establish(job, f"output.path={job}/below-a-file")
 
 
+def test_a_sample_that_went_does_not_move_the_others(job: Path) -> None:
+    """What is skipped was chosen once: counted anew, photo-2 would be, and not be found as it is now."""
+    assert _establish(job, "source.skip=2", "source.limit=3").samples == 3
+    photos = job.parent / "photos"
+    (photos / "photo-0.png").unlink()
+    (photos / "photo-2.png").write_bytes((photos / "photo-4.png").read_bytes() + b"longer")
+    report = sb.run(sb.load(job, ["source.skip=2", "source.limit=3"]), allow_drift=["inputs"])
+    assert (report.succeeded, report.failed) == (3, 0)
+
+
 class TestProbe:
     def test_estimates_time_bytes_and_cost(self, job: Path) -> None:
         manifest = sb.load(job)

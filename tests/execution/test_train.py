@@ -17,7 +17,7 @@ import torch
 from faults import Life, until
 from s3server import Server
 from safetensors.torch import load_file
-from trainings import checkpoints, log, parameters, steps, train_together, write_training
+from trainings import as_if_quiet_for, checkpoints, log, parameters, steps, train_together, write_training
 from typer.testing import CliRunner, Result
 
 import smsbatch as sb
@@ -27,8 +27,11 @@ from smsbatch.diffusion.generator import Generator
 from smsbatch.execution.export import Exported
 from smsbatch.execution.plan import establish
 from smsbatch.execution.pool import pool_of
+from smsbatch.execution.status import BEAT_S
+from smsbatch.execution.train import Team, train_loop
 from smsbatch.execution.training_log import TrainingProgress
 from smsbatch.execution.training_status import TrainingStatus
+from smsbatch.manifest import Distill
 from smsbatch.terminal.training import status, status_line
 
 
@@ -50,8 +53,8 @@ def whole(tmp_path_factory: pytest.TempPathFactory, model: Path, lora: Path) -> 
     return job, sb.run(sb.load(job), seen.append), seen
 
 
-def plan_only(job: Path) -> None:
-    manifest = sb.load(job)
+def plan_only(job: Path, *overrides: str) -> None:
+    manifest = sb.load(job, overrides)
     with pool_of(manifest) as pool:
         establish(manifest, Store(manifest.output.path), pool)
 
@@ -114,6 +117,8 @@ def test_killed_interrupted_and_gone_on_with_it_is_the_same_generator(job: Path,
     assert killed.kill(), killed.said
     saved = checkpoints(out)[-1]
     assert 4 <= saved < 12
+    torn = set((out / "_smsbatch/tmp").iterdir())
+    as_if_quiet_for(2 * BEAT_S, out)
     now = sb.status(sb.load(job))
     assert (now.step, now.checkpoint, now.finished) == (saved, saved, False)
 
@@ -122,7 +127,7 @@ def test_killed_interrupted_and_gone_on_with_it_is_the_same_generator(job: Path,
     os.kill(asked.pid, signal.SIGTERM)
     assert asked.wait() == 130, asked.said
     assert "smsbatch: interrupted; what is done is kept, the same command goes on from here" in asked.said
-    assert not list((out / "_smsbatch/tmp").iterdir())
+    assert set((out / "_smsbatch/tmp").iterdir()) <= torn, "whoever leaves in order leaves nothing half-written"
     left = checkpoints(out)[-1]
     assert saved < left < 12
     told = json.loads((out / "_smsbatch/training/progress.json").read_text())
@@ -147,22 +152,60 @@ def test_run_again_does_nothing(whole: tuple[Path, Any, Any]) -> None:
     assert {file: file.stat().st_mtime_ns for file in (job.parent / "out").rglob("*") if file.is_file()} == before
 
 
-@pytest.mark.parametrize("phase", ["warm-up", "distillation"])
-def test_two_workers_do_the_step_of_one_with_as_many_pictures(
-    tmp_path: Path, model: Path, lora: Path, phase: str
-) -> None:
+def test_a_damaged_checkpoint_is_passed_over_and_said(whole: tuple[Path, Any, Any], tmp_path: Path) -> None:
+    """Damage of which only its digest knows."""
+    job, done, _ = whole
+    out = shutil.copytree(job.parent / "out", tmp_path / "out")
+    (out / "_SUCCESS").unlink()
+    (newest,) = (out / "_smsbatch/checkpoints").glob("00000012-*.safetensors")
+    data = bytearray(newest.read_bytes())
+    data[-1] ^= 1
+    newest.write_bytes(data)
+    again = sb.run(sb.load(job, [f"output.path={out}"]))
+    assert again.resumed_from == 10
+    (notice,) = again.notices[len(done.notices) :]
+    assert notice.endswith(f"{newest.name} is not what was written; an older checkpoint is taken")
+
+
+def test_a_notice_of_preemption_is_worth_one_checkpoint(job: Path) -> None:
+    """At the first log after it, though it is true at every later one."""
+    overrides = ["warmup_steps=5", "steps=1", "log_every=2", "checkpoint_every=100"]
+    manifest, asked = sb.load(job, [f"distill.{override}" for override in overrides]), list[int]()
+    assert isinstance(manifest, Distill)
+    plan_only(job, *(f"distill.{override}" for override in overrides))
+    assert train_loop(manifest, Team(), stop=lambda: False, doomed=lambda: not asked.append(1))
+    assert checkpoints(job.parent / "out") == [2, 6]
+    assert len(asked) == 3, "it is a meeting of all workers, which nobody may leave out"
+
+
+def test_what_worker_0_meets_before_the_first_step_is_met_by_all(job: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or the others would wait for it."""
+
+    def full(*_: Any) -> None:
+        raise sb.StorageError("no space")
+
+    manifest, team = sb.load(job), Team()
+    assert isinstance(manifest, Distill)
+    plan_only(job)
+    monkeypatch.setattr("smsbatch.execution.train.TrainingLog", full)
+    with pytest.raises(sb.StorageError, match="no space") as caught:
+        train_loop(manifest, team, stop=lambda: False)
+    assert team.error is caught.value
+
+
+def test_two_workers_do_the_step_of_one_with_as_many_pictures(tmp_path: Path, model: Path, lora: Path) -> None:
     """What is averaged, gradients and losses, is equal within rounding. (Adam begins with a gradient's sign: where
-    it is nothing but rounding, parameters go different ways.)"""
+    it is nothing but rounding, parameters go different ways. So they stand still here.)"""
     averaged = {}
     for workers in (1, 2):
         folder = tmp_path / str(workers)
         folder.mkdir()
-        steps = {"warmup_steps": 1, "steps": 1} if phase == "warm-up" else {"warmup_steps": 0, "steps": 1}
+        steps = {"warmup_steps": 1, "steps": 1, "learning_rate": 1e-12}
         job = write_training(folder, model, lora, distill=steps)
         plan_only(job)
         train_together(job, workers, folder / "averaged")
-        calls = ["0"] if phase == "warm-up" else ["0", "1"]  # the fake score's gradients, then the generator's
-        averaged[workers] = [load_file(folder / "averaged" / call) for call in calls]
+        # The gradients of the warm-up, of the fake score, of the generator.
+        averaged[workers] = [load_file(folder / "averaged" / call) for call in "012"]
     for one, two in zip(averaged[1], averaged[2], strict=True):
         assert one.keys() == two.keys()
         for name, value in one.items():
@@ -188,7 +231,7 @@ def test_a_run_that_was_planned_otherwise(job: Path) -> None:
 def test_samples_that_cannot_be_had(job: Path) -> None:
     for number in (1, 2, 3):
         (job.parent / f"photos/photo-{number:02}.png").write_bytes(b"no picture")
-    with pytest.raises(sb.RunError, match=r"samples failed \(photo-0[123]: decode_error: .*max_failed_fraction"):
+    with pytest.raises(sb.RunError, match=r"not be used \d+ times \(photo-0[123]: decode_error: .*max_failed_fraction"):
         sb.run(sb.load(job))
 
 
@@ -272,10 +315,10 @@ class TestTheCommandLine:
         assert first.endswith("step 250 of 1,000")
         assert rest == [
             "  objective 0.25",
-            "  3 samples failed, others took their place",
+            "  3 times a sample failed, and another took its place",
             "  distillation, 2 steps/s, 8 pictures/s, about 6 min 15 s left",
         ]
         assert status_line(shown) == (
-            "waves: step 250/1,000, objective 0.25, 3 samples failed, distillation, 2 steps/s, 8 pictures/s, "
+            "waves: step 250/1,000, objective 0.25, 3 times a sample failed, distillation, 2 steps/s, 8 pictures/s, "
             "about 6 min 15 s left"
         )

@@ -182,12 +182,11 @@ def test_progress_has_rate_and_time_left_and_is_stored_now_and_then(
             if step == 30:
                 log.scalars(step, {"objective": 4.0, "fake": float("nan"), "rate": 1.0}, losses=("objective", "fake"))
     assert (now.step, now.steps, now.phase, now.failed) == (30, 50, "distillation", 4)
-    assert (now.steps_per_second, now.images_per_second, now.eta) == (2, 6, 10)
+    assert (now.steps_per_second, now.images_per_second) == (2, 6)
     stored = read_progress(store)
     assert stored is not None
     assert stored.losses == {"objective": 4.0, "fake": None}
-    assert (stored.step, stored.eta, stored.failed) == (30, 10, 4)
-    assert stored.to_dict()["eta"] == 10
+    assert (stored.step, stored.failed) == (30, 4)
     assert abs(stored.time - time.time()) < 60
     assert puts.count("_smsbatch/training/progress.json") <= 7  # in five seconds, and at the end
     (line,) = read_log(store)
@@ -195,7 +194,7 @@ def test_progress_has_rate_and_time_left_and_is_stored_now_and_then(
     assert line["seconds"] == 5
     # A machine that slows down is believed within a minute or so.
     with TrainingLog(store, manifest) as log:
-        assert log.step(0).eta is None
+        assert log.step(0).steps_per_second is None
         for step, pause in enumerate([0.1] * 30 + [20] * 10, start=1):
             clock[0] += pause
             now = log.step(step)
@@ -245,5 +244,5 @@ def test_files_of_others_are_refused_by_name(tmp_path: Path, content: bytes) -> 
 
 def test_progress_as_plain_data() -> None:
     values: dict[str, Any] = TrainingProgress(5, 10, "warm-up").to_dict()
-    assert values["eta"] is None
+    assert values["losses"] == {}
     assert json.loads(json.dumps(values)) == values
