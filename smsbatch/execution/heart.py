@@ -14,7 +14,7 @@ from typing import Any, Self
 
 from smsbatch.data.store import Store
 from smsbatch.errors import StorageError
-from smsbatch.execution.status import BEAT_S, HEARTBEATS, Status
+from smsbatch.execution.status import BEAT_S, HEARTBEATS, Status, process_table
 
 __all__ = ["Heart"]
 
@@ -51,7 +51,7 @@ class Heart:
                 self._beat()
 
     def _beat(self) -> None:
-        beat: dict[str, Any] = {"time": time.time()}
+        beat: dict[str, Any] = {"time": time.time(), "processes": process_table()}
         if self.now is not None:
             beat |= {
                 "rate": self.now.rate,

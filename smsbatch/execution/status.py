@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from time import monotonic
 from typing import Any, overload
 
@@ -28,7 +28,7 @@ from smsbatch.execution.training_status import TrainingStatus, training_status
 from smsbatch.execution.worker import Progress
 from smsbatch.manifest import Distill, Errors, Manifest
 
-__all__ = ["Driver", "Status", "Tally", "drivers", "over_budget", "status"]
+__all__ = ["Driver", "Status", "Tally", "drivers", "over_budget", "process_table", "status"]
 
 HEARTBEATS = "_smsbatch/heartbeats"
 BEAT_S = 10.0
@@ -37,32 +37,43 @@ DEAD_AFTER_S = 6 * BEAT_S
 
 @dataclass(frozen=True)
 class Driver:
-    """A driver by its last sign of life, `age_s` seconds ago."""
+    """A driver by its last sign of life, `age_s` seconds ago.
+
+    Attributes:
+        processes: whose table of processes it is in, as `process_table` says it of ours.
+    """
 
     name: str
     age_s: float
+    processes: str = ""
 
     @property
     def alive(self) -> bool:
-        return self.age_s < DEAD_AFTER_S and not (self.age_s > 2 * BEAT_S and _gone(self.name))
+        return self.age_s < DEAD_AFTER_S and not self._gone
 
-
-def _gone(name: str) -> bool:
-    """Whether it was a process of this machine that is no more, so that one need not wait for it to look dead.
-
-    Hosts of one name are taken for one machine. Two containers may share a name and see only their own processes; so
-    this is asked only of who has missed a beat.
-    """
-    host, _, process = name.rpartition("-")[0].rpartition("-")
-    if host != socket.gethostname() or not process.isdigit():
+    @property
+    def _gone(self) -> bool:
+        """Whether it was a process beside ours that is no more, so that one need not wait for it to look dead."""
+        process = self.name.split("-")[-2] if self.name.count("-") >= 2 else ""
+        if not self.processes or self.processes != process_table() or not process.isdigit():
+            return False
+        try:
+            os.kill(int(process), 0)
+        except ProcessLookupError:
+            return True
+        except PermissionError:
+            pass  # it is somebody else's
         return False
+
+
+def process_table() -> str:
+    """A name of the table that this process is numbered in: another on each machine, in each container and after each
+    boot. '' where the system does not tell."""
     try:
-        os.kill(int(process), 0)
-    except ProcessLookupError:
-        return True
-    except PermissionError:
-        pass  # it is somebody else's
-    return False
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+        return f"{boot}-{Path('/proc/self/ns/pid').stat().st_ino}"
+    except OSError:
+        return ""
 
 
 @dataclass(frozen=True)
@@ -210,7 +221,7 @@ def drivers(store: Store, bury: bool = False) -> list[Driver]:
     """The drivers whose heartbeats are there; those of the dead are removed if asked."""
     found = []
     for path, beat in _beats(store).items():
-        driver = Driver(_driver(path), time.time() - beat["time"])
+        driver = Driver(_driver(path), time.time() - beat["time"], beat.get("processes", ""))
         if bury and not driver.alive:
             store.delete(path)
         else:

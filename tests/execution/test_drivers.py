@@ -22,7 +22,7 @@ from smsbatch.data.store import Store
 from smsbatch.execution import heart as heart_module
 from smsbatch.execution.drive import _shuffled
 from smsbatch.execution.heart import Heart
-from smsbatch.execution.status import BEAT_S, drivers
+from smsbatch.execution.status import drivers, process_table
 from smsbatch.execution.worker import Progress, Task
 
 
@@ -85,16 +85,18 @@ def test_the_dead_are_buried_by_the_next_driver(job: Path, tmp_path: Path) -> No
     assert not dead.exists()
 
 
-def test_a_process_that_is_no_more_is_dead_when_it_has_missed_a_beat(tmp_path: Path) -> None:
-    """Before, it may be alive in a container that has the same name."""
+def test_a_process_that_is_no_more_is_dead_at_once(tmp_path: Path) -> None:
+    """If it was one of ours: another machine or container may have the same name, and its processes are not seen."""
     ended = subprocess.Popen([sys.executable, "-c", ""])
     ended.wait()
-    for process, age_s, alive in (
-        (ended.pid, BEAT_S, True),
-        (ended.pid, 2.5 * BEAT_S, False),
-        (os.getpid(), 2.5 * BEAT_S, True),
+    for process, table, alive in (
+        (ended.pid, process_table(), False),
+        (os.getpid(), process_table(), True),
+        (ended.pid, "of-another-container", True),
+        (ended.pid, "", True),
     ):
-        beat = heartbeat(tmp_path, f"{socket.gethostname()}-{process}-abc", age_s)
+        beat = heartbeat(tmp_path, f"{socket.gethostname()}-{process}-abc", 1.0)
+        beat.write_text(json.dumps(json.loads(beat.read_text()) | {"processes": table}))
         (driver,) = drivers(Store(tmp_path))
         assert (driver.name, driver.alive) == (beat.stem, alive)
         beat.unlink()

@@ -17,7 +17,7 @@ import torch
 from faults import Life, until
 from s3server import Server
 from safetensors.torch import load_file
-from trainings import as_if_quiet_for, checkpoints, log, parameters, steps, train_together, write_training
+from trainings import checkpoints, log, parameters, steps, train_together, write_training
 from typer.testing import CliRunner, Result
 
 import smsbatch as sb
@@ -27,7 +27,6 @@ from smsbatch.diffusion.generator import Generator
 from smsbatch.execution.export import Exported
 from smsbatch.execution.plan import establish
 from smsbatch.execution.pool import pool_of
-from smsbatch.execution.status import BEAT_S
 from smsbatch.execution.train import Team, train_loop
 from smsbatch.execution.training_log import TrainingProgress
 from smsbatch.execution.training_status import TrainingStatus
@@ -118,7 +117,6 @@ def test_killed_interrupted_and_gone_on_with_it_is_the_same_generator(job: Path,
     saved = checkpoints(out)[-1]
     assert 4 <= saved < 12
     torn = set((out / "_smsbatch/tmp").iterdir())
-    as_if_quiet_for(2 * BEAT_S, out)
     now = sb.status(sb.load(job))
     assert (now.step, now.checkpoint, now.finished) == (saved, saved, False)
 

@@ -66,13 +66,6 @@ def checkpoints(out: Path) -> list[int]:
     return sorted(int(file.stem) for file in (out / "_smsbatch/checkpoints").glob("*.json"))
 
 
-def as_if_quiet_for(seconds: float, out: Path) -> None:
-    """Heartbeats are as old as if so much time had passed."""
-    for file in (out / "_smsbatch/heartbeats").iterdir():
-        beat = json.loads(file.read_text())
-        file.write_text(json.dumps(beat | {"time": beat["time"] - seconds}))
-
-
 def train_together(job: Path, workers: int, folder: Path) -> None:
     """The job's planned training by so many processes that gloo holds together; worker 0 leaves in the folder what was
     averaged, a file of safetensors named by the number of the call."""
