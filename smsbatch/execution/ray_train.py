@@ -51,18 +51,24 @@ def train_on_ray(
         with tempfile.TemporaryDirectory(prefix="smsbatch-train-") as scratch:
             fit = _Fit(manifest, sizing, bell, scratch)
             rung, shown, ended = False, read_progress(store), False
-            while not ended:
-                ended = fit.wait(_LOOK_S)
-                with suppress(StorageError):  # it is for the eyes; the workers meet the same store
-                    now = read_progress(store)
-                    if now is not None and now != shown:
-                        progress(now)
-                        shown = now
-                if stop() and not rung and not ended:
+            try:
+                while not ended:
+                    ended = fit.wait(_LOOK_S)
+                    with suppress(StorageError):  # it is for the eyes; the workers meet the same store
+                        now = read_progress(store)
+                        if now is not None and now != shown:
+                            progress(now)
+                            shown = now
+                    if stop() and not rung and not ended:
+                        store.put(bell, b"")
+                        rung = True
+            except BaseException:
+                with suppress(StorageError):  # in a cluster that goes on they would train with nobody looking
                     store.put(bell, b"")
-                    rung = True
+                raise
             if rung:
-                store.delete(bell)
+                with suppress(StorageError):
+                    store.delete(bell)
             return _result(fit.outcome, manifest.compute.retries)
     finally:
         if started:
