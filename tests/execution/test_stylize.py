@@ -481,9 +481,13 @@ class TestTiles:
 
 class TestGenerator:
     def test_there_is_none(self, manifest: Callable[..., sb.Manifest], tmp_path: Path) -> None:
-        with pytest.raises(sb.WeightsError, match=r"generator: /nowhere has no generator\.json, there or in gen"):
+        with pytest.raises(sb.WeightsError, match="generator: /nowhere does not exist, or is empty; if a `distill` run is to make it"):
             sb.run(manifest(generator="/nowhere"))
         assert not (tmp_path / "out").exists()
+        (tmp_path / "pictures").mkdir()
+        (tmp_path / "pictures" / "fox.jpg").touch()
+        with pytest.raises(sb.WeightsError, match=r"pictures has no generator\.json, there or in generator/; name the"):
+            sb.plan(manifest(generator=str(tmp_path / "pictures")))
 
     def test_below_a_distill_run(self, manifest: Callable[..., sb.Manifest], generator: Path, tmp_path: Path) -> None:
         run = tmp_path / "distilled"
