@@ -45,9 +45,9 @@ def distilled(folder: Path, pool: str, *short: str) -> Path:
     return outputs["demo-stylize"]
 
 
-def test_two_steps_of_a_training_and_what_it_made(tmp_path: Path) -> None:
+def test_two_steps_of_a_training_on_ray_and_what_it_made(tmp_path: Path) -> None:
     short = ("--set", "distill.warmup_steps=1", "--set", "distill.steps=1", "--set", "image.resolution=32")
-    assert len(rows(distilled(tmp_path, "local", *short))) == 5
+    assert len(rows(distilled(tmp_path, "ray", *short))) == 5
 
 
 @pytest.mark.slow

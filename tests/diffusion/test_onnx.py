@@ -126,6 +126,9 @@ def test_a_target_that_is_not_possible(run: Path, tmp_path: Path, target: str) -
 
 
 def test_no_generator_and_a_damaged_one(run: Path, tmp_path: Path) -> None:
+    with pytest.raises(WeightsError, match="does not exist, or is empty"):
+        export(tmp_path, tmp_path / "x.onnx")
+    (tmp_path / "fox.jpg").touch()
     with pytest.raises(WeightsError, match=CONFIG):
         export(tmp_path, tmp_path / "x.onnx")
     Generator.load(run / "generator").save(tmp_path)

@@ -29,6 +29,7 @@ def _no_life_is_left() -> Iterator[None]:
     Life.end_all()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="finds Ray's processes in Linux' /proc")
 def test_a_worker_is_killed_and_a_driver_asked_to_leave(tmp_path: Path, model: Path, lora: Path) -> None:
     """A new group goes on from the last checkpoint by itself; the run stops with a checkpoint when it is asked to, and
