@@ -17,7 +17,7 @@ demo-distill: $(VENV)/.run ## distill the style into a generator and stylize oth
 	@$(BIN)/smsbatch run manifests/demo-distill.yaml
 	@$(BIN)/smsbatch run manifests/demo-stylize.yaml
 
-test: $(VENV)/.dev ## the tests, on the CPU, without network (15 minutes)
+test: $(VENV)/.dev ## the tests, on the CPU, without network (17 minutes)
 	$(BIN)/python -m pytest -m "not slow"
 
 test-slow: $(VENV)/.dev ## the tests that take long
