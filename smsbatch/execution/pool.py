@@ -1,7 +1,7 @@
 """What feeds workers: what every pool is, and `LocalPool`, one worker in this process. `ray_pool.py` has the cluster.
 
 A pool is a context manager; `work` yields a commit for every task, in the order they finish, and None now and then so
-that the caller can look at `progress`. No worker has more than two units in flight: one it computes, one it reads.
+that the caller can look at `progress`. A worker has `in_flight` units: one it computes, others it reads or stores.
 An exception out of a worker that is not its death (a full disk, say) ends the run. Workers are started by the first
 call that needs them, so that a pool with nothing to do costs nothing.
 """

@@ -97,9 +97,8 @@ class Worker:
 
     def setup(self) -> None:
         """Load the models. Apart from the constructor, so that a pool sees its errors as errors and not as a death."""
-        from smsbatch.execution.stylizer import (
-            Stylizer,
-        )  # loads torch, which a driver that feeds workers elsewhere needs not
+        # Loads torch, which a driver that feeds workers elsewhere needs not.
+        from smsbatch.execution.stylizer import Stylizer
 
         self._stylizer = Stylizer(self.manifest, self._device)
 

@@ -1,4 +1,7 @@
-"""`task: stylize`: one pass of a generator an image, with all that is promised of a run."""
+"""`task: stylize`: one pass of a generator an image, with all that is promised of a run.
+
+Over 400 lines: one battery of promises, on one job.
+"""
 
 from __future__ import annotations
 
