@@ -27,8 +27,8 @@ from transformers.utils import logging as transformers_logging
 
 from smsbatch import tiny
 from smsbatch.diffusion.optimize import optimize
-from smsbatch.diffusion.prior import Prior
-from smsbatch.diffusion.timesteps import Schedule
+from smsbatch.diffusion.priors.stable_diffusion import Prior
+from smsbatch.diffusion.schedule import Schedule
 from smsbatch.manifest import Objective
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

@@ -27,13 +27,13 @@ import torch
 from common import PROMPTS, arguments, engine, flops, header, interleaved, pictures, seconds, table
 from torch import Tensor
 
-from smsbatch.diffusion import distill
-from smsbatch.diffusion.distill import Distiller
 from smsbatch.diffusion.fake import FakeScore
-from smsbatch.diffusion.generator import Generator
-from smsbatch.diffusion.prior import Prior
+from smsbatch.diffusion.priors.stable_diffusion import Prior
 from smsbatch.diffusion.scores import Ask, Models
+from smsbatch.generator.network import Generator
 from smsbatch.manifest import Distill, Manifest
+from smsbatch.training import distiller as distill
+from smsbatch.training.distiller import Distiller
 
 
 class OneByOne(Models):

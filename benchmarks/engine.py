@@ -57,7 +57,7 @@ from torch import Tensor
 from smsbatch.diffusion.fake import FakeScore
 from smsbatch.diffusion.objectives import OBJECTIVES, Matching
 from smsbatch.diffusion.optimize import optimize
-from smsbatch.diffusion.prior import Prior
+from smsbatch.diffusion.priors.stable_diffusion import Prior
 from smsbatch.diffusion.scores import Models
 from smsbatch.manifest import Objective
 

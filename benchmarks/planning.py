@@ -24,10 +24,10 @@ from typing import NamedTuple
 
 import pyarrow as pa
 
+from smsbatch.commands.plan import cut
 from smsbatch.data.index import Part, build_index, to_table, write_index, write_objects, write_units
 from smsbatch.data.sample import Entry, Span
-from smsbatch.data.store import Store
-from smsbatch.execution.plan import cut
+from smsbatch.storage.store import Store
 
 SIZES = (10**4, 10**5, 10**6, 10**7)
 SAMPLES_PER_TAR, SAMPLES_PER_SHARD, SAMPLES_PER_UNIT = 1000, 1000, 64

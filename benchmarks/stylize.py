@@ -29,9 +29,9 @@ from common import DTYPES, arguments, device_name, interleaved, seconds, table
 import smsbatch as sb
 from smsbatch import tiny
 from smsbatch.data import pixels
-from smsbatch.diffusion.generator import Generator
-from smsbatch.execution.status import Status
+from smsbatch.generator.network import Generator
 from smsbatch.manifest import Stylize
+from smsbatch.runs.status import Status
 
 FORWARD, DECODE, ENCODE, RUN, MEASURED = "forward", "decode", "encode", "run", "run with lpips"
 QUALITY = 95

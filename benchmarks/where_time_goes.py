@@ -28,7 +28,7 @@ from torch.profiler import ProfilerActivity, profile
 from smsbatch.diffusion import objectives
 from smsbatch.diffusion.fake import FakeScore
 from smsbatch.diffusion.optimize import optimize
-from smsbatch.diffusion.prior import Prior
+from smsbatch.diffusion.priors.stable_diffusion import Prior
 from smsbatch.diffusion.spectrum import SpectralPenalty
 from smsbatch.manifest import Objective
 from smsbatch.metrics import METRICS

@@ -15,6 +15,17 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from smsbatch.commands.doctor import Check, doctor
+    from smsbatch.commands.export import Exported, export
+    from smsbatch.commands.failures import failures
+    from smsbatch.commands.gc import Collected, gc
+    from smsbatch.commands.measure import Measured, measure, style_distance
+    from smsbatch.commands.plan import plan
+    from smsbatch.commands.repair import Repaired, repair
+    from smsbatch.commands.replay import Replayed, replay
+    from smsbatch.commands.run import run
+    from smsbatch.commands.status import TrainingStatus, status
+    from smsbatch.commands.verify import Verification, verify
     from smsbatch.errors import (
         DriftError,
         ManifestError,
@@ -26,25 +37,15 @@ if TYPE_CHECKING:
         StorageError,
         WeightsError,
     )
-    from smsbatch.execution.audit import Collected, Repaired, gc, repair
-    from smsbatch.execution.distilled import Distilled
-    from smsbatch.execution.doctor import Check, doctor
-    from smsbatch.execution.drive import run
-    from smsbatch.execution.export import Exported, export
-    from smsbatch.execution.failures import failures
-    from smsbatch.execution.measure import Measured, measure, style_distance
-    from smsbatch.execution.plan import plan
-    from smsbatch.execution.planned import Plan, TrainingPlan
-    from smsbatch.execution.replay import Replayed, replay
-    from smsbatch.execution.report import Report
-    from smsbatch.execution.standing import Problem
-    from smsbatch.execution.status import Status, status
-    from smsbatch.execution.stylizer import Stylizer
-    from smsbatch.execution.training_log import TrainingProgress
-    from smsbatch.execution.training_status import TrainingStatus
-    from smsbatch.execution.verification import Verification, verify
     from smsbatch.manifest import Manifest
     from smsbatch.manifest.file import load
+    from smsbatch.report.model import Report
+    from smsbatch.runs.plan import Plan, TrainingPlan
+    from smsbatch.runs.snapshot import Problem
+    from smsbatch.runs.status import Status
+    from smsbatch.training.log import TrainingProgress
+    from smsbatch.training.result import Distilled
+    from smsbatch.workers.stylizer import Stylizer
 
 _HOMES = {
     "smsbatch.errors": (
@@ -60,23 +61,24 @@ _HOMES = {
     ),
     "smsbatch.manifest": ("Manifest",),
     "smsbatch.manifest.file": ("load",),
-    "smsbatch.execution.audit": ("Collected", "Repaired", "gc", "repair"),
-    "smsbatch.execution.distilled": ("Distilled",),
-    "smsbatch.execution.doctor": ("Check", "doctor"),
-    "smsbatch.execution.drive": ("run",),
-    "smsbatch.execution.export": ("Exported", "export"),
-    "smsbatch.execution.failures": ("failures",),
-    "smsbatch.execution.plan": ("plan",),
-    "smsbatch.execution.planned": ("Plan", "TrainingPlan"),
-    "smsbatch.execution.replay": ("Replayed", "replay"),
-    "smsbatch.execution.report": ("Report",),
-    "smsbatch.execution.standing": ("Problem",),
-    "smsbatch.execution.status": ("Status", "status"),
-    "smsbatch.execution.measure": ("Measured", "measure", "style_distance"),
-    "smsbatch.execution.stylizer": ("Stylizer",),
-    "smsbatch.execution.training_log": ("TrainingProgress",),
-    "smsbatch.execution.training_status": ("TrainingStatus",),
-    "smsbatch.execution.verification": ("Verification", "verify"),
+    "smsbatch.commands.doctor": ("Check", "doctor"),
+    "smsbatch.commands.export": ("Exported", "export"),
+    "smsbatch.commands.failures": ("failures",),
+    "smsbatch.commands.gc": ("Collected", "gc"),
+    "smsbatch.commands.measure": ("Measured", "measure", "style_distance"),
+    "smsbatch.commands.plan": ("plan",),
+    "smsbatch.commands.repair": ("Repaired", "repair"),
+    "smsbatch.commands.replay": ("Replayed", "replay"),
+    "smsbatch.commands.run": ("run",),
+    "smsbatch.commands.status": ("TrainingStatus", "status"),
+    "smsbatch.commands.verify": ("Verification", "verify"),
+    "smsbatch.report.model": ("Report",),
+    "smsbatch.runs.plan": ("Plan", "TrainingPlan"),
+    "smsbatch.runs.snapshot": ("Problem",),
+    "smsbatch.runs.status": ("Status",),
+    "smsbatch.training.log": ("TrainingProgress",),
+    "smsbatch.training.result": ("Distilled",),
+    "smsbatch.workers.stylizer": ("Stylizer",),
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names}
 

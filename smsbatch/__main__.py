@@ -1,5 +1,5 @@
 """`python -m smsbatch`, the same as `smsbatch`."""
 
-from smsbatch.cli import app
+from smsbatch.cli.app import app
 
 app(prog_name="smsbatch")

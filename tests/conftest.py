@@ -13,9 +13,9 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test that reaches for a hub fa
 
 import pytest
 import torch
-from models import save_lora, save_model
+from support.models import save_lora, save_model
 
-pytest_plugins = ["goldens", "s3server"]
+pytest_plugins = ["support.goldens", "support.s3server"]
 torch.set_num_threads(1)
 
 

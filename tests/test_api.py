@@ -18,10 +18,10 @@ def test_every_public_name_resolves() -> None:
 def test_there_is_nothing_else() -> None:
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         sb.nothing  # noqa: B018
-    import smsbatch.execution.drive
+    import smsbatch.commands.run
 
     assert callable(sb.run), "no module may ever shadow a public name"
-    assert smsbatch.execution.drive.run is sb.run
+    assert smsbatch.commands.run.run is sb.run
 
 
 def test_the_error_tree_is_what_its_docstring_shows() -> None:

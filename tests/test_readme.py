@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from smsbatch.diffusion.generator import Generator
+from smsbatch.generator.network import Generator
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()

@@ -15,7 +15,7 @@ from smsbatch import tiny
 from smsbatch.data import pixels
 from smsbatch.diffusion.lora import read_style
 from smsbatch.diffusion.optimize import optimize
-from smsbatch.diffusion.prior import Prior
+from smsbatch.diffusion.priors.stable_diffusion import Prior
 from smsbatch.manifest import Model, Objective, Style
 from smsbatch.metrics import Lpips
 

@@ -22,10 +22,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from smsbatch.data.objects import public
+from smsbatch.data.reader import public
 from smsbatch.data.sample import Entry, Span, Unit
-from smsbatch.data.store import Store, storage_errors
 from smsbatch.errors import SourceError, StorageError
+from smsbatch.storage.store import Store, storage_errors
 
 __all__ = [
     "INDEX_SCHEMA",

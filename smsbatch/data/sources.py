@@ -27,7 +27,7 @@ import pyarrow as pa
 
 from smsbatch.data.index import INDEX_SCHEMA, Part, to_table
 from smsbatch.data.keys import is_extension, map_key
-from smsbatch.data.objects import Listed, Reader, absolute, expand, list_files, open_url, public
+from smsbatch.data.reader import Listed, Reader, absolute, expand, list_files, open_url, public
 from smsbatch.data.sample import Entry, Sample, Span
 from smsbatch.data.tables import read_table
 from smsbatch.data.tars import Members, split_name

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import re
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import IO, NamedTuple
 
-__all__ = ["Member", "Members", "split_name"]
+__all__ = ["Member", "Members", "find_members", "split_name"]
 
 BLOCK = tarfile.BLOCKSIZE
 END_OF_ARCHIVE = 2 * BLOCK
@@ -98,3 +98,13 @@ def _opened(file: IO[bytes]) -> tarfile.TarFile:
         return tarfile.open(fileobj=file, mode="r:", encoding="utf-8")
     except _DAMAGE as error:  # it reads the first header at once
         raise tarfile.ReadError(str(error)) from error
+
+
+def find_members(file: IO[bytes], names: Collection[str]) -> dict[str, bytes]:
+    """The contents of these files of a tar, as far as it has them; of all others only the headers are read."""
+    wanted = [member for member in list(Members(file)) if member.name in names]
+    found = {}
+    for member in wanted:
+        file.seek(member.offset)
+        found[member.name] = file.read(member.length)
+    return found

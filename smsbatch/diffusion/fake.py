@@ -7,7 +7,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from smsbatch.diffusion.prior import Adapter, Prior
+from smsbatch.diffusion.priors.adapter import Adapter
+from smsbatch.diffusion.priors.stable_diffusion import Prior
 from smsbatch.manifest import Fake
 
 __all__ = ["FakeScore"]

@@ -27,7 +27,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from smsbatch.diffusion.lora_files import Part, survey
-from smsbatch.diffusion.prior import Prior
+from smsbatch.diffusion.priors.stable_diffusion import Prior
 from smsbatch.errors import WeightsError
 from smsbatch.manifest import Style
 

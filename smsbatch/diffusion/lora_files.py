@@ -17,7 +17,7 @@ from typing import Any, Literal, NamedTuple
 
 from safetensors import SafetensorError, safe_open
 
-from smsbatch.diffusion.weights import locate, locate_lora, parameter_names
+from smsbatch.diffusion.priors.files import locate, locate_lora, parameter_names
 from smsbatch.errors import WeightsError
 from smsbatch.manifest import Styled
 

@@ -36,9 +36,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from smsbatch.diffusion.schedule import Schedule
 from smsbatch.diffusion.scores import Ask, Scores
 from smsbatch.diffusion.spectrum import SpectralPenalty
-from smsbatch.diffusion.timesteps import Schedule
 from smsbatch.manifest import ScoreObjective
 
 __all__ = ["CDS", "DDS", "OBJECTIVES", "PDS", "SDS", "Distillation", "Matching", "positions", "relevance_map"]
@@ -157,7 +157,7 @@ def _identity(config: ScoreObjective, z_src: Tensor) -> Identity:
         return SpectralPenalty(z_src, norm=config.spectral_norm, t_max=config.t_max, cutoff=config.spectral_cutoff)
     if config.identity == "mse":
         return LatentMse(z_src)
-    from smsbatch.diffusion.identity import LatentLpips  # an extra
+    from smsbatch.diffusion.latent_lpips import LatentLpips  # an extra
 
     return LatentLpips(z_src)
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from smsbatch.diffusion.fake import FakeScore
 from smsbatch.diffusion.objectives import OBJECTIVES
-from smsbatch.diffusion.prior import Prior
+from smsbatch.diffusion.priors.stable_diffusion import Prior
 from smsbatch.diffusion.scores import Models
 from smsbatch.diffusion.timesteps import allowed, draw, to_device
 from smsbatch.manifest import Objective, Prompts

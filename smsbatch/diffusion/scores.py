@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from smsbatch.diffusion.fake import FakeScore
-from smsbatch.diffusion.prior import Prior
+from smsbatch.diffusion.priors.stable_diffusion import Prior
 from smsbatch.manifest import Prompts
 
 __all__ = ["Ask", "Model", "Models", "Scores", "Words"]

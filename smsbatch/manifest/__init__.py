@@ -3,7 +3,9 @@
 A manifest is frozen and resolved: two equal manifests ask for the same run. `file.py` reads one from YAML.
 """
 
-from smsbatch.manifest.models import (
+from smsbatch.manifest.base import SECRET
+from smsbatch.manifest.objective import PRESETS, Fake, Objective, Prompts, ScoreObjective
+from smsbatch.manifest.sections import (
     HOUSEKEEPING,
     Compute,
     Crops,
@@ -18,8 +20,6 @@ from smsbatch.manifest.models import (
     Tiles,
     Training,
 )
-from smsbatch.manifest.objective import PRESETS, Fake, Objective, Prompts, ScoreObjective
-from smsbatch.manifest.section import SECRET
 from smsbatch.manifest.tasks import TASKS, Dataset, Distill, Manifest, Optimize, Styled, Stylize, schema
 
 __all__ = [

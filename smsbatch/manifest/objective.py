@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, NamedTuple, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from smsbatch.manifest.section import Beta, Section
+from smsbatch.manifest.base import Beta, Section
 
 __all__ = ["PRESETS", "Fake", "Objective", "Prompts", "ScoreObjective"]
 

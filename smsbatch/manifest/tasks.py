@@ -13,7 +13,9 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, ModelWrapValidatorHandler, TypeAdapter, field_validator, model_validator
 
-from smsbatch.manifest.models import (
+from smsbatch.manifest.base import Section
+from smsbatch.manifest.objective import Objective, ScoreObjective
+from smsbatch.manifest.sections import (
     HOUSEKEEPING,
     Compute,
     Crops,
@@ -29,8 +31,6 @@ from smsbatch.manifest.models import (
     Tiles,
     Training,
 )
-from smsbatch.manifest.objective import Objective, ScoreObjective
-from smsbatch.manifest.section import Section
 
 __all__ = ["TASKS", "Dataset", "Distill", "Manifest", "Optimize", "Styled", "Stylize", "schema"]
 

@@ -22,8 +22,8 @@ import numpy as np
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from making import indexed, loaded, make_files, make_tar, pattern, source_of, special
 from PIL import Image
+from support.making import indexed, loaded, make_files, make_tar, pattern, source_of, special
 
 from smsbatch.data.pixels import decode
 from smsbatch.data.tars import Members

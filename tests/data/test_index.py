@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from smsbatch.data import index
 from smsbatch.data.index import Part, build_index, from_table, read_index, to_table
 from smsbatch.data.sample import Entry, Span, Unit
-from smsbatch.data.store import Store
 from smsbatch.errors import SourceError, StorageError
+from smsbatch.storage.store import Store
 
 texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=8)
 spans = st.builds(Span, texts, st.integers(0, 2**62), st.none() | st.integers(0, 2**40), texts)

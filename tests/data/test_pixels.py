@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
-from making import pattern
 from PIL import Image
+from support.making import pattern
 
 from smsbatch.data.pixels import (
     FITS,

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from making import make_tar, outcome, outcomes_of
+from support.making import make_tar, outcome, outcomes_of
 from webdataset.tariterators import group_by_keys, tar_file_iterator
 
 from smsbatch.data.sample import ROW_SCHEMA, Outcome, Unit, row_schema

@@ -15,14 +15,14 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from making import STORAGE, indexed, loaded, make_files, make_tar, source_of, special
-from s3server import Server
+from support.making import STORAGE, indexed, loaded, make_files, make_tar, source_of, special
+from support.s3server import Server
 from webdataset.tariterators import base_plus_ext, group_by_keys, tar_file_iterator
 
 from smsbatch import tiny
 from smsbatch.data import sources
 from smsbatch.data.index import from_table
-from smsbatch.data.objects import Reader
+from smsbatch.data.reader import Reader
 from smsbatch.data.sample import Entry, Sample, Span
 from smsbatch.data.sources import load_sample, parts, scan
 from smsbatch.data.tars import split_name

@@ -11,7 +11,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from making import STORAGE, indexed, loaded, make_files, source_of
+from support.making import STORAGE, indexed, loaded, make_files, source_of
 
 from smsbatch.data.sample import Entry, Span
 from smsbatch.data.sources import parts, scan

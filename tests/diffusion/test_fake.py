@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from smsbatch.diffusion.fake import FakeScore
-from smsbatch.diffusion.prior import Prior
+from smsbatch.diffusion.priors.stable_diffusion import Prior
 from smsbatch.manifest import Fake, Model
 
 

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from smsbatch.diffusion.lora import Deltas, read_lora, read_style
-from smsbatch.diffusion.prior import Prior
+from smsbatch.diffusion.priors.stable_diffusion import Prior
 from smsbatch.errors import WeightsError
 from smsbatch.manifest import Model, Style
 

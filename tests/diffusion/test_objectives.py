@@ -20,8 +20,8 @@ from torch import Tensor
 
 from smsbatch.diffusion import objectives
 from smsbatch.diffusion.objectives import OBJECTIVES, _patches, positions, relevance_map
+from smsbatch.diffusion.schedule import Schedule
 from smsbatch.diffusion.scores import Ask
-from smsbatch.diffusion.timesteps import Schedule
 from smsbatch.manifest import Objective
 
 Array = NDArray[np.float64]

@@ -9,14 +9,14 @@ import numpy as np
 import oracles
 import pytest
 import torch
-from models import PROMPTS
+from support.models import PROMPTS
 from torch import Tensor
 
 from smsbatch.diffusion.fake import FakeScore
 from smsbatch.diffusion.lora import read_style
 from smsbatch.diffusion.objectives import OBJECTIVES
 from smsbatch.diffusion.optimize import learning_rate, optimize
-from smsbatch.diffusion.prior import Prior
+from smsbatch.diffusion.priors.stable_diffusion import Prior
 from smsbatch.diffusion.timesteps import allowed, draw
 from smsbatch.manifest import Model, Objective, Prompts, Style
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from smsbatch.diffusion.fake import FakeScore
 from smsbatch.diffusion.lora import read_style
-from smsbatch.diffusion.prior import Prior
+from smsbatch.diffusion.priors.stable_diffusion import Prior
 from smsbatch.diffusion.scores import Ask, Models
 from smsbatch.manifest import Fake, Model, Prompts, Style
 

@@ -11,7 +11,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from smsbatch.diffusion.timesteps import Schedule, allowed, draw
+from smsbatch.diffusion.schedule import Schedule
+from smsbatch.diffusion.timesteps import allowed, draw
 
 SCHEDULE = Schedule(torch.tensor(oracles.alphas_cumprod(), dtype=torch.float32))
 TIMESTEPS = list(range(2, 1000))

@@ -15,13 +15,13 @@ import numpy as np
 import oracles
 import pytest
 import torch
-from goldens import FOLDER
 from numpy.typing import NDArray
+from support.goldens import FOLDER
 from torch import Tensor
 
 from smsbatch.diffusion.lora import read_style
 from smsbatch.diffusion.optimize import optimize
-from smsbatch.diffusion.prior import Prior
+from smsbatch.diffusion.priors.stable_diffusion import Prior
 from smsbatch.diffusion.timesteps import allowed, draw
 from smsbatch.manifest import Model, Objective, Style
 

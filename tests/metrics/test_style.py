@@ -16,9 +16,9 @@ from scipy.linalg import sqrtm
 from torch import Tensor
 
 import smsbatch
+from smsbatch.commands.measure import style_distance as public_distance
 from smsbatch.data import pixels
 from smsbatch.errors import RequestError
-from smsbatch.execution.measure import style_distance as public_distance
 from smsbatch.metrics.style import StyleReference, frechet, style_distance
 
 TINY = Path(smsbatch.__file__).parent / "tiny"

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from smsbatch.diffusion.lora import read_style
 from smsbatch.diffusion.optimize import optimize
-from smsbatch.diffusion.prior import Prior
+from smsbatch.diffusion.priors.stable_diffusion import Prior
 from smsbatch.manifest import Model, Objective, Style
 from smsbatch.metrics.style import StyleReference, style_distance
 

@@ -15,7 +15,7 @@ from filters import FILTERS
 from photos import crop, photos
 from torch import Tensor
 
-from smsbatch.diffusion.prior import Prior
+from smsbatch.diffusion.priors.stable_diffusion import Prior
 from smsbatch.manifest import Model
 from smsbatch.metrics.style import StyleReference
 

@@ -1,0 +1,343 @@
+"""The command line: parse, call, print. Everything it can do, `import smsbatch` can do too.
+
+Exit codes: 0 done; 1 finished with too many failures, a unit lost, a training that diverged, or a problem found; 2 the
+request was wrong; 3 storage; 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from smsbatch.cli.common import display_for, echo, echo_json, fail, located, overrides, reporting, same_again, show
+from smsbatch.errors import RequestError
+
+app = typer.Typer(
+    help="Stylize image datasets with Style Matching Score.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+ManifestFile = Annotated[Path, typer.Argument(help="The manifest, a YAML file.", metavar="MANIFEST")]
+Where = Annotated[
+    str, typer.Argument(help="A manifest, or the output path or URL of a run.", metavar="MANIFEST|OUTPUT")
+]
+Override = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        help="Override a key, the value in YAML: output.path=out/x. Again for more; quote braces.",
+        metavar="KEY=VALUE",
+    ),
+]
+Limit = Annotated[
+    int | None, typer.Option(help="Take only the first N samples: --set source.limit=N.", min=1, metavar="N")
+]
+AllowDrift = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--allow-drift",
+        help="Go on although this key of the manifest, `weights` or `inputs` changed; it is noted. Again for more.",
+        metavar="KEY",
+    ),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Only say what would be done.")]
+Full = Annotated[bool, typer.Option("--full", help="Read every byte: digests, archives, rows, pictures.")]
+
+
+@app.command()
+def run(
+    manifest: ManifestFile,
+    set_: Override = None,
+    limit: Limit = None,
+    retry_failed: Annotated[
+        bool, typer.Option("--retry-failed", help="Try failed samples again too, and publish a new generation.")
+    ] = False,
+    code: Annotated[
+        list[str] | None,
+        typer.Option("--code", help="With --retry-failed: only this error code. Again for more.", metavar="CODE"),
+    ] = None,
+    allow_drift: AllowDrift = None,
+    as_json: AsJson = False,
+) -> None:
+    """Plan if there is no plan, then work. Running it again goes on where it stopped."""
+    import smsbatch as sb
+    from smsbatch.cli import dataset, training
+
+    # A machine that is taken away, or a job that is cancelled, gets this: leave in order, as by Ctrl-C.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    with reporting(as_json, "what is done is kept, the same command goes on from here"):
+        if code and not retry_failed:
+            raise RequestError("--code says what to retry, so it needs --retry-failed")
+        loaded = sb.load(manifest, overrides(set_, limit))
+        with display_for(as_json) as shown:
+
+            def update(now: sb.Status | sb.TrainingProgress) -> None:
+                shown.update(now if isinstance(now, sb.Status) else sb.TrainingStatus.of(loaded.name, now))
+
+            done = sb.run(loaded, update, retry_failed=retry_failed, codes=code or (), allow_drift=allow_drift or ())
+        told = training.summary(done) if isinstance(done, sb.Distilled) else dataset.summary(done, shown.worked)
+        show(as_json, done.to_dict, told)
+
+
+@app.command()
+def plan(
+    manifest: ManifestFile,
+    set_: Override = None,
+    limit: Limit = None,
+    probe: Annotated[
+        int, typer.Option(help="Stylize N samples to estimate time and bytes; nothing is kept.", min=0, metavar="N")
+    ] = 0,
+    price_per_gpu_hour: Annotated[
+        float | None, typer.Option(help="With --probe: estimate the cost at this price.", min=0, metavar="PRICE")
+    ] = None,
+    allow_drift: AllowDrift = None,
+    as_json: AsJson = False,
+) -> None:
+    """Say what `run` would do, and what it would cost. Writes nothing."""
+    import smsbatch as sb
+    from smsbatch.cli import dataset, training
+
+    with reporting(as_json):
+        planned = sb.plan(
+            sb.load(manifest, overrides(set_, limit)),
+            probe=probe,
+            price_per_gpu_hour=price_per_gpu_hour,
+            allow_drift=allow_drift or (),
+        )
+        options = [part for override in set_ or () for part in ("--set", override)]
+        options += [] if limit is None else ["--limit", str(limit)]
+        options += [part for key in allow_drift or () for part in ("--allow-drift", key)]
+        start = f"Start it with: smsbatch run {shlex.join([str(manifest), *options])}"
+        told = training.plan(planned) if isinstance(planned, sb.TrainingPlan) else dataset.plan(planned)
+        show(as_json, planned.to_dict, [*told, start])
+
+
+@app.command()
+def status(
+    where: Where,
+    set_: Override = None,
+    watch: Annotated[bool, typer.Option("--watch", help="Go on showing it until the run is finished.")] = False,
+    interval: Annotated[float, typer.Option(help="With --watch: between two looks.", min=0.1, metavar="SECONDS")] = 5.0,
+    as_json: AsJson = False,
+) -> None:
+    """Say how far a run is, from its storage alone."""
+    import smsbatch as sb
+    from smsbatch.cli import display
+    from smsbatch.runs.snapshot import Look
+
+    with reporting(as_json):
+        look = Look(located(where, set_))
+        now = sb.status(look)
+        if watch:
+            try:
+                with display.Watch(as_json) as shown:
+                    shown.update(now)
+                    while not now.finished:
+                        time.sleep(interval)
+                        look.renew()
+                        now = sb.status(look)
+                        shown.update(now)
+            except KeyboardInterrupt:
+                raise typer.Exit from None  # to leave is how one ends to watch
+            return
+        show(as_json, now.to_dict, display.status(now, ages=True))
+
+
+@app.command()
+def errors(
+    where: Where,
+    set_: Override = None,
+    code: Annotated[str | None, typer.Option(help="Only this error code.", metavar="CODE")] = None,
+    limit: Annotated[int | None, typer.Option(help="At most N samples.", min=1, metavar="N")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """List the failed samples, and count them by error code. With --json a line for each row."""
+    import smsbatch as sb
+    from smsbatch.cli import dataset
+    from smsbatch.runs.snapshot import Look
+
+    with reporting(as_json):
+        look = Look(located(where, set_))
+        shown = 0
+        for row in sb.failures(look, code, limit):
+            if as_json:
+                typer.echo(json.dumps(row, ensure_ascii=False))
+            else:
+                if not shown:
+                    typer.echo(dataset.FAILURE_HEAD)
+                typer.echo(dataset.failure(row))
+            shown += 1
+        if not as_json:
+            now = sb.status(look)
+            assert isinstance(now, sb.Status), "failures() refuses a training"
+            echo(dataset.failed(now, shown))
+
+
+@app.command()
+def verify(where: Where, set_: Override = None, full: Full = False, as_json: AsJson = False) -> None:
+    """Check that a run's files are what they must be.
+
+    By names, sizes and counts; with --full by every byte. Changes nothing.
+    """
+    import smsbatch as sb
+    from smsbatch.cli import dataset, display
+
+    with reporting(as_json):
+        with display.Shards(hidden=as_json or not sys.stdout.isatty()) as shown:
+            found = sb.verify(located(where, set_), full, shown.progress)
+        show(as_json, found.to_dict, dataset.verification(found, same_again(where, set_)))
+        raise typer.Exit(0 if found.ok else 1)
+
+
+@app.command()
+def repair(
+    where: Where,
+    set_: Override = None,
+    full: Full = False,
+    dry_run: DryRun = False,
+    allow_drift: AllowDrift = None,
+    as_json: AsJson = False,
+) -> None:
+    """Mend what `verify` finds.
+
+    A shard is published again from the attempts it was made of; units whose attempts are gone are computed again.
+    """
+    import smsbatch as sb
+    from smsbatch.cli import dataset
+
+    with reporting(as_json, "the same command goes on from here"):
+        with display_for(as_json) as shown:
+            result = sb.repair(
+                located(where, set_), shown.update, full=full, dry_run=dry_run, allow_drift=allow_drift or ()
+            )
+        show(as_json, result.to_dict, dataset.repaired(result, same_again(where, set_)))
+        raise typer.Exit(0 if result.ok or dry_run else 1)
+
+
+@app.command()
+def replay(
+    where: Where,
+    key: Annotated[str, typer.Argument(help="The sample's key.", metavar="KEY")],
+    set_: Override = None,
+    to: Annotated[
+        Path | None, typer.Option(help="Where to write it. Default: KEY.FORMAT here.", metavar="FILE|FOLDER")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Stylize one image of a run again, to a file. Says whether it is the run's."""
+    import smsbatch as sb
+    from smsbatch.cli import dataset
+
+    with reporting(as_json):
+        result = sb.replay(located(where, set_), key, to)
+        show(as_json, result.to_dict, dataset.replayed(result))
+        if not result.succeeded:
+            fail(f"{key}: {result.row['error_code']}: {result.row['error_message']}", 1)
+
+
+@app.command()
+def gc(
+    where: Where,
+    set_: Override = None,
+    dry_run: DryRun = False,
+    attempts: Annotated[
+        bool,
+        typer.Option("--attempts", help="Also those of published shards: half of what is stored, and the reserve."),
+    ] = False,
+    force: Annotated[bool, typer.Option("--force", help="Even while a driver seems to be at work.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Remove what nothing needs any more. Lost attempts, older generations, leftovers of the killed."""
+    import smsbatch as sb
+    from smsbatch.cli import dataset
+
+    with reporting(as_json):
+        found = sb.gc(located(where, set_), dry_run=dry_run, attempts=attempts, force=force)
+        show(as_json, found.to_dict, dataset.collected(found, attempts))
+
+
+@app.command()
+def export(
+    generator: Annotated[
+        str, typer.Argument(help="The output of a distill run, or a generator's folder or URL.", metavar="GENERATOR")
+    ],
+    to: Annotated[
+        Path, typer.Option(help="Where to write it. Default: generator.onnx here.", metavar="FILE|FOLDER")
+    ] = Path("generator.onnx"),
+    as_json: AsJson = False,
+) -> None:
+    """Write a generator as an ONNX file, which runs without this package."""
+    import smsbatch as sb
+    from smsbatch.cli import training
+
+    with reporting(as_json):
+        written = sb.export(generator, to)
+        show(as_json, written.to_dict, training.exported(written))
+
+
+@app.command()
+def doctor(
+    where: Annotated[
+        str | None, typer.Argument(help="A manifest, or the output path or URL of a run.", metavar="[MANIFEST|OUTPUT]")
+    ] = None,
+    set_: Override = None,
+    as_json: AsJson = False,
+) -> None:
+    """Check this machine, storage, source, weights."""
+    import smsbatch as sb
+    from smsbatch.cli import dataset
+
+    with reporting(as_json):
+        found = sb.doctor(None if where is None else located(where, set_))
+        show(as_json, lambda: [check.to_dict() for check in found], dataset.checks(found))
+        raise typer.Exit(1 if any(check.state == "fail" for check in found) else 0)
+
+
+@app.command()
+def schema(as_json: AsJson = True) -> None:
+    """Print the JSON Schema of manifests. It has every key, default and explanation."""
+    from smsbatch.manifest import schema as of_manifests
+
+    del as_json  # it is JSON either way; the option is there because every verb has it
+    echo_json(of_manifests())
+
+
+@app.command()
+def init(
+    path: Annotated[Path, typer.Argument(help="Where to write it.", metavar="MANIFEST")] = Path("manifest.yaml"),
+    as_json: AsJson = False,
+) -> None:
+    """Write a commented manifest to start from. It runs as it is, on the embedded model."""
+    from importlib.resources import files
+
+    with reporting():
+        try:
+            with path.open("x", encoding="utf-8") as file:
+                file.write(files("smsbatch").joinpath("template.yaml").read_text(encoding="utf-8"))
+        except FileExistsError:
+            fail(f"{path} exists; choose another name", 2)
+        except OSError as error:
+            fail(f"{path}: cannot write it: {error.strerror}", 3)
+    show(as_json, lambda: {"written": str(path)}, [f"{path} is written. Edit it, then: smsbatch run {path}"])
+
+
+@app.callback(invoke_without_command=True)
+def _main(
+    version: Annotated[bool, typer.Option("--version", help="Print the version.", is_eager=True)] = False,
+) -> None:
+    if version:
+        from importlib.metadata import version as installed
+
+        typer.echo(f"smsbatch {installed('smsbatch')}")
+        raise typer.Exit

@@ -1,0 +1,89 @@
+"""What every verb needs: its arguments understood, its errors and results told."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from smsbatch.errors import RequestError, SmsbatchError
+
+if TYPE_CHECKING:
+    from smsbatch.cli.display import Display
+    from smsbatch.manifest import Manifest
+
+__all__ = ["display_for", "echo", "echo_json", "fail", "located", "overrides", "reporting", "same_again", "show"]
+
+
+def overrides(set_: list[str] | None, limit: int | None) -> list[str]:
+    return [*(set_ or ()), *([] if limit is None else [f"source.limit={limit}"])]
+
+
+def located(argument: str, set_: list[str] | None) -> str | Manifest:
+    """A manifest if it is a file, else an output, of which only the way there can be set: `storage` keys."""
+    import smsbatch as sb
+    from smsbatch.runs.run_file import of_output
+
+    if Path(argument).is_file() or argument.endswith((".yaml", ".yml")):
+        return sb.load(argument, set_ or ())
+    options = dict(override.partition("=")[::2] for override in set_ or ())
+    if not options:
+        return argument
+    for key in options:
+        if not key.startswith("storage."):
+            raise RequestError(
+                f"--set {key}: {argument} is an output, whose manifest stands; only storage.* can be set"
+            )
+    return of_output(argument, {key.removeprefix("storage."): value for key, value in options.items()})
+
+
+def same_again(where: str, set_: list[str] | None) -> str:
+    """The same arguments for another verb."""
+    return shlex.join([where, *(part for override in set_ or () for part in ("--set", override))])
+
+
+def display_for(as_json: bool) -> Display:
+    from smsbatch.cli.display import Live, Plain
+
+    return Live() if sys.stdout.isatty() and not as_json else Plain(as_json)
+
+
+@contextmanager
+def reporting(as_json: bool = False, interrupted: str = "") -> Iterator[None]:
+    """Errors on purpose become lines and an exit code; any other is a bug and keeps its traceback."""
+    try:
+        yield
+    except SmsbatchError as error:
+        if as_json:
+            echo_json({"error": type(error).__name__, "message": str(error), "exit_code": error.exit_code})
+        fail(str(error), error.exit_code)
+    except KeyboardInterrupt:
+        fail(f"interrupted{'; ' if interrupted else ''}{interrupted}", 130)
+
+
+def fail(message: str, code: int) -> None:
+    for line in message.splitlines():
+        typer.echo(f"smsbatch: {line}", err=True)
+    raise typer.Exit(code)
+
+
+def show(as_json: bool, plain: Callable[[], Any], lines: Iterable[str]) -> None:
+    if as_json:
+        echo_json(plain())
+    else:
+        echo(lines)
+
+
+def echo(lines: Iterable[str]) -> None:
+    for line in lines:
+        typer.echo(line)
+
+
+def echo_json(value: Any) -> None:
+    typer.echo(json.dumps(value, indent=2 if sys.stdout.isatty() else None, ensure_ascii=False))

@@ -1,0 +1,125 @@
+"""What is seen of a run while it works: lines that renew themselves, or plain ones for logs."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable
+from contextlib import AbstractContextManager
+from time import monotonic
+
+from smsbatch.cli import dataset, training
+from smsbatch.commands.status import TrainingStatus
+from smsbatch.runs.status import Status
+from smsbatch.text import count
+
+__all__ = ["Display", "Live", "Plain", "Shards", "Watch", "status"]
+
+_INTERVAL_S = 10.0  # between two lines where nobody watches
+
+
+def status(now: Status | TrainingStatus, ages: bool = False) -> list[str]:
+    """A status as a few lines; with `ages` also when its workers were last heard of."""
+    return training.status(now, ages) if isinstance(now, TrainingStatus) else dataset.status(now, ages)
+
+
+def status_line(now: Status | TrainingStatus) -> str:
+    """A status as one line."""
+    return training.status_line(now) if isinstance(now, TrainingStatus) else dataset.status_line(now)
+
+
+class Display(AbstractContextManager["Display"]):
+    """What is seen of a run while it works."""
+
+    worked = False
+
+    def update(self, now: Status | TrainingStatus) -> None:
+        self.worked |= isinstance(now, Status) and (now.units_done < now.units or bool(now.workers))
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+
+class Plain(Display):
+    """One line an interval and one at the end, for logs: text, or JSON beside the output that is to be JSON."""
+
+    def __init__(self, as_json: bool = False) -> None:
+        self._as_json, self._next = as_json, 0.0
+
+    def update(self, now: Status | TrainingStatus) -> None:
+        super().update(now)
+        if now.finished or monotonic() >= self._next:
+            if self._as_json:
+                print(json.dumps(now.to_dict()), file=sys.stderr, flush=True)
+            else:
+                print(status_line(now), flush=True)
+            self._next = monotonic() + _INTERVAL_S
+
+
+class Live(Display):
+    """A few lines that renew themselves."""
+
+    def __init__(self, transient: bool = True) -> None:
+        from rich.console import Console
+        from rich.live import Live
+        from rich.text import Text
+
+        self._text = Text  # plain: what looks like markup in a name is none
+        self._live = Live(console=Console(), refresh_per_second=4, transient=transient)
+
+    def __enter__(self) -> Live:
+        self._live.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._live.stop()
+
+    def update(self, now: Status | TrainingStatus) -> None:
+        super().update(now)
+        self.show(status(now))
+
+    def show(self, lines: Iterable[str]) -> None:
+        self._live.update(self._text("\n".join(lines)))
+
+
+class Watch(Display):
+    """What `status --watch` shows: the live lines, which stay at the end, or a line for each look."""
+
+    def __init__(self, as_json: bool) -> None:
+        self._as_json = as_json
+        self._live = Live(transient=False) if sys.stdout.isatty() and not as_json else None
+
+    def __enter__(self) -> Watch:
+        if self._live:
+            self._live.__enter__()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._live:
+            self._live.__exit__(*error)
+
+    def update(self, now: Status | TrainingStatus) -> None:
+        if self._live:
+            self._live.show(status(now, ages=True))
+        else:
+            print(json.dumps(now.to_dict()) if self._as_json else status_line(now), flush=True)
+
+
+class Shards(AbstractContextManager["Shards"]):
+    """How many shards `verify` has looked at, on a line that goes away; none if `hidden`."""
+
+    def __init__(self, hidden: bool) -> None:
+        self._live = None if hidden else Live()
+
+    def __enter__(self) -> Shards:
+        if self._live:
+            self._live.__enter__()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._live:
+            self._live.__exit__(*error)
+
+    def progress(self, done: int, shards: int) -> None:
+        if self._live:
+            self._live.show([f"{done:,} of {count(shards, 'shard')} looked at"])

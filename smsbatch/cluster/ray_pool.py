@@ -1,0 +1,253 @@
+"""`RayPool`: workers on a Ray cluster, replaced when they die."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from time import monotonic
+from typing import Any
+
+from smsbatch.cluster.connect import check_installed, connect, size_up
+from smsbatch.cluster.retries import Job
+from smsbatch.data.sample import Entry
+from smsbatch.errors import RunError, SmsbatchError
+from smsbatch.manifest import Manifest
+from smsbatch.parallel import Item, Result, started_ahead
+from smsbatch.runs.plan import Estimate
+from smsbatch.runs.records import Commit
+from smsbatch.runs.status import Progress
+from smsbatch.workers.pool import TICK_S, LocalPool, Pool, in_flight
+from smsbatch.workers.worker import Task, Worker
+
+__all__ = ["RayPool", "pool_of"]
+
+_FEW = 64  # things to do that are not worth starting a cluster for
+_LOOK_S = 10.0  # between two looks whether there is a cluster at all
+
+
+@dataclass(eq=False)
+class _Actor:
+    """A Ray actor and the jobs it has in hand."""
+
+    handle: Any
+    name: str
+    ready: bool = False
+    jobs: list[Job] = field(default_factory=list)
+
+
+class RayPool(Pool):
+    """Actors on a Ray cluster, each pinned to its GPUs, with the models loaded once.
+
+    Joins the cluster at `compute.address` (or RAY_ADDRESS); where none is named it starts one here and stops it at the
+    end. A dead actor is replaced, and its units are tried again (`Job`).
+    """
+
+    _BARREN_DEATHS = 3  # actors in a row that died while loading the models: it is not the samples' fault
+
+    def __init__(self, manifest: Manifest) -> None:
+        super().__init__(manifest.absolute())  # an actor's working folder is another
+        check_installed()
+        self._actors: list[_Actor] = []
+        self._seen: dict[str, Progress] = {}
+        self._spawned = self._barren = 0
+        self._connected = self._started = False
+
+    def __exit__(self, *_: object) -> None:
+        if not self._connected:
+            return
+        import ray
+
+        for actor in self._actors:
+            ray.kill(actor.handle)
+        if self._started:
+            ray.shutdown()
+
+    def _connect(self) -> None:
+        """Be in a cluster, and know its size."""
+        if self._connected:
+            return
+        self._started = connect(self.manifest.compute)
+        self._connected = True
+        self._sizing = size_up(self.manifest.compute)
+        self._size = self._sizing.workers
+
+    def progress(self) -> list[Progress]:
+        return [self._seen.get(actor.name, Progress(actor.name, None)) for actor in self._actors]
+
+    def map(self, function: Callable[[Item], Result], items: Sequence[Item]) -> Generator[Result, None, None]:
+        if len(items) <= _FEW:
+            yield from super().map(function, items)
+            return
+        self._connect()
+        import ray
+
+        call = ray.remote(lambda item: function(item))  # Ray wants a function, not what can be called like one
+        places = 2 * int(ray.cluster_resources().get("CPU", 1))
+        yield from map(self._result, started_ahead((call.remote(item) for item in items), places))
+
+    def measure(self, entries: Sequence[Entry]) -> Estimate:
+        self._connect()
+        actor = self._actors[0] if self._actors else self._spawn()
+        self._result(actor.handle.setup.remote())
+        actor.ready = True
+        measured: Estimate = self._result(actor.handle.measure.remote(list(entries)))
+        return measured
+
+    def _result(self, call: Any) -> Any:
+        """What a call gave; our own errors as they were, and a death as the run's."""
+        import ray
+
+        try:
+            return ray.get(call)
+        except ray.exceptions.RayTaskError as error:
+            if isinstance(error.cause, SmsbatchError):
+                raise error.cause from None
+            raise
+        except ray.exceptions.RayError as error:
+            reason = str(error).strip().splitlines()[0]
+            raise RunError(
+                f"a worker died before the work began ({reason}); look at the memory of the nodes"
+            ) from error
+
+    def work(self, tasks: Iterable[Task]) -> Iterator[Commit | None]:
+        self._connect()
+        import ray
+
+        queue = deque(Job(task) for task in tasks)
+        hopeless: list[str] = []
+        next_look = monotonic() + _LOOK_S
+        calls: dict[Any, tuple[_Actor, Job | None]] = {}  # a call without a job is an actor's setup
+        polls = {actor.handle.progress.remote(): actor for actor in self._actors}  # who has measured before
+        while True:
+            outstanding = len(queue) + sum(len(actor.jobs) for actor in self._actors)
+            while len(self._actors) < min(self._size, outstanding):
+                actor = self._spawn()
+                calls[actor.handle.setup.remote()] = actor, None
+            for actor in self._actors:
+                self._deal(actor, queue, calls)
+            if not queue and not any(actor.jobs for actor in self._actors):
+                break  # an actor that still loads, or waits for a place, is not waited for
+
+            finished, _ = ray.wait(list(calls), num_returns=1, timeout=TICK_S)
+            for call in finished:
+                actor, job = calls.pop(call)
+                try:
+                    result = ray.get(call)
+                except ray.exceptions.RayError as error:
+                    cause = getattr(error, "cause", None)
+                    if isinstance(cause, SmsbatchError):
+                        raise cause from None
+                    if isinstance(error, ray.exceptions.RayTaskError) and type(cause).__name__ != "AcceleratorError":
+                        raise  # a bug: its traceback in the actor is what one needs
+                    # Dead, or with a GPU that has failed, which only a new process can use again.
+                    calls = {key: value for key, value in calls.items() if value[0] is not actor}
+                    hopeless += self._bury(actor, queue, error)
+                    continue
+                if job is None:
+                    actor.ready, self._barren = True, 0
+                    polls[actor.handle.progress.remote()] = actor
+                    continue
+                actor.jobs.remove(job)
+                if job.suspects:  # a probe that went well
+                    job.suspects.popleft()
+                    queue.appendleft(job)
+                else:
+                    yield result
+            polls = self._poll(polls)
+            if not finished and monotonic() >= next_look:
+                if not any(node["Alive"] for node in ray.nodes()):  # nothing would ever be heard of its actors' deaths
+                    raise RunError("the Ray cluster is gone: no node is alive; look at its logs, then run again")
+                next_look = monotonic() + _LOOK_S
+            yield None
+        if hopeless:
+            raise RunError(
+                f"units {', '.join(sorted(hopeless))} kill their workers even without the samples that do so alone; "
+                "look at the memory and the drivers of the workers, then run again"
+            )
+
+    def _spawn(self) -> _Actor:
+        import ray
+
+        name = f"w{self._spawned}"
+        self._spawned += 1
+        sizing = self._sizing
+        compute = self.manifest.compute.model_copy(update={"threads": sizing.threads})
+        handle = (
+            ray.remote(Worker)
+            .options(
+                num_gpus=sizing.gpus,
+                num_cpus=sizing.cpus,
+                max_concurrency=in_flight(self.manifest) + 1,  # and `progress`
+            )
+            .remote(self.manifest.model_copy(update={"compute": compute}), name, "cuda" if sizing.gpus else "cpu")
+        )
+        actor = _Actor(handle, name)
+        self._actors.append(actor)
+        return actor
+
+    def _deal(self, actor: _Actor, queue: deque[Job], calls: dict[Any, tuple[_Actor, Job | None]]) -> None:
+        """Give an actor what it can take; a unit that saw a death has one for itself: the next then has one cause."""
+        while actor.ready and queue and len(actor.jobs) < in_flight(self.manifest):
+            idle = sum(not other.jobs for other in self._actors)
+            if actor.jobs and (queue[0].deaths or any(job.deaths for job in actor.jobs) or len(queue) <= idle):
+                return  # the last units are for those who have none, also for those who still load
+            job = queue.popleft()
+            actor.jobs.append(job)
+            if job.suspects:
+                calls[actor.handle.probe.remote(job.task, job.suspects[0])] = actor, job
+            else:
+                calls[actor.handle.process.remote(job.task, tuple(job.lost), job.deaths)] = actor, job
+
+    def _bury(self, actor: _Actor, queue: deque[Job], error: Exception) -> list[str]:
+        """Take a dead actor out and put its jobs back; the names of units with nothing left to try."""
+        import ray
+
+        ray.kill(actor.handle)
+        self._actors.remove(actor)
+        preempted = getattr(error, "preempted", False)  # the machine was taken away: no sample's fault, nor memory's
+        if not actor.ready and not preempted:
+            self._barren += 1
+            if self._barren >= self._BARREN_DEATHS:
+                if not any(other.ready for other in self._actors):
+                    reason = str(error).strip().splitlines()[0]
+                    raise RunError(
+                        f"{self._barren} workers in a row died while loading the models ({reason}); is their memory "
+                        "too small? `--set compute.pool=local` shows what happens in this process"
+                    )
+                self._size, self._barren = self._size - 1, 0  # others work: only this place is bad
+        hopeless = []
+        for job in reversed(actor.jobs):
+            if preempted or job.died(self.manifest.compute.retries):
+                queue.appendleft(job)
+            else:
+                hopeless.append(job.task.unit.name)
+        return hopeless
+
+    def _poll(self, polls: dict[Any, _Actor]) -> dict[Any, _Actor]:
+        """Take what actors answered about their progress, and ask them again."""
+        import ray
+
+        if not polls:
+            return polls
+        answered, waiting = ray.wait(list(polls), num_returns=len(polls), timeout=0)
+        again = {call: polls[call] for call in waiting}
+        for call in answered:
+            actor = polls[call]
+            with suppress(ray.exceptions.RayError):  # it died: `work` finds out by the unit it had
+                self._seen[actor.name] = ray.get(call)
+                again[actor.handle.progress.remote()] = actor
+        return again
+
+
+def pool_of(manifest: Manifest) -> Pool:
+    """The pool that the manifest asks for.
+
+    Raises:
+        RequestError: Ray is asked for, and is not installed.
+    """
+    if manifest.compute.pool == "local":
+        return LocalPool(manifest)
+
+    return RayPool(manifest)

@@ -1,0 +1,198 @@
+"""The training loop on a Ray cluster, by Ray Train: one process a worker, all-reduced by NCCL on GPUs, else by gloo.
+
+When a worker dies, Ray Train ends the others, who cannot do a step without it, and starts a new group, which goes on
+from our newest checkpoint: `compute.retries` times, while a machine that was taken away (`ray.train` calls it a
+preemption) is always replaced. Where the cluster is told beforehand, as Ray's autoscaler and KubeRay are of spot
+machines, a checkpoint is written within `distill.log_every` steps of the notice. What is lost otherwise are the steps
+since the last checkpoint. Ray Train's own checkpoints are not used: ours are in the run's store, where a training
+without Ray finds them too.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import threading
+import uuid
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any
+
+from smsbatch.cluster.connect import Sizing, check_installed, connect, size_up
+from smsbatch.errors import RunError, SmsbatchError, StorageError
+from smsbatch.manifest import Distill
+from smsbatch.runs.run_file import store_of
+from smsbatch.storage.store import Store
+from smsbatch.training.log import TrainingProgress, read_progress
+
+__all__ = ["train_on_ray"]
+
+_LOOK_S = 1.0  # between two looks at what is stored: the progress, by the driver; a request to stop, by worker 0
+
+
+def train_on_ray(
+    manifest: Distill, store: Store, stop: Callable[[], bool], progress: Callable[[TrainingProgress], None]
+) -> bool:
+    """`train_loop` in as many processes as the manifest wants; whether it was done, and not stopped before.
+
+    Raises:
+        RequestError: Ray is not installed, there is no cluster, or no room in it.
+        RunError: workers died more often than `compute.retries`.
+        SmsbatchError: what a worker raised.
+    """
+    check_installed()
+    manifest = manifest.absolute()  # a worker's folder is another
+    started = connect(manifest.compute)
+    import ray
+
+    try:
+        sizing = _divided(size_up(manifest.compute), manifest)
+        bell = f"_smsbatch/training/stop-{uuid.uuid4().hex}"  # asks the workers to stop when it is there
+        with tempfile.TemporaryDirectory(prefix="smsbatch-train-") as scratch:
+            fit = _Fit(manifest, sizing, bell, scratch)
+            rung, shown, ended = False, read_progress(store), False
+            try:
+                while not ended:
+                    ended = fit.wait(_LOOK_S)
+                    with suppress(StorageError):  # it is for the eyes; the workers meet the same store
+                        now = read_progress(store)
+                        if now is not None and now != shown:
+                            progress(now)
+                            shown = now
+                    if stop() and not rung and not ended:
+                        store.put(bell, b"")
+                        rung = True
+            except BaseException:
+                with suppress(StorageError):  # in a cluster that goes on they would train with nobody looking
+                    store.put(bell, b"")
+                raise
+            if rung:
+                with suppress(StorageError):
+                    store.delete(bell)
+            return _result(fit.outcome, manifest.compute.retries)
+    finally:
+        if started:
+            ray.shutdown()
+
+
+def _divided(sizing: Sizing, manifest: Distill) -> Sizing:
+    """With as many workers as the pictures of a step can be divided among; the manifest has seen to a given number."""
+    if manifest.compute.workers != "auto":
+        return sizing
+    images = manifest.distill.images_per_step
+    return sizing._replace(workers=next(n for n in range(sizing.workers, 0, -1) if images % n == 0))
+
+
+class _Fit:
+    """`TorchTrainer.fit`, in a thread: in the main one it would take Ctrl-C for itself."""
+
+    def __init__(self, manifest: Distill, sizing: Sizing, bell: str, scratch: str) -> None:
+        os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
+        import ray.train
+        from ray.train.torch import TorchConfig, TorchTrainer
+
+        whole_gpus = sizing.gpus >= 1  # of a shared one NCCL makes no group
+        self._trainer = TorchTrainer(
+            _work,
+            train_loop_config={"manifest": manifest, "threads": sizing.threads, "gpu": bool(sizing.gpus), "bell": bell},
+            # By gloo goes what is on the CPU: a few numbers before each step, for which no GPU has to wait.
+            torch_config=TorchConfig(backend="cpu:gloo,cuda:nccl" if whole_gpus else "gloo"),
+            scaling_config=ray.train.ScalingConfig(
+                num_workers=sizing.workers,
+                use_gpu=bool(sizing.gpus),
+                resources_per_worker={"CPU": sizing.cpus} | ({"GPU": sizing.gpus} if sizing.gpus else {}),
+            ),
+            run_config=ray.train.RunConfig(
+                name=manifest.name,
+                storage_path=scratch,
+                failure_config=ray.train.FailureConfig(max_failures=manifest.compute.retries),
+                logging_config=ray.train.LoggingConfig(log_level="ERROR"),
+            ),
+        )
+        self.outcome: Any = None
+        self._thread = threading.Thread(target=self._fit, name="smsbatch-fit", daemon=True)
+        self._thread.start()
+
+    def wait(self, seconds: float) -> bool:
+        """Whether it has ended, after so long at most."""
+        self._thread.join(seconds)
+        return not self._thread.is_alive()
+
+    def _fit(self) -> None:
+        try:
+            self.outcome = self._trainer.fit()
+        except BaseException as error:  # `_result` raises it, in the thread that asks
+            self.outcome = error
+
+
+def _result(outcome: Any, retries: int) -> bool:
+    """What the workers returned; or what they raised, as it was."""
+    import ray.train
+
+    if isinstance(outcome, ray.train.WorkerGroupError):
+        failures = outcome.worker_failures.values()
+        for error in failures:
+            if isinstance(error, SmsbatchError):
+                raise error
+        # What the others raise, who were waiting for the dead one, says nothing.
+        for error in failures:
+            death = getattr(error, "health_check_failure", error)
+            if isinstance(death, ray.exceptions.RayError):
+                reason = str(death).strip().splitlines()[0]
+                raise RunError(
+                    f"workers died {retries + 1} times ({reason}); look at the memory of the nodes, then run again: it "
+                    "goes on from the last checkpoint"
+                )
+    if isinstance(outcome, BaseException):
+        raise outcome
+    if isinstance(outcome.return_value, SmsbatchError):
+        raise outcome.return_value
+    return bool(outcome.return_value)
+
+
+def _work(config: dict[str, Any]) -> bool | SmsbatchError:
+    """What every worker does; worker 0's word counts.
+
+    An error that all have raised is returned: raised, it would be met again by a new group. One that a worker has alone
+    is raised, because the others wait for it and have to be ended.
+    """
+    import ray.train.torch
+
+    from smsbatch.training.group import Team
+    from smsbatch.training.loop import train_loop
+
+    manifest: Distill = config["manifest"]
+    compute = manifest.compute.model_copy(update={"threads": config["threads"]})
+    manifest = manifest.model_copy(update={"compute": compute})
+    context = ray.train.get_context()
+    device = str(ray.train.torch.get_device()) if config["gpu"] else "cpu"  # of a machine's GPUs, its own
+    team = Team(context.get_world_rank(), context.get_world_size(), device)
+    asked = threading.Event()
+    left = threading.Event()
+    if team.rank == 0:
+        threading.Thread(target=_listen, args=(manifest, config["bell"], asked, left), daemon=True).start()
+    try:
+        return train_loop(manifest, team, asked.is_set, doomed=_doomed)
+    except SmsbatchError as error:
+        if error is team.error:
+            return error
+        raise
+    finally:
+        left.set()
+
+
+def _listen(manifest: Distill, bell: str, asked: threading.Event, left: threading.Event) -> None:
+    """Set `asked` when the bell is there."""
+    store = store_of(manifest)
+    while not left.wait(_LOOK_S):
+        with suppress(StorageError):  # asked again in a moment
+            if store.exists(bell):
+                asked.set()
+                return
+
+
+def _doomed() -> bool:
+    """Whether the machine of a worker is about to be taken away, as far as the cluster has been told."""
+    import ray.train
+
+    return ray.train.get_preemption_info() is not None

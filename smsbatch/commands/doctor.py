@@ -1,0 +1,237 @@
+"""What a run needs of this machine and of its storage, tried before it is needed: `doctor`.
+
+Every check ends: storage is asked with short timeouts and few retries, a cluster only whether its port is open. What is
+tried at the output is a probe of a few bytes, which is deleted again; nothing else is written.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import socket
+import tempfile
+import uuid
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from time import perf_counter
+from typing import Any, Literal
+
+from smsbatch.data.reader import Reader, list_files, open_url, public
+from smsbatch.data.sources import parts
+from smsbatch.data.tables import read_table
+from smsbatch.diffusion.lora_files import check_style
+from smsbatch.errors import RequestError, SmsbatchError
+from smsbatch.generator.files import about
+from smsbatch.manifest import Manifest, Storage, Styled, Stylize
+from smsbatch.runs.run_file import read_run, refuse_strangers
+from smsbatch.storage.store import TEMPORARY, Store
+
+__all__ = ["Check", "doctor"]
+
+_SCRATCH_FAILS, _SCRATCH_WARNS = 1e9, 10e9  # bytes: a shard or two; comfort
+_CLOCK_WARNS_S, _CLOCK_FAILS_S = 60, 600  # S3 refuses a clock that is 15 minutes off
+_TIMEOUT_S, _RETRIES = 5.0, 1
+_PORT = 6379  # of a Ray cluster whose address names none
+
+
+@dataclass(frozen=True)
+class Check:
+    """One thing that was looked at: what was found, and what to do if that is not well."""
+
+    name: str
+    state: Literal["ok", "warn", "fail"]
+    found: str
+    do: str = ""
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def doctor(where: str | Manifest | None = None) -> list[Check]:
+    """Check this machine and, of a manifest or an output path, storage, source and weights.
+
+    What it looks for and does not find is no exception but a Check that failed.
+    """
+    checks = [_python(), _torch(), _cores(), _scratch(), _ray(where if isinstance(where, Manifest) else None)]
+    if where is not None:
+        checks += _output(where)
+    if isinstance(where, Manifest):
+        checks += [_source(where), _weights(where)]
+    return checks
+
+
+def _python() -> Check:
+    return Check("python", "ok", f"{platform.python_version()}, smsbatch {version('smsbatch')}")
+
+
+def _torch() -> Check:
+    try:
+        import torch
+    except (ImportError, OSError) as error:  # OSError: one of its libraries is missing
+        return Check("torch", "fail", f"cannot be loaded: {error}", "install it as pytorch.org says for this machine")
+    if not torch.cuda.is_available():
+        why = f"built for CUDA {torch.version.cuda}, which finds no GPU" if torch.version.cuda else "built without CUDA"
+        advice = "fine for the embedded model; Stable Diffusion needs a GPU, its driver, and torch built for CUDA"
+        return Check("torch", "warn", f"{torch.__version__}, {why}", advice)
+    gpus = []
+    for number in range(torch.cuda.device_count()):
+        free, total = torch.cuda.mem_get_info(number)
+        gpus.append(f"{torch.cuda.get_device_name(number)} ({free / 2**30:.0f} of {total / 2**30:.0f} GiB free)")
+    return Check("torch", "ok", f"{torch.__version__}, CUDA {torch.version.cuda}, {'; '.join(gpus)}")
+
+
+def _cores() -> Check:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return Check("cores", "ok", f"{cores} for this process")
+
+
+def _scratch() -> Check:
+    folder = tempfile.gettempdir()
+    try:
+        free = shutil.disk_usage(folder).free
+        with tempfile.TemporaryFile(prefix="smsbatch-", dir=folder) as file:
+            file.write(b"probe")
+    except OSError as error:
+        return Check(
+            "scratch", "fail", f"{folder}: {error.strerror or error}", "set TMPDIR to a folder with free space"
+        )
+    state: Literal["ok", "warn", "fail"] = (
+        "fail" if free < _SCRATCH_FAILS else "warn" if free < _SCRATCH_WARNS else "ok"
+    )
+    advice = "" if state == "ok" else "shards are built there; set TMPDIR to a disk with more free space"
+    return Check("scratch", state, f"{folder}: {free / 1e9:.1f} GB free", advice)
+
+
+def _ray(manifest: Manifest | None) -> Check:
+    needed = manifest is not None and manifest.compute.pool == "ray"
+    try:
+        installed = f"ray {version('ray')}"
+    except PackageNotFoundError:
+        advice = "pip install 'smsbatch[ray]', or set compute.pool to local"
+        return Check("ray", "fail" if needed else "ok", "not installed", advice if needed else "")
+    address = manifest.compute.address if manifest is not None and needed else "auto"
+    address = os.environ.get("RAY_ADDRESS", "") if address == "auto" else address
+    if address in ("", "local"):
+        return Check("ray", "ok", f"{installed}, no cluster's address: one is started here for each run")
+    if address == "auto":
+        return Check("ray", "ok", f"{installed}, joins the cluster of this machine")
+    host, _, port = address.rpartition("://")[2].partition(":")
+    try:
+        number = int(port or _PORT)
+        socket.create_connection((host, number), timeout=_TIMEOUT_S).close()
+    except (OSError, ValueError) as error:
+        advice = "start the cluster, or set RAY_ADDRESS or compute.address to where it is"
+        return Check("ray", "fail", f"{installed}, nobody answers at {address}: {error}", advice)
+    return Check("ray", "ok", f"{installed}, a cluster answers at {address}")
+
+
+def _output(where: str | Manifest) -> Iterator[Check]:
+    """Put, read, list and delete a probe, and what else the ledger stands on."""
+    try:
+        path, storage = (where, Storage()) if isinstance(where, str) else (where.output.path, where.storage)
+        store = Store(path, _impatient(storage))
+        run = read_run(store)
+        if run is None:
+            refuse_strangers(store)
+    except SmsbatchError as error:
+        yield _failed("output", error)
+        return
+    probe = f"{TEMPORARY}/doctor-{uuid.uuid4().hex}"
+    steps: dict[str, Callable[[], object]] = {
+        "put": lambda: store.put(probe, b"smsbatch doctor looks whether it can write here"),
+        "read": lambda: store.read(probe),
+        "list": lambda: store.sizes(TEMPORARY)[probe],
+        "clock": lambda: store.modified(probe),
+        "delete": lambda: store.delete(probe),
+    }
+    answers: dict[str, Any] = {}
+    started = perf_counter()
+    for name, step in steps.items():
+        try:
+            answers[name] = step()
+        except (SmsbatchError, KeyError) as error:
+            problem = error if isinstance(error, SmsbatchError) else RequestError(f"{probe} is written and not listed")
+            refused = _failed("output", problem)
+            went_well = f" ({', '.join(answers)} went well)" if answers else ""
+            yield Check("output", "fail", f"cannot {name}{went_well}: {refused.found}", refused.do)
+            return
+        if name == "clock":
+            off_s = (datetime.now(UTC) - answers[name]).total_seconds()
+    stands = "no run yet" if run is None else f"the run {run['name']}"
+    done = ", ".join(name for name in answers if name != "clock")
+    took_ms = 1000 * (perf_counter() - started)
+    yield Check("output", "ok", f"{store.url}: {done} in {took_ms:.0f} ms; {stands}")
+    yield _clock(off_s)
+    yield _create_only(store)
+
+
+def _clock(off: float) -> Check:
+    state: Literal["ok", "warn", "fail"] = (
+        "fail" if abs(off) > _CLOCK_FAILS_S else "warn" if abs(off) > _CLOCK_WARNS_S else "ok"
+    )
+    advice = "" if state == "ok" else "set this machine's clock (NTP); stores refuse requests that are minutes off"
+    return Check("clock", state, f"{abs(off):.0f} s {'ahead of' if off >= 0 else 'behind'} the store's", advice)
+
+
+def _create_only(store: Store) -> Check:
+    try:
+        supported = store.supports_create()
+    except SmsbatchError as error:
+        return _failed("create-only", error)
+    if supported:
+        return Check("create-only", "ok", "the store lets one of several writers win: workers commit, drivers may join")
+    advice = "it works; run one driver at a time, or choose a store with conditional writes"
+    return Check("create-only", "warn", "the store has no create-only put: only the driver commits", advice)
+
+
+def _source(manifest: Manifest) -> Check:
+    source, storage = manifest.source, _impatient(manifest.storage)
+    try:
+        if source.format == "folder":
+            url = next(list_files(source.urls[0], storage)).url
+        else:
+            url = parts(source.model_copy(update={"urls": source.urls[:1]}), storage)[0].url
+        with open_url(url, storage) as file:
+            file.read(1)
+            file.seek(0)
+            entry = next(read_table(file, url, source), None) if source.format == "table" else None
+        if entry is not None and entry.image:
+            url = public(entry.url)
+            Reader(storage, source.max_bytes).read(entry.fields[entry.image])
+    except SmsbatchError as error:
+        return _failed("source", error)
+    except StopIteration:
+        return Check("source", "fail", f"{source.urls[0]}: no files in it", "check source.urls")
+    except OSError as error:
+        found = f"{source.urls[0]}: {error.strerror or 'there is no such folder'}"
+        return Check("source", "fail", found, "check source.urls and credentials")
+    return Check("source", "ok", f"{url} can be read")
+
+
+def _weights(manifest: Manifest) -> Check:
+    try:
+        if isinstance(manifest, Stylize):
+            told = about(manifest)
+            style = f"{told.get('style') or 'a style that it does not name'}, {told['parameters']:,} parameters"
+            return Check("generator", "ok", f"{manifest.generator}: {style}")
+        assert isinstance(manifest, Styled), "there are no other tasks"
+        notices = check_style(manifest)
+    except SmsbatchError as error:
+        return _failed("generator" if isinstance(manifest, Stylize) else "weights", error)
+    state: Literal["ok", "warn"] = "warn" if notices else "ok"
+    models = {manifest.model.path} | ({manifest.style.model.path} if manifest.style.model else set())
+    found = f"{' and '.join(sorted(models))} with {' and '.join(manifest.style.lora) or 'no LoRA'}"
+    return Check("weights", state, found, "; ".join(notices))
+
+
+def _failed(name: str, error: SmsbatchError) -> Check:
+    """An error's message is what was found, and behind the first semicolon what to do."""
+    found, _, advice = str(error).partition("; ")
+    return Check(name, "fail", found, advice or "mend that, then look again")
+
+
+def _impatient(storage: Storage) -> Storage:
+    return storage.model_copy(update={"timeout_s": min(_TIMEOUT_S, storage.timeout_s), "retries": _RETRIES})

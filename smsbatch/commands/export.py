@@ -1,0 +1,81 @@
+"""A generator to a file that runs without this package: ONNX.
+
+What is written is tried: a file that computes something else than the generator is not left behind.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from smsbatch.errors import RequestError, RunError
+from smsbatch.generator.files import read_generator
+from smsbatch.generator.network import Generator
+from smsbatch.generator.onnx import difference, export_onnx
+from smsbatch.manifest import Storage
+from smsbatch.storage.store import storage_errors
+
+__all__ = ["Exported", "export"]
+
+_TOLERANCE = 1e-3  # of values in [0, 1]; a pixel's step is four times that
+
+
+@dataclass(frozen=True)
+class Exported:
+    """A file that was written.
+
+    Attributes:
+        path: the file.
+        parameters: of the generator.
+        bytes: of the file.
+        largest: difference between torch and onnxruntime, of values in [0, 1]; None where the latter is not installed.
+    """
+
+    path: Path
+    parameters: int
+    bytes: int
+    largest: float | None
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self) | {"path": str(self.path)}
+
+
+def export(generator: str | Path, target: str | Path, storage: Storage | None = None) -> Exported:
+    """Write a generator as an ONNX file, see `generator/onnx.py`, and compare what it computes.
+
+    Args:
+        generator: the output of a `distill` run, or a folder with a generator's two files; on disk or in an object
+            store.
+        target: a file that ends in `.onnx`, which is replaced if it is there, or a folder that is.
+        storage: how an object store is reached.
+
+    Raises:
+        RequestError: the extra is not installed, or the target is not possible.
+        WeightsError: there is no generator, or it is damaged.
+        RunError: onnxruntime computes something else; nothing is left.
+        StorageError: the generator cannot be read, or the file not be written.
+    """
+    path = Path(target)
+    if path.is_dir():
+        path = path / "generator.onnx"
+    if path.suffix != ".onnx" or "://" in str(target):
+        raise RequestError(f"{target}: an export goes to a file here that ends in .onnx, or to a folder that is there")
+    if not path.parent.is_dir():
+        raise RequestError(f"{target}: there is no folder {path.parent}; make it first")
+    whole = Generator.of_files(read_generator(str(generator), storage or Storage()), str(generator))
+    with (
+        storage_errors("write", path),
+        tempfile.TemporaryDirectory(prefix=".export-", dir=path.parent) as folder,
+    ):
+        written = Path(folder, path.name)
+        export_onnx(whole, written)
+        largest = difference(whole, written)
+        if largest is not None and not largest <= _TOLERANCE:
+            raise RunError(
+                f"{path} is not written: onnxruntime computes values that are {largest:.2g} from torch's; try other "
+                "versions of torch, onnxscript or onnxruntime"
+            )
+        written.replace(path)
+    return Exported(path, whole.parameter_count, path.stat().st_size, largest)

@@ -1,0 +1,127 @@
+"""`gc`: remove what no result and no proof needs any more. The only verb that deletes; it says what, and does not start
+while a driver is at work."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+from smsbatch.commands.verify import Audit
+from smsbatch.errors import RequestError
+from smsbatch.manifest import Manifest
+from smsbatch.runs.heartbeat import HEARTBEATS, _refuse_while_at_work, drivers
+from smsbatch.runs.layout import ATTEMPTS, GENERATIONS, SUPERSEDED
+from smsbatch.runs.run_file import store_of
+from smsbatch.storage.store import TEMPORARY, Store
+
+_YOUNG_S = 3600.0  # what is younger may be somebody's work in hand
+_THREADS = 16
+_WHEN_IDLE = "collect then, or use --force if it is dead"
+
+
+@dataclass(frozen=True)
+class Heap:
+    """Objects of one kind that nothing needs, and their bytes."""
+
+    kind: str
+    objects: int
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Collected:
+    """What `gc` removed, or would remove in a dry run."""
+
+    heaps: tuple[Heap, ...]
+    dry_run: bool
+
+    @property
+    def objects(self) -> int:
+        return sum(heap.objects for heap in self.heaps)
+
+    @property
+    def bytes(self) -> int:
+        return sum(heap.bytes for heap in self.heaps)
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self) | {"objects": self.objects, "bytes": self.bytes}
+
+
+def gc(where: str | Manifest, *, dry_run: bool = False, attempts: bool = False, force: bool = False) -> Collected:
+    """Remove what no result and no proof needs any more.
+
+    Args:
+        dry_run: only say what would go.
+        attempts: also the attempts of published shards. `repair` can then only compute such units again, and
+            `run --retry-failed` refuses them.
+        force: even while a driver seems to be at work.
+
+    Raises:
+        RequestError: no run stands there, a driver is at work, or a record is damaged.
+        StorageError: something cannot be listed or deleted.
+    """
+    store = store_of(where)
+    # Before and after: a commit that comes between two of our looks would make its attempt look lost.
+    if not force:
+        _refuse_while_at_work(store, _WHEN_IDLE)
+    audit = Audit(store)
+    if audit.damaged:
+        first = next(iter(audit.damaged.values()))
+        raise RequestError(f"{store.locate(first.place)}: {first.what}; run `smsbatch repair` first, then gc")
+    if not force:
+        _refuse_while_at_work(store, _WHEN_IDLE)
+    heaps = {kind: files for kind, files in _rubbish(audit, attempts) if files}
+    if not dry_run:
+        with ThreadPoolExecutor(_THREADS, thread_name_prefix="smsbatch-gc") as threads:
+            for files in heaps.values():
+                list(threads.map(store.delete, files))
+    found = (Heap(kind, len(files), sum(files.values())) for kind, files in heaps.items())
+    return Collected(tuple(found), dry_run)
+
+
+def _rubbish(audit: Audit, attempts: bool) -> Iterator[tuple[str, dict[str, int]]]:
+    store = audit.store
+    generations = store.sizes(GENERATIONS)
+    numbers = (
+        list(audit.shards) if attempts else sorted({_shard_of(path) for path in generations} & audit.shards.keys())
+    )
+    with ThreadPoolExecutor(_THREADS, thread_name_prefix="smsbatch-gc") as threads:
+        found = threads.map(lambda shard: audit.look(shard, full=False), numbers)
+        whole = {shard for shard, seen in zip(numbers, found, strict=True) if seen.whole and not seen.stale}
+    lost: dict[str, int] = {}
+    spare: dict[str, int] = {}
+    for path, size in audit.sizes.items():
+        number, _, name = path.removeprefix(f"{ATTEMPTS}/").partition("/")
+        if not path.startswith(f"{ATTEMPTS}/") or not number.isdigit() or int(number) not in audit.by_id:
+            continue
+        commit = audit.commits.get(int(number))
+        if commit is None or name.partition(".")[0] != commit.attempt:
+            lost[path] = size  # unless it is young: the next generation's, say, which is not decided yet
+        elif attempts and audit.by_id[commit.unit].shard in whole:
+            spare[path] = size
+    yield "attempts that lost", _old(store, lost)
+    yield "attempts of published shards", spare
+    yield "older generations", {path: size for path, size in generations.items() if _shard_of(path) in whole}
+    yield "superseded records", store.sizes(SUPERSEDED)
+    yield "temporary files", _old(store, store.sizes(TEMPORARY))
+    dead = {f"{HEARTBEATS}/{driver.name}.json" for driver in drivers(store) if not driver.alive}
+    yield "heartbeats of the dead", {path: size for path, size in store.sizes(HEARTBEATS).items() if path in dead}
+
+
+def _shard_of(path: str) -> int:
+    number = path.rpartition("/")[2].partition(".")[0]
+    return int(number) if number.isdigit() else -1
+
+
+def _old(store: Store, files: dict[str, int]) -> dict[str, int]:
+    """Those that cannot be somebody's work in hand."""
+
+    def age_s(path: str) -> float:
+        return (datetime.now(UTC) - store.modified(path)).total_seconds()
+
+    with ThreadPoolExecutor(_THREADS, thread_name_prefix="smsbatch-gc") as threads:
+        ages = zip(files.items(), threads.map(age_s, files), strict=True)
+        return {path: size for (path, size), age in ages if age > _YOUNG_S}

@@ -1,0 +1,188 @@
+"""Finished runs and sets of pictures against a style: what the paper's tables are made of."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from smsbatch import tiny
+from smsbatch.data import pixels
+from smsbatch.data.index import read_index
+from smsbatch.data.reader import Reader
+from smsbatch.data.shards import read_rows, read_tar
+from smsbatch.errors import RequestError, SampleError
+from smsbatch.manifest import Manifest
+from smsbatch.metrics import Lpips, hub, style
+from smsbatch.runs.ledger import Ledger
+from smsbatch.runs.run_file import dataset_of, store_of, the_run
+from smsbatch.storage.store import storage_errors
+
+__all__ = ["Measured", "measure", "style_distance"]
+
+Picture = NDArray[np.uint8]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What was measured of a run's stylized samples.
+
+    Attributes:
+        pictures: key: result [H, W, 3] uint8, in the run's order; the sources' are fitted as the run fits them.
+        values: name: value, averaged over the samples. `LPIPS` and `style distance`; if its weights are on this machine
+            `CFSD`, `FID` and `ArtFID` (of a reference with pictures), `PickScore` as the mean ratio exp(s - s of the
+            source), as in the paper, and `HPSv2`.
+        seconds: of computing per sample.
+        missing: name: why it was not measured.
+    """
+
+    pictures: Mapping[str, Picture]
+    values: Mapping[str, float]
+    seconds: float
+    missing: Mapping[str, str]
+
+
+def style_distance(pictures: Iterable[Picture | str | Path], reference: str | Path) -> float:
+    """How far a set of pictures is from a style: the Frechet distance of AlexNet's features, summed over five layers.
+
+    0 is the reference itself. Compare only sets of about the same size and number of pixels.
+
+    Args:
+        pictures: arrays [H, W, 3] uint8, or files.
+        reference: statistics (`tiny:styles/oil.reference.safetensors`), or a folder of pictures in the style.
+
+    Raises:
+        RequestError: there is no picture, no such file or reference, or an array is something else.
+        SampleError: a picture cannot be decoded.
+    """
+    if isinstance(pictures, str | Path):
+        pictures = [pictures]
+    return style.style_distance(map(_tensor, map(_read, pictures)), _reference(reference))
+
+
+def measure(where: str | Manifest, reference: str | Path, *, of_sources: bool = False) -> Measured:
+    """Measure a finished run against its sources and a style, as the paper's Tables 1 and 4 do.
+
+    All pictures are held in memory, before and after: some thousand, not millions.
+
+    Args:
+        where: its output path or URL, or its manifest as `load` gives it.
+        reference: as of `style_distance`; FID and ArtFID need a folder.
+        of_sources: measure the sources as if they were the results: the paper's column "Real".
+
+    Raises:
+        RequestError: there is no run or no reference, or it stylized nothing.
+        SampleError: a source can no longer be read.
+        StorageError: the run cannot be read.
+    """
+    rows, sources, results = _pairs(where)
+    if not rows:
+        raise RequestError(f"{store_of(where).url}: nothing is stylized here that could be measured")
+    if of_sources:
+        results = sources
+    prompts = [row["prompt"] for row in rows]
+    # Where the run has measured it, it did so before the pictures were compressed.
+    lpips = float(np.mean([row["lpips"] for row in rows])) if "lpips" in rows[0] and not of_sources else None
+    values, missing = _values(sources, results, prompts, reference, lpips)
+    seconds = 0.0 if of_sources else float(np.mean([row["seconds"] for row in rows]))
+    pictures = {row["key"]: picture for row, picture in zip(rows, results, strict=True)}
+    return Measured(pictures, values, seconds, missing)
+
+
+def _pairs(where: str | Manifest) -> tuple[list[dict[str, Any]], list[Picture], list[Picture]]:
+    """The successful rows of a run with their pictures, before and after."""
+    store = store_of(where)
+    manifest = dataset_of(store, the_run(store))
+    image = manifest.image
+    reader = Reader(manifest.storage, manifest.source.max_bytes)
+    entries = {entry.key: entry for entry in read_index(store)}
+    rows, sources, results = [], [], []
+    for _, shard in sorted(Ledger(store).publications().items()):
+        with storage_errors("read", store.locate(shard.parquet)), store.open_read(shard.parquet) as file:
+            done = {row["key"]: row for row in read_rows(file) if row["status"] == "success"}
+        with storage_errors("read", store.locate(shard.tar)), store.open_read(shard.tar) as file:
+            for key, fields in read_tar(file):
+                rows.append(done[key])
+                results.append(pixels.decode(fields[manifest.output.format], min_side=1))
+                original = pixels.decode(
+                    reader.read(entries[key].fields[entries[key].image]),
+                    min_side=image.min_side,
+                    max_pixels=image.max_pixels,
+                )
+                sources.append(pixels.fit(original, image.resolution, image.fit))
+    return rows, sources, results
+
+
+def _values(
+    sources: Sequence[Picture],
+    results: Sequence[Picture],
+    prompts: Sequence[str],
+    reference: str | Path,
+    lpips: float | None,
+) -> tuple[dict[str, float], dict[str, str]]:
+    def mean(metric: Any) -> float:
+        pairs = zip(sources, results, strict=True)
+        return float(np.mean([float(metric(_tensor(before), _tensor(after))) for before, after in pairs]))
+
+    values = {
+        "LPIPS": mean(Lpips()) if lpips is None else lpips,
+        "style distance": style.style_distance(map(_tensor, results), _reference(reference)),
+    }
+    missing = {name: reason for name in hub.MEASURES if (reason := hub.missing(name)) is not None}
+    if "CFSD" not in missing:
+        values["CFSD"] = mean(hub.Cfsd())
+    if "ArtFID" not in missing and not _folder(reference).is_dir():
+        missing["ArtFID"] = f"{reference} has no pictures; give a folder of them"
+    if "ArtFID" not in missing:
+        network = hub.ArtInception()
+        sets = (map(_tensor, results), _pictures(reference))
+        ours, theirs = (torch.cat([network(image) for image in images]) for images in sets)
+        values["FID"] = hub.fid(ours, theirs)
+        values["ArtFID"] = (1 + values["LPIPS"]) * (1 + values["FID"])
+    if "PickScore" not in missing:
+        pick = hub.PickScore()
+        values["PickScore"] = float((pick(results, prompts) - pick(sources, prompts)).exp().mean())
+    if "HPSv2" not in missing:
+        values["HPSv2"] = float(hub.HpsV2()(map(_tensor, results), prompts).mean())
+    return values, missing
+
+
+def _reference(reference: str | Path) -> style.StyleReference:
+    path = _folder(reference)
+    return style.StyleReference.of(_pictures(reference)) if path.is_dir() else style.StyleReference.load(path)
+
+
+def _folder(reference: str | Path) -> Path:
+    return Path(tiny.resolve(str(reference))).expanduser()
+
+
+def _pictures(reference: str | Path) -> Iterator[Tensor]:
+    folder = _folder(reference)
+    files = [file for file in sorted(folder.rglob("*")) if file.suffix.lower() in {".jpg", ".jpeg", ".png", ".webp"}]
+    if not files:
+        raise RequestError(f"{reference}: no pictures in this folder; give one with jpg, png or webp files")
+    return map(_tensor, map(_read, files))
+
+
+def _read(picture: Picture | str | Path) -> Picture:
+    if isinstance(picture, np.ndarray):
+        if picture.dtype != np.uint8 or picture.ndim != 3:
+            raise RequestError(f"a picture is [H, W, 3] uint8, not {list(picture.shape)} {picture.dtype}; convert it")
+        return picture
+    try:
+        return pixels.decode(Path(tiny.resolve(str(picture))).expanduser().read_bytes())
+    except OSError as error:
+        raise RequestError(f"{picture}: cannot be read: {error.strerror or error}") from error
+    except SampleError as error:
+        raise SampleError(error.code, f"{picture}: {error}") from error
+
+
+def _tensor(picture: Picture) -> Tensor:
+    """[H, W, 3] uint8 to [1, 3, H, W] float32 in [0, 1]."""
+    return torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None].float() / 255

@@ -1,0 +1,299 @@
+"""Manifest and source to units, or to the pictures of a training: decided once, written down, then obeyed.
+
+`plan` only looks. `establish` writes `run.json` and `plan/`, or, when they are there, checks that this manifest and
+these weights are still what was planned. The order makes a half-written plan harmless: `run.json` comes first and
+carries the digest of the index, so whoever finds it alone can write the same plan again, and no other.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import tempfile
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager, suppress
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from functools import partial
+from importlib.metadata import PackageNotFoundError, version
+from itertools import count
+from pathlib import Path
+from typing import Any, overload
+
+from smsbatch.cluster.ray_pool import pool_of
+from smsbatch.commands.weights import check_weights, digests
+from smsbatch.data.index import (
+    SAMPLES,
+    UNITS,
+    Built,
+    Part,
+    build_index,
+    move_index,
+    read_index,
+    read_units,
+    write_index,
+    write_moved,
+    write_objects,
+    write_units,
+)
+from smsbatch.data.sample import Unit
+from smsbatch.data.sources import Scanned, nothing_found, parts, scan
+from smsbatch.errors import DriftError, RequestError
+from smsbatch.generator.files import about
+from smsbatch.manifest import Dataset, Distill, Manifest, Stylize
+from smsbatch.runs.checkpoints import latest
+from smsbatch.runs.drift import check_allowed, check_request, inputs_changed
+from smsbatch.runs.layout import RUN
+from smsbatch.runs.ledger import Ledger
+from smsbatch.runs.plan import Estimate, Plan, TrainingPlan
+from smsbatch.runs.run_file import read_run, refuse_strangers, store_of
+from smsbatch.storage.store import Store
+from smsbatch.workers.pool import Pool
+
+__all__ = ["cut", "establish", "plan", "relocate"]
+
+# fmt: off
+_RECORDED = (
+    "smsbatch", "torch", "torchvision", "diffusers", "transformers", "pyarrow", "pillow", "lpips", "fsspec", "s3fs",
+    "ray",
+)
+# fmt: on
+_PROBED = 8  # samples that are tried to size units by time
+
+
+def cut(samples: int, samples_per_unit: int, samples_per_shard: int) -> Iterator[Unit]:
+    """Rows [0, samples) into consecutive units, none of which crosses the edge of a shard."""
+    number = count()
+    for shard, first in enumerate(range(0, samples, samples_per_shard)):
+        end = min(first + samples_per_shard, samples)
+        for start in range(first, end, samples_per_unit):
+            yield Unit(next(number), shard, start, min(start + samples_per_unit, end))
+
+
+@overload
+def plan(manifest: Distill, *, allow_drift: Collection[str] = ...) -> TrainingPlan: ...
+@overload
+def plan(
+    manifest: Manifest, *, probe: int = ..., price_per_gpu_hour: float | None = ..., allow_drift: Collection[str] = ...
+) -> Plan | TrainingPlan: ...
+def plan(
+    manifest: Manifest,
+    *,
+    probe: int = 0,
+    price_per_gpu_hour: float | None = None,
+    allow_drift: Collection[str] = (),
+) -> Plan | TrainingPlan:
+    """The plan this manifest would get, or that of the run that stands there; nothing is written.
+
+    Args:
+        probe: stylize so many samples, spread over the source, to estimate time and bytes; on the manifest's pool.
+        price_per_gpu_hour: to estimate the cost, with a probe.
+        allow_drift: as for `run`.
+
+    Raises:
+        SourceError: the source is missing, empty or has clashing keys.
+        WeightsError: a model or LoRA is missing.
+        DriftError: another run stands at `output.path`.
+        SampleError: none of the probe's samples could be stylized.
+        RequestError: a probe is asked of a training.
+    """
+    check_allowed(manifest, allow_drift)
+    if isinstance(manifest, Distill) and (probe or price_per_gpu_hour is not None):
+        raise RequestError(
+            "--probe and --price-per-gpu-hour: of a distill run they tell nothing; start it with few steps "
+            "(--set distill.steps=100 and another output.path), which tells the rate"
+        )
+    store = store_of(manifest)
+    run = read_run(store)
+    if run is not None:
+        check_request(store, run, manifest, digests(manifest), allow_drift, note=False)
+    else:
+        refuse_strangers(store)
+    planned: Plan | TrainingPlan
+    with pool_of(manifest) as pool:
+        if run is None or not store.exists(_last_file(manifest)):
+            with _drafted(manifest, pool, probe) as draft:
+                planned = draft.plan
+        else:
+            planned = _begun(_standing(manifest, store, run), store)
+            if not planned.done:
+                inputs_changed(store, manifest, allow_drift, note=False)
+            if isinstance(planned, Plan):
+                planned = replace(planned, estimate=_measure(pool, store, planned.samples, probe))
+    return replace(planned, price_per_gpu_hour=price_per_gpu_hour) if isinstance(planned, Plan) else planned
+
+
+def _begun(planned: Plan | TrainingPlan, store: Store) -> Plan | TrainingPlan:
+    """The plan of a run that stands, with how far it is."""
+    if isinstance(planned, TrainingPlan):
+        checkpoint, steps = latest(store), planned.manifest.distill.all_steps
+        steps_done = checkpoint.step if checkpoint else 0
+        begun = f"{store.url} has this run already: it goes on from step {steps_done:,} of {steps:,}"
+        return replace(planned, steps_done=steps_done, notices=(*planned.notices, begun))
+    done = Ledger(store).done()
+    begun = f"{store.url} has this run already: {len(done)} of {len(planned.units)} units are done"
+    samples_done = sum(len(unit) for unit in planned.units if unit.id in done)
+    return replace(planned, samples_done=samples_done, notices=(*planned.notices, begun))
+
+
+@overload
+def establish(manifest: Distill, store: Store, pool: Pool, allow_drift: Collection[str] = ...) -> TrainingPlan: ...
+@overload
+def establish(manifest: Dataset, store: Store, pool: Pool, allow_drift: Collection[str] = ...) -> Plan: ...
+def establish(manifest: Manifest, store: Store, pool: Pool, allow_drift: Collection[str] = ()) -> Plan | TrainingPlan:
+    """The plan of the run at `store`: the one that stands there, or else a new one, written now.
+
+    Raises:
+        DriftError: manifest, weights or index are not those of the run that stands there.
+        SourceError, StorageError, WeightsError.
+    """
+    run, weights = read_run(store), digests(manifest)
+    if run is not None:
+        check_request(store, run, manifest, weights, allow_drift)
+        if store.exists(_last_file(manifest)):
+            return _standing(manifest, store, run)
+    else:
+        refuse_strangers(store)
+    with _drafted(manifest, pool, samples_per_unit=run["planned"].get("samples_per_unit") if run else None) as draft:
+        if run is None:
+            store.check_writable()
+            store.conditional = store.supports_create()
+            commits = "workers" if store.conditional else "driver"
+            store.create(RUN, json.dumps(_record(draft, weights, commits), indent=2).encode())
+            run = read_run(store)  # ours, or that of a driver who was faster
+            assert run is not None
+            check_request(store, run, manifest, weights)
+        if run["index_sha256"] != draft.built.sha256:
+            raise DriftError(f"{store.url}: the source is not the one this run began with; choose another output.path")
+        write_objects(store, draft.parts)
+        write_index(store, draft.index)
+        if isinstance(manifest, Dataset):
+            # As run.json has them: a faster driver may have measured another size of unit.
+            per_unit, per_shard = run["planned"]["samples_per_unit"], manifest.output.samples_per_shard
+            write_units(store, cut(draft.built.samples, per_unit, per_shard))
+    return _standing(manifest, store, run)
+
+
+def _last_file(manifest: Manifest) -> str:
+    """Which file of a plan is written last."""
+    return UNITS if isinstance(manifest, Dataset) else SAMPLES
+
+
+def relocate(manifest: Manifest, store: Store, pool: Pool) -> None:
+    """Look up the bytes of the planned samples anew, in a source that has changed; samples neither come nor go.
+
+    Raises:
+        SourceError: the source is missing, empty or has clashing keys.
+    """
+    with _indexed(manifest, pool, [], chosen=False) as (listed, index, _):
+        moved = index.with_name("moved.parquet")
+        move_index(store, index, moved)
+        write_moved(store, moved, listed)
+
+
+@dataclass(frozen=True)
+class _Draft:
+    """A plan that is not written down, and its index in a temporary file."""
+
+    plan: Plan | TrainingPlan
+    parts: Sequence[Part]
+    index: Path
+    built: Built
+    samples_per_unit: int | None
+
+
+@contextmanager
+def _drafted(manifest: Manifest, pool: Pool, probe: int = 0, samples_per_unit: int | None = None) -> Iterator[_Draft]:
+    notices = check_weights(manifest)
+    with _indexed(manifest, pool, notices, chosen=True) as (listed, index, built):
+        if isinstance(manifest, Distill):
+            training = TrainingPlan(manifest, built.samples, tuple(notices), built.bytes)
+            yield _Draft(training, listed, index, built, None)
+            return
+        assert isinstance(manifest, Dataset)
+        output = manifest.output
+        by_time = output.seconds_per_unit if samples_per_unit is None else None
+        estimate = _measure(pool, index, built.samples, max(probe, _PROBED if by_time else 0))
+        if samples_per_unit is None:
+            samples_per_unit = output.samples_per_unit
+            if by_time and estimate:
+                samples_per_unit = max(1, round(by_time / estimate.seconds_per_image))
+        units = tuple(cut(built.samples, samples_per_unit, output.samples_per_shard))
+        drafted = Plan(manifest, built.samples, units, tuple(notices), built.bytes, estimate=estimate)
+        yield _Draft(drafted, listed, index, built, samples_per_unit)
+
+
+@contextmanager
+def _indexed(
+    manifest: Manifest, pool: Pool, notices: list[str], chosen: bool
+) -> Iterator[tuple[Sequence[Part], Path, Built]]:
+    """The source's objects, and their index in a temporary file; what was passed over is added to `notices`.
+
+    Args:
+        chosen: of the samples those that `skip` and `limit` choose; else all, as where one sample less makes it another
+            choice.
+    """
+    source, storage = manifest.source, manifest.storage
+    limit, skip = (source.limit, source.skip) if chosen else (None, 0)
+    listed = parts(source, storage)
+    with tempfile.TemporaryDirectory(prefix="smsbatch-plan-") as folder:
+        index = Path(folder, "samples.parquet")
+        with closing(pool.map(partial(scan, source=source, storage=storage), listed)) as scanned:
+            built = build_index(index, (part.table for part in _heard(scanned, notices)), limit, skip)
+        if built.samples == 0:
+            raise nothing_found(source, notices)
+        yield listed, index, built
+
+
+def _heard(scanned: Iterable[Scanned], notices: list[str]) -> Iterator[Scanned]:
+    for part in scanned:
+        notices += part.notices
+        yield part
+
+
+def _measure(pool: Pool, index: Store | Path, samples: int, wanted: int) -> Estimate | None:
+    """Try samples spread evenly over the source, so that one odd shard does not speak for all."""
+    rows = sorted({samples * number // wanted for number in range(wanted)})
+    return pool.measure([entry for row in rows for entry in read_index(index, row, row + 1)]) if rows else None
+
+
+def _standing(manifest: Manifest, store: Store, run: Mapping[str, Any]) -> Plan | TrainingPlan:
+    planned, notices = run["planned"], tuple(run["notices"])
+    if isinstance(manifest, Distill):
+        return TrainingPlan(manifest, planned["samples"], notices, planned["bytes"])
+    assert isinstance(manifest, Dataset)
+    return Plan(manifest, planned["samples"], tuple(read_units(store)), notices, planned["bytes"])
+
+
+def _record(draft: _Draft, weights: Mapping[str, str], commits: str) -> dict[str, Any]:
+    plan = draft.plan
+    planned: dict[str, Any] = {"samples": plan.samples, "units": 0, "shards": 0, "bytes": plan.bytes_in}
+    if isinstance(plan, Plan):
+        planned |= {
+            "units": len(plan.units),
+            "shards": plan.shards,
+            "samples_per_unit": draft.samples_per_unit,
+            "seconds_per_image": plan.seconds_per_image,
+        }
+    return {
+        "smsbatch": version("smsbatch"),
+        "name": plan.manifest.name,
+        "manifest": plan.manifest.dump(),
+        "manifest_sha256": plan.manifest.identity,
+        "weights": dict(weights),
+        **({"generator": about(plan.manifest)} if isinstance(plan.manifest, Stylize) else {}),
+        "index_sha256": draft.built.sha256,
+        "planned": planned,
+        "commits": commits,  # by workers, or by the driver alone where the store has no create-only put
+        "notices": list(plan.notices),
+        "versions": {"python": platform.python_version()} | _versions(),
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for name in _RECORDED:
+        with suppress(PackageNotFoundError):  # ray is optional
+            found[name] = version(name)
+    return found

@@ -1,0 +1,162 @@
+"""`repair`: publish again what has its attempts, compute again what has not. No proof is lost by surprise.
+
+A commit that counts no longer is moved aside, to `_smsbatch/superseded/`, so that its unit is undone; strangers go to
+`_smsbatch/foreign/`. It does not start while a driver is at work.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Callable, Collection, Iterable, Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+from smsbatch.commands.run import run as drive
+from smsbatch.commands.verify import Audit, Verification
+from smsbatch.commands.weights import digests
+from smsbatch.manifest import Errors, Manifest
+from smsbatch.report.write import write_report
+from smsbatch.runs.drift import check_request, inputs_changed
+from smsbatch.runs.heartbeat import _refuse_while_at_work
+from smsbatch.runs.layout import FOREIGN, SUCCESS, SUPERSEDED
+from smsbatch.runs.ledger import Ledger
+from smsbatch.runs.run_file import recorded, store_of
+from smsbatch.runs.snapshot import Problem
+from smsbatch.runs.status import Status
+
+__all__ = ["Repaired", "repair"]
+
+
+@dataclass(frozen=True)
+class Repaired:
+    """What was wrong, what was done about it, a line each, and what is there now (None of a dry run)."""
+
+    before: Verification
+    done: tuple[str, ...]
+    after: Verification | None
+
+    @property
+    def ok(self) -> bool:
+        return (self.after or self.before).ok
+
+    def to_dict(self) -> dict[str, Any]:
+        after = None if self.after is None else self.after.to_dict()
+        return {"before": self.before.to_dict(), "done": list(self.done), "after": after, "ok": self.ok}
+
+
+@dataclass(frozen=True)
+class _Work:
+    """What is to be done about a set of problems."""
+
+    plan: bool
+    report: bool
+    recompute: tuple[int, ...]  # units
+    publish: tuple[int, ...]  # shards of which no unit is computed again
+    aside: tuple[str, ...]
+
+    @property
+    def lines(self) -> Iterator[str]:
+        yield from (f"move {place} aside" for place in self.aside)
+        if self.plan:
+            yield "plan again from the source"
+        yield from (f"compute unit {unit:06d} again" for unit in self.recompute)
+        yield from (f"publish shard {shard:06d} again" for shard in self.publish)
+        if self.report:
+            yield "write the report again"
+
+
+def repair(
+    where: str | Manifest,
+    progress: Callable[[Status], None] = lambda status: None,
+    *,
+    full: bool = False,
+    dry_run: bool = False,
+    allow_drift: Collection[str] = (),
+) -> Repaired:
+    """Make a run whole again, as far as `verify` finds something wrong with it.
+
+    Args:
+        progress: called while units are computed again.
+        full: look for what is wrong as `verify --full` does, at every byte.
+        dry_run: only say what would be done.
+        allow_drift: as of `run`, where something must be computed again.
+
+    Raises:
+        RequestError: no run stands there, a driver is at work on it, or what must be computed again has changed.
+        StorageError: it cannot be read or written.
+        RunError: computing an unfinished run, too many samples failed.
+    """
+    store = store_of(where)
+    audit = Audit(store)
+    before = audit.verify(full)
+    if before.ok:
+        return Repaired(before, (), None if dry_run else before)
+    shards = {problem.shard for problem in before.problems if problem.shard is not None}
+    # Whether an attempt can serve is known from its bytes alone.
+    known = before if full else audit.verify(True, only=sorted(shards))
+    work = _work(audit, known.problems)
+    if dry_run:
+        return Repaired(before, tuple(work.lines), None)
+    _refuse_while_at_work(store, "repair it then")
+    manifest = where if isinstance(where, Manifest) else recorded(store, audit.run)
+    if work.plan or work.recompute:  # what cannot be computed must not be moved aside
+        check_request(store, audit.run, manifest, digests(manifest), allow_drift, note=False)
+        if not work.plan:
+            inputs_changed(store, manifest, allow_drift, note=False)
+    _do(audit, work, manifest, progress, allow_drift)
+    touched = None if work.plan else sorted(shards)
+    return Repaired(before, tuple(work.lines), Audit(store).verify(True, only=touched))
+
+
+def _work(audit: Audit, problems: Iterable[Problem]) -> _Work:
+    recompute: set[int] = set()
+    publish: set[int] = set()
+    aside: set[str] = set()
+    plan = report = False
+    for problem in problems:
+        match problem.remedy:
+            case "plan":
+                plan = True
+            case "report":
+                report = True
+            case "aside":
+                aside.add(problem.place)
+            case "recompute" if problem.unit is not None:
+                recompute.add(problem.unit)
+            case "recompute" if problem.shard is not None:
+                recompute |= {unit.id for unit in audit.shards[problem.shard]}
+            case "publish" if problem.shard is not None:
+                publish.add(problem.shard)
+    for unit in recompute:
+        aside |= set(audit.commit_files.get(unit, ()))
+        publish.discard(audit.by_id[unit].shard)
+    if plan:
+        aside |= set(audit.store.list("plan"))
+    return _Work(plan, report, tuple(sorted(recompute)), tuple(sorted(publish)), tuple(sorted(aside)))
+
+
+def _do(
+    audit: Audit,
+    work: _Work,
+    manifest: Manifest,
+    progress: Callable[[Status], None],
+    allow_drift: Collection[str],
+) -> None:
+    store, stamp = audit.store, f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{uuid.uuid4().hex[:6]}"
+    for place in work.aside:
+        ours = place.startswith(("_smsbatch/", "plan/"))
+        store.copy(place, f"{SUPERSEDED if ours else FOREIGN}/{stamp}/{place.removeprefix('_smsbatch/')}")
+        store.delete(place)
+    ledger = Ledger(store, metrics=audit.run["manifest"]["metrics"])
+    for shard in work.publish:
+        ledger.publish(shard, audit.shards[shard], again=True)
+    if work.plan or work.recompute:
+        succeeded, finished = store.exists(SUCCESS), len(audit.commits) == len(audit.units)
+        # What failed in a finished run has been judged then, and is no reason to leave it in pieces now.
+        errors = Errors(max_failed_fraction=1, max_failed_fraction_per_unit=1) if finished else manifest.errors
+        drive(manifest.model_copy(update={"errors": errors}), progress, allow_drift=allow_drift)
+        if finished and not succeeded:
+            store.delete(SUCCESS)
+    elif audit.reported or work.report:
+        write_report(store)  # its list of files has their digests

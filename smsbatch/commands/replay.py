@@ -1,0 +1,203 @@
+"""One image of a run again, in this process: to look into a failure, or to see that a result is reproduced.
+
+Everything comes from the run that stands: its manifest, its plan, its sample. Only where and how to compute may be the
+caller's. The run itself is not touched.
+"""
+
+from __future__ import annotations
+
+import difflib
+import platform
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from smsbatch.commands.weights import digests
+from smsbatch.data import pixels
+from smsbatch.data.index import UNITS, find_key, index_size, read_index, read_units
+from smsbatch.data.reader import Reader
+from smsbatch.data.sample import Outcome, Unit
+from smsbatch.data.shards import read_rows
+from smsbatch.data.sources import load_sample
+from smsbatch.data.tars import find_members
+from smsbatch.errors import RequestError, SampleError
+from smsbatch.manifest import Dataset, Manifest
+from smsbatch.runs.ledger import Ledger
+from smsbatch.runs.records import attempt_file
+from smsbatch.runs.run_file import dataset_of, store_of, the_run
+from smsbatch.storage.store import Store, storage_errors
+from smsbatch.workers.worker import failed
+
+__all__ = ["Replayed", "replay"]
+
+_COMPARED = 100_000  # keys among which one is looked for that was meant
+
+
+@dataclass(frozen=True)
+class Replayed:
+    """What became of the sample now, and how that compares with what became of it in the run.
+
+    Attributes:
+        row: as a row of the run, but for what the ledger stamps on it.
+        path: where the picture is written; None if the sample failed.
+        before: its row in the run, None while its unit is not done.
+        same: whether it is the run's picture, byte for byte; None where there are not two pictures to compare.
+        largest, mean: difference of the two pictures' pixels, of 255.
+        changed: what is not as it was in the run, and may be why.
+    """
+
+    key: str
+    row: Mapping[str, Any]
+    path: Path | None
+    before: Mapping[str, Any] | None
+    same: bool | None = None
+    largest: int | None = None
+    mean: float | None = None
+    changed: tuple[str, ...] = ()
+
+    @property
+    def succeeded(self) -> bool:
+        return self.path is not None
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self) | {"path": None if self.path is None else str(self.path)}
+
+
+def replay(where: str | Manifest, key: str, target: str | Path | None = None) -> Replayed:
+    """Stylize one sample of a run again and write it to a file.
+
+    Args:
+        where: the run; a manifest's `compute` and `storage` are obeyed, all else is the run's.
+        target: a file, or a folder that exists. Default: `<key>.<format>` here.
+
+    Raises:
+        RequestError: no run stands there or one that makes no dataset, the key is not in its plan, or another file is
+            in the way.
+        StorageError: the run cannot be read, or the file not be written.
+    """
+    store = store_of(where)
+    run = the_run(store)
+    manifest = dataset_of(store, run)
+    if not store.exists(UNITS):
+        raise RequestError(f"{store.url}: the run here has no plan yet; `smsbatch run` goes on")
+    if isinstance(where, Manifest):
+        manifest = manifest.model_copy(update={"compute": where.compute, "storage": where.storage})
+    row = find_key(store, key)
+    if row is None:
+        raise RequestError(f"{store.url}: {key!r} is not in the plan{_meant(store, key)}")
+    path = _target(target, f"{key.replace('/', '__')}.{manifest.output.format}")
+
+    outcome = _again(store, manifest, row)
+    unit = next(unit for unit in read_units(store) if unit.start <= row < unit.stop)
+    before, picture = _recorded(store, unit, key, manifest.output.format)
+    stamped = {"unit", "shard", "generation", "attempt", "worker"}
+    shown = {name: value for name, value in outcome.row(unit, "", "", manifest.metrics).items() if name not in stamped}
+    if outcome.image is None:
+        return Replayed(key, shown, None, before)
+    _write(path, outcome.image)
+    if picture is None:
+        return Replayed(key, shown, path, before)
+    if picture == outcome.image:
+        return Replayed(key, shown, path, before, same=True, largest=0, mean=0.0)
+    largest, mean = _difference(picture, outcome.image)
+    changed = tuple(_changed(run, manifest, before or {}, shown))
+    return Replayed(key, shown, path, before, same=False, largest=largest, mean=mean, changed=changed)
+
+
+def _again(store: Store, manifest: Dataset, row: int) -> Outcome:
+    from smsbatch.workers.stylizer import Stylizer  # loads torch
+
+    (entry,) = read_index(store, row, row + 1)
+    reader = Reader(manifest.storage, manifest.source.max_bytes)
+    try:
+        sample = load_sample(entry, manifest.source, reader)
+    except SampleError as error:
+        return failed(entry, error.code, str(error))
+    (outcome,) = Stylizer(manifest).stylize([sample])
+    return outcome
+
+
+def _recorded(store: Store, unit: Unit, key: str, extension: str) -> tuple[dict[str, Any] | None, bytes | None]:
+    """Row and picture of a sample in the run: published, or else of its unit's attempt."""
+    ledger = Ledger(store)
+    commit = ledger.committed(unit.id)
+    if commit is None:
+        return None, None
+    record = ledger.published(unit.shard)
+    if record is not None and commit.attempt in record.attempts:
+        tar, parquet = record.tar, record.parquet
+    else:
+        tar, parquet = (attempt_file(unit.id, commit.attempt, kind) for kind in ("tar", "parquet"))
+    with storage_errors("read", store.locate(parquet)), store.open_read(parquet) as file:
+        row = next((row for row in read_rows(file) if row["key"] == key), None)
+    if row is None or row["status"] != "success":
+        return row, None
+    name = f"{key}.{extension}"
+    with storage_errors("read", store.locate(tar)), store.open_read(tar) as file:
+        return row, find_members(file, [name]).get(name)
+
+
+def _difference(before: bytes, now: bytes) -> tuple[int | None, float | None]:
+    """The largest and the mean difference of two pictures' pixels; None where they cannot be compared."""
+    try:
+        first, second = (pixels.decode(data, min_side=1).astype(np.int16) for data in (before, now))
+    except SampleError:
+        return None, None
+    if first.shape != second.shape:
+        return None, None
+    difference = np.abs(first - second)
+    return int(difference.max()), float(difference.mean())
+
+
+def _changed(run: Mapping[str, Any], manifest: Dataset, before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    found = []
+    if before.get("source_sha256") != now["source_sha256"]:
+        found.append("the source picture is another")
+    weights = digests(manifest)
+    found += [f"the file {name} is another" for name in weights if run["weights"].get(name) != weights[name]]
+    for name, then in run["versions"].items():
+        with suppress(PackageNotFoundError):
+            now_installed = platform.python_version() if name == "python" else version(name)
+            if now_installed != then:
+                found.append(f"{name} {then} then, {now_installed} now")
+    return found
+
+
+def _meant(store: Store, key: str) -> str:
+    """What may have been meant, of a plan that is not too long to look through."""
+    if index_size(store) > _COMPARED:
+        return "; `plan/samples.parquet` has every key"
+    keys = [entry.key for entry in read_index(store)]
+    inside = [known for known in keys if key in known][:3]
+    close = inside or difflib.get_close_matches(key, keys, n=3)
+    return f"; did you mean {' or '.join(close)}?" if close else f"; its first key is {keys[0]}"
+
+
+def _target(target: str | Path | None, name: str) -> Path:
+    """Where to write, looked at before anything is computed."""
+    path = Path(target) if target is not None else Path()
+    path = path / name if path.is_dir() else path
+    if "://" in str(target):
+        raise RequestError(f"--to {target}: a picture is replayed to this machine; name a file or folder of its disk")
+    if not path.parent.is_dir():
+        raise RequestError(f"--to {target}: there is no folder {path.parent}; make it first")
+    if path.suffix != Path(name).suffix:
+        raise RequestError(f"--to {target}: the pictures of this run are {Path(name).suffix[1:]}; name it so")
+    return path
+
+
+def _write(path: Path, data: bytes) -> None:
+    """Never over another file: the folder one is in may hold the source."""
+    if path.is_file() and path.read_bytes() == data:
+        return
+    with storage_errors("write", path):
+        try:
+            with path.open("xb") as file:
+                file.write(data)
+        except FileExistsError as error:
+            raise RequestError(f"{path} exists and is another picture; say where to write by --to FILE") from error

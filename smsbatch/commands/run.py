@@ -1,0 +1,234 @@
+"""A run from its manifest to its end: plan, then deal units to a pool, publish shards and report.
+
+Started again it goes on where the commits end, and with nothing left to do it says so.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Collection, Sequence
+from itertools import groupby
+from typing import Any, overload
+
+from smsbatch.cluster.ray_pool import pool_of
+from smsbatch.commands.plan import establish, relocate
+from smsbatch.commands.run_training import _train
+from smsbatch.errors import ERROR_CODES, RequestError, RunError
+from smsbatch.manifest import Dataset, Distill, Errors, Manifest
+from smsbatch.report.model import Report
+from smsbatch.report.write import summarize, write_report
+from smsbatch.runs.drift import check_allowed, inputs_changed
+from smsbatch.runs.heartbeat import Heart, _others
+from smsbatch.runs.layout import INDEX, SUCCESS, is_reported
+from smsbatch.runs.ledger import Ledger
+from smsbatch.runs.records import Published
+from smsbatch.runs.run_file import store_of
+from smsbatch.runs.status import Status, Tally
+from smsbatch.storage.store import Store
+from smsbatch.training.log import TrainingProgress
+from smsbatch.training.result import Distilled
+from smsbatch.workers.pool import Pool
+from smsbatch.workers.worker import Task
+
+__all__ = ["run"]
+
+
+@overload
+def run(
+    manifest: Distill, progress: Callable[[TrainingProgress], None] = ..., *, allow_drift: Collection[str] = ...
+) -> Distilled: ...
+@overload
+def run(
+    manifest: Dataset,
+    progress: Callable[[Status], None] = ...,
+    *,
+    retry_failed: bool = ...,
+    codes: Collection[str] = ...,
+    allow_drift: Collection[str] = ...,
+) -> Report: ...
+@overload
+def run(
+    manifest: Manifest,
+    progress: Callable[[Any], None] = ...,
+    *,
+    retry_failed: bool = ...,
+    codes: Collection[str] = ...,
+    allow_drift: Collection[str] = ...,
+) -> Report | Distilled: ...
+def run(
+    manifest: Manifest,
+    progress: Callable[[Any], None] = lambda now: None,
+    *,
+    retry_failed: bool = False,
+    codes: Collection[str] = (),
+    allow_drift: Collection[str] = (),
+) -> Report | Distilled:
+    """Plan if there is no plan, do what is not done, publish, report; of a `distill` manifest, train.
+
+    A training that gets SIGINT or SIGTERM, where this is called in the main thread, finishes its step and writes a
+    checkpoint, then comes a KeyboardInterrupt; by a second one at once.
+
+    Args:
+        progress: called with a Status, of a training with a TrainingProgress, a few times a second.
+        retry_failed: try failed samples again too, and publish their shards as a new generation.
+        codes: only those that failed with one of these error codes.
+        allow_drift: keys of the manifest, `weights` or `inputs` that may have changed since the plan; noted with the
+            run, whose plan is obeyed nevertheless.
+
+    Raises:
+        RequestError: the manifest, source, weights or codes are wrong, or not those of the run at `output.path`;
+            or another driver is at work on it, where two cannot be.
+        StorageError: the output cannot be read or written; what is committed is kept.
+        RunError: more samples failed than `errors` allows; a training diverged, or its workers kept dying.
+    """
+    if isinstance(manifest, Distill):
+        if retry_failed:
+            raise RequestError("--retry-failed is of runs that make a dataset; a training takes other samples instead")
+        return _train(manifest, progress, allow_drift)
+    assert isinstance(manifest, Dataset), "there are no other tasks"
+    _check_codes(codes, retry_failed)
+    check_allowed(manifest, allow_drift)
+    with pool_of(manifest) as pool:
+        store = store_of(manifest)
+        plan = establish(manifest, store, pool, allow_drift)
+        ledger = Ledger(store, metrics=manifest.metrics)
+        tally = Tally(manifest.name, plan.units, ledger.commits())
+        todo = _again(tally, codes) if retry_failed else []
+        undone = [Task(unit) for unit in plan.units if unit.id not in tally.commits]
+        if undone and not todo:
+            _check_budget(manifest.errors, store, tally)
+        todo += undone
+        progress(tally.status())
+        if todo:
+            if inputs_changed(store, manifest, allow_drift):
+                relocate(manifest, store, pool)
+            with Heart(store, tally.status().beat()) as heart:
+                todo = _beside_others(todo, store, heart)
+                for name in (SUCCESS, INDEX):  # neither is true of what will be; the report is written anew at the end
+                    store.delete(name)
+                _work(manifest, pool, ledger, tally, todo, heart, progress)
+                _publish(ledger, tally)
+                report = write_report(store, tally.commits)
+        else:
+            published = _publish(ledger, tally)
+            told = published is not None and is_reported(store) and not allow_drift  # which the report tells, too
+            report = (summarize if told else write_report)(store, tally.commits, published)
+    progress(tally.status(finished=True))
+    try:
+        _check_budget(manifest.errors, store, tally)
+    except RunError:
+        store.delete(SUCCESS)
+        raise
+    store.create(SUCCESS, b"")
+    return report
+
+
+def _check_codes(codes: Collection[str], retry_failed: bool) -> None:
+    if codes and not retry_failed:
+        raise RequestError("codes: they say what to retry, so they need --retry-failed")
+    unknown = [code for code in codes if code not in ERROR_CODES]
+    if unknown:
+        raise RequestError(f"--code {unknown[0]}: no such error code; there are {', '.join(ERROR_CODES)}")
+
+
+def _again(tally: Tally, codes: Collection[str]) -> list[Task]:
+    """What is to be tried again: units with failed samples, each as its next generation."""
+    tasks = []
+    for commit in tally.commits.values():
+        wanted = {code for code in commit.errors if not codes or code in codes}
+        if wanted:
+            tasks.append(Task(tally.units[commit.unit], commit.generation + 1, tuple(sorted(wanted))))
+            tally.retry(commit.unit, sum(commit.errors[code] for code in wanted))
+    if codes and not tasks:
+        there = ", ".join(f"{count} {code}" for code, count in tally.errors.most_common()) or "none at all"
+        raise RequestError(f"--code {', '.join(codes)}: no sample failed so; there are: {there}")
+    return tasks
+
+
+def _beside_others(todo: list[Task], store: Store, heart: Heart) -> list[Task]:
+    """What to do in which order, since another driver may be at work; ours can be seen already by the other.
+
+    Raises:
+        RequestError: one is, on a store where two must not be.
+    """
+    others = _others(store, heart)
+    if not others:
+        return todo
+    if not store.conditional:
+        raise RequestError(
+            f"{store.url}: another driver, {others[0].name}, is at work (seen {others[0].age_s:.0f} s ago), and this "
+            "store has no create-only put, so that two cannot share a run; stop one, or try again in a minute"
+        )
+    return _shuffled(todo, heart.name)
+
+
+def _work(
+    manifest: Dataset,
+    pool: Pool,
+    ledger: Ledger,
+    tally: Tally,
+    todo: Sequence[Task],
+    heart: Heart,
+    progress: Callable[[Status], None],
+) -> None:
+    store, retried = ledger.store, {task.unit.id for task in todo if task.generation}
+    for commit in pool.work(todo):
+        if commit is not None:
+            if not store.conditional:
+                commit = ledger.decide(commit)
+            tally.add(commit)
+            retried.discard(commit.unit)
+            if not store.conditional:
+                unit = tally.units[commit.unit]
+                ledger.publish(unit.shard, tally.shard(unit.shard))
+            if not retried and len(tally.commits) < len(tally.units):  # while it mends, it may still be over
+                _check_budget(manifest.errors, store, tally)
+        now = tally.status(pool.progress())
+        heart.now = now.beat()
+        progress(now)
+
+
+def _shuffled(todo: Sequence[Task], seed: str) -> list[Task]:
+    """Another order than the driver has who is at work, shards by lot and each from its end: two meet seldom."""
+    shards = [list(tasks)[::-1] for _, tasks in groupby(todo, lambda task: task.unit.shard)]
+    random.Random(seed).shuffle(shards)
+    return [task for tasks in shards for task in tasks]
+
+
+def _check_budget(errors: Errors, store: Store, tally: Tally) -> None:
+    """Stop a run that can no longer end well, or in which one unit failed as a whole: it would only cost more."""
+    left = len(tally.units) - len(tally.commits)
+    state = f"stopped, {left} of {len(tally.units)} units are not done" if left else "everything is written"
+    codes = ", ".join(f"{count} {code}" for code, count in tally.errors.most_common())
+    advice = (
+        f"`smsbatch errors {store.url}` lists them; mend the cause and run with --retry-failed (and with --allow-drift "
+        "inputs, if it was in the source), or raise the limit"
+    )
+    if tally.failed > errors.max_failed_fraction * tally.samples:
+        raise RunError(
+            f"{tally.failed} of {tally.samples} samples failed ({codes}), more than errors.max_failed_fraction "
+            f"({errors.max_failed_fraction:g}) allows; {state}; {advice}"
+        )
+    worst = tally.worst
+    if worst is not None and worst.failed > errors.max_failed_fraction_per_unit * worst.samples:
+        raise RunError(
+            f"{worst.failed} of the {worst.samples} samples of unit {worst.unit:06d} failed, more than "
+            f"errors.max_failed_fraction_per_unit ({errors.max_failed_fraction_per_unit:g}) allows; {state}; {advice}"
+        )
+
+
+def _publish(ledger: Ledger, tally: Tally) -> dict[int, Published] | None:
+    """Publish what no worker has: shards whose last unit was another's, or whose files are gone.
+
+    Returns:
+        The records of all shards, None if any was missing.
+    """
+    published = ledger.publications()
+    missing = [
+        shard
+        for shard in tally.shards
+        if shard not in published or not published[shard].made_of(tally.commits[unit.id] for unit in tally.shard(shard))
+    ]
+    for shard in missing:
+        ledger.publish(shard, tally.shard(shard))
+    return None if missing else published

@@ -1,0 +1,185 @@
+"""How far a run is, from its storage alone."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from datetime import datetime
+from typing import Any, overload
+
+from smsbatch.manifest import Distill, Manifest
+from smsbatch.runs.checkpoints import latest
+from smsbatch.runs.heartbeat import DEAD_AFTER_S, Driver, _beats, _driver, drivers
+from smsbatch.runs.layout import SUCCESS, is_reported
+from smsbatch.runs.run_file import manifest_of, trains
+from smsbatch.runs.snapshot import Look
+from smsbatch.runs.status import Progress, Status, _at_work, over_budget
+from smsbatch.storage.store import Store
+from smsbatch.training.log import TrainingProgress, read_progress
+
+__all__ = ["TrainingStatus", "status", "training_status"]
+
+QUIET_S = 60.0  # without a step or a word of its driver: nobody is at work on it
+
+
+@overload
+def status(where: Distill) -> TrainingStatus: ...
+@overload
+def status(where: str | Manifest | Look) -> Status | TrainingStatus: ...
+def status(where: str | Manifest | Look) -> Status | TrainingStatus:
+    """How far a run is, from what is stored alone; of a manifest, an output path or URL, or as it was looked at.
+
+    Raises:
+        RequestError: no run stands there.
+    """
+    look = where if isinstance(where, Look) else Look(where)
+    if trains(look.run):
+        return training_status(look.store, look.run, any(driver.alive for driver in drivers(look.store)))
+    errors: Counter[str] = Counter()
+    for counted in (
+        *(record.errors for record in look.records.values()),
+        *(commit.errors for commit in look.commits.values()),
+    ):
+        errors.update(counted)
+    beats = _beats(look.store)
+    ages = {path: time.time() - beat["time"] for path, beat in beats.items()}
+    # Of those who are not at work any more, what was in hand is lost, and there is no rate.
+    alive = [beat for path, beat in beats.items() if ages[path] < DEAD_AFTER_S]
+    workers = _at_work(
+        (Progress(**worker) for beat in alive for worker in beat["workers"]),
+        lambda unit: look.generations.get(unit, -1),
+    )
+    done = bool(look.units) and len(look.generations) == len(look.units)
+    now = Status(
+        name=look.run["name"],
+        units=len(look.units),
+        units_done=len(look.generations),
+        samples=sum(map(len, look.units.values())),
+        samples_done=sum(len(look.units[unit]) for unit in look.generations),
+        samples_under_way=sum(worker.worth for worker in workers),
+        errors=dict(errors),
+        finished=done and len(look.records) == len(look.shards) and is_reported(look.store),
+    )
+    note = "" if alive else _note(look, now)
+    if now.finished or not beats:
+        return replace(now, note=note)
+    return replace(
+        now,
+        workers=workers,
+        drivers=tuple(Driver(_driver(path), age) for path, age in ages.items()),
+        rate=sum(beat["rate"] or 0.0 for beat in alive) or None,
+        heartbeat_age_s=min(ages.values()),
+        samples_retried=max((beat.get("samples_retried", 0) for beat in alive), default=0),
+        note=note,
+    )
+
+
+def _note(look: Look, now: Status) -> str:
+    """Of a run that nobody works on."""
+    over = over_budget(look.allowed, now.failed, now.samples, now.errors, look.worst())
+    if over:
+        state = "finished" if now.finished else "stopped"
+        return f"{state}, but {over}; mend the cause and run with --retry-failed, or raise the limit"
+    if now.finished:
+        return ""
+    if not now.units:
+        return "it has no plan yet; if nobody is planning it, `smsbatch run` does"
+    if now.units_done < now.units:
+        return "nobody is at work on it; `smsbatch run` goes on"
+    return "nobody is at work on it, and shards or the report are missing; `smsbatch run` writes them"
+
+
+@dataclass(frozen=True)
+class TrainingStatus:
+    """How far a training is.
+
+    Attributes:
+        step: finished ones, of `steps` with those of the warm-up.
+        phase: "warm-up" or "distillation".
+        steps_per_second, images_per_second: over the last minute; None while nobody is at work.
+        losses: the last ones that were logged.
+        failed: samples that could not be had, each time that another one had to take their place.
+        age_s: seconds since the last step was heard of; None before there was one.
+        checkpoint: the step of the newest checkpoint, which a killed training goes on from; None without one, and while
+            it tells of itself.
+        checkpoint_age_s: seconds since it was taken.
+        finished: the generator is there; of one that tells of itself, all steps are done.
+        note: why nothing goes on, and what to do; '' while something does, and when all is well.
+    """
+
+    name: str
+    step: int
+    steps: int
+    phase: str
+    steps_per_second: float | None = None
+    images_per_second: float | None = None
+    losses: Mapping[str, float | None] | None = None
+    failed: int = 0
+    age_s: float | None = None
+    checkpoint: int | None = None
+    checkpoint_age_s: float | None = None
+    finished: bool = False
+    note: str = ""
+
+    @classmethod
+    def of(cls, name: str, now: TrainingProgress) -> TrainingStatus:
+        """Of a training that tells of itself."""
+        return cls(
+            name,
+            now.step,
+            now.steps,
+            now.phase,
+            now.steps_per_second,
+            now.images_per_second,
+            now.losses,
+            now.failed,
+            max(0.0, time.time() - now.time),
+            finished=now.step == now.steps,
+        )
+
+    @property
+    def remaining_s(self) -> float | None:
+        """Seconds left at the present rate."""
+        return (self.steps - self.step) / self.steps_per_second if self.steps_per_second else None
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self) | {"remaining_s": self.remaining_s}
+
+
+def training_status(store: Store, run: Mapping[str, Any], alive: bool) -> TrainingStatus:
+    """What `run.json`, the newest checkpoint and the training's own words say; `alive`: a driver is at work."""
+    manifest = manifest_of(run)
+    assert isinstance(manifest, Distill)
+    training = manifest.distill
+    now, checkpoint, finished = read_progress(store), latest(store), store.exists(SUCCESS)
+    saved = checkpoint.step if checkpoint else 0
+    age_s = None if now is None else max(0.0, time.time() - now.time)
+    at_work = not finished and alive
+    step = now.step if now is not None and at_work else max(saved, training.all_steps if finished else 0)
+    if at_work or finished:
+        note = ""
+    elif now is None and checkpoint is None:
+        note = "nobody is at work on it; `smsbatch run` begins"
+    else:
+        note = f"nobody is at work on it; `smsbatch run` goes on from step {saved:,}"
+    return TrainingStatus(
+        name=run["name"],
+        step=step,
+        steps=training.all_steps,
+        phase=training.phase(step),
+        steps_per_second=now.steps_per_second if now and at_work else None,
+        images_per_second=now.images_per_second if now and at_work else None,
+        losses=now.losses if now else None,
+        failed=now.failed if now else 0,
+        age_s=age_s,
+        checkpoint=checkpoint.step if checkpoint else None,
+        checkpoint_age_s=_age_s(checkpoint.time) if checkpoint else None,
+        finished=finished,
+        note=note,
+    )
+
+
+def _age_s(moment: str) -> float:
+    return max(0.0, time.time() - datetime.fromisoformat(moment).timestamp())

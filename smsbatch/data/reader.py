@@ -1,0 +1,176 @@
+"""Source objects wherever they lie, read only: what a name means, what a folder holds, and the bytes of one sample.
+
+    local paths, `tiny:` names, `file://`      etag = time of change and size; `tiny:` names have none
+    s3:// and what fsspec has a driver for     etag = the store's
+    http(s)://                                 etag = ETag or Last-Modified; no globs and no folders
+
+`expand`, `list_files` and `open_url` raise OSErrors for the caller to name. `Reader` knows whose fault it is:
+one sample's, or that of a store which would fail all others too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from typing import IO, NamedTuple
+
+from smsbatch.data.sample import Span
+from smsbatch.errors import SampleError, StorageError
+from smsbatch.manifest import Storage
+from smsbatch.storage.backend import RemoteError, TooLong, redact
+from smsbatch.storage.resolve import locate
+
+__all__ = ["Listed", "Reader", "Stat", "absolute", "expand", "list_files", "open_url", "public"]
+
+GAP = 64 << 10  # bytes between two spans that are rather read in vain than left out by a second request
+EXTRA = 1 << 20  # bytes beyond `max_bytes` of spans that are read at once
+
+
+class Stat(NamedTuple):
+    """An object's bytes, and what its version is called, '' if nobody says."""
+
+    size: int
+    etag: str
+
+
+class Listed(NamedTuple):
+    """A file below a folder."""
+
+    path: str  # relative to the folder
+    url: str
+    size: int
+    etag: str
+
+
+def absolute(url: str, storage: Storage) -> str:
+    """A folder's or a file's name for any process: a worker's working folder is another.
+
+    `tiny:` names stay as they are, because the same run on another machine has the same ones.
+    """
+    door, path = locate(url, storage)
+    return url if _tiny(url) else door.url_of(path)
+
+
+def expand(pattern: str, storage: Storage) -> list[tuple[str, Stat]]:
+    """The objects that a path or URL with or without `*`, `?`, `[]` names, absolute, sorted; none if there are none.
+
+    It costs one look for the very name, and a listing for a pattern, however many objects that means.
+    """
+    door, path = locate(pattern, storage)
+    found = door.find(path)
+    if found is not None:
+        return [(absolute(pattern, storage), Stat(found.size, "" if _tiny(pattern) else found.etag))]
+    if door.is_web or not set("*?[") & set(path):
+        return []
+    return sorted((door.url_of(path), Stat(size, etag)) for path, size, etag in door.glob(path))
+
+
+def list_files(folder: str, storage: Storage) -> Iterator[Listed]:
+    """Every regular file below a folder, sorted by path; OSError if it is none."""
+    door, root = locate(folder, storage)
+    prefix = absolute(folder, storage).rstrip("/")
+    start = len(root.rstrip("/")) + 1
+    found = sorted(door.walk(root))
+    if not found and not door.is_folder(root):
+        raise (NotADirectoryError if door.find(root) else FileNotFoundError)(folder)
+    for path, size, etag in found:
+        yield Listed(path[start:], f"{prefix}/{path[start:]}", size, "" if _tiny(folder) else etag)
+
+
+def open_url(url: str, storage: Storage) -> IO[bytes]:
+    """The object as a seekable file, to be closed by the caller; a remote one is read ahead by 1 MiB."""
+    door, path = locate(url, storage)
+    return door.open(path)
+
+
+class Reader:
+    """Reads samples' bytes, from any number of threads. A file of more than `max_bytes` is refused, not read."""
+
+    def __init__(self, storage: Storage, max_bytes: int, check_etag: bool = True) -> None:
+        self.storage, self.max_bytes, self.check_etag = storage, max_bytes, check_etag
+
+    def read(self, span: Span) -> bytes:
+        """The bytes of a span.
+
+        SampleError: `read_error` (missing, forbidden, fewer than planned, of another version), `timeout`, `too_large`.
+        StorageError: the store itself refuses or does not answer, so that no other sample would be read either.
+        """
+        if span.length is not None and span.length > self.max_bytes:
+            raise self._too_large(redact(span.url), span.length)
+        return self._read(span, self.max_bytes)
+
+    def read_all(self, spans: Sequence[Span]) -> list[bytes]:
+        """The bytes of several spans, as `read` of one after the other, which raises the same.
+
+        Those that lie close together, as all fields of a sample in a tar, are one request.
+        """
+        found: dict[Span, bytes] = {}
+        for run in self._runs(spans):
+            start, stop = run[0].offset, max(map(_end, run))
+            with suppress(SampleError):  # whose fault it is comes out below, where each is read alone
+                data = self._read(run[0]._replace(length=stop - start), self.max_bytes + EXTRA)
+                found |= {span: data[span.offset - start : _end(span) - start] for span in run}
+        return [found[span] if span in found else self.read(span) for span in spans]
+
+    def _runs(self, spans: Sequence[Span]) -> Iterator[list[Span]]:
+        """Those of the spans that are better read together."""
+        # A span at 0 is a whole file, not a part of a tar, and `read` looks whether it still is.
+        parts = (span for span in spans if span.offset and span.length is not None and span.length <= self.max_bytes)
+        run: list[Span] = []
+        for span in sorted(parts, key=lambda span: (span.url, span.etag, span.offset)):
+            is_next = (
+                bool(run)
+                and (span.url, span.etag) == (run[0].url, run[0].etag)
+                and span.offset - max(map(_end, run)) <= GAP
+                and _end(span) - run[0].offset <= self.max_bytes + EXTRA
+            )
+            if is_next:
+                run.append(span)
+                continue
+            if len(run) > 1:
+                yield run
+            run = [span]
+        if len(run) > 1:
+            yield run
+
+    def _read(self, span: Span, limit: int) -> bytes:
+        name = redact(span.url)
+        door, path = locate(span.url, self.storage)
+        stop = None if span.length is None else span.offset + span.length
+        try:
+            data, size, etag = door.get(path, span.offset, stop, limit)
+        except TooLong as error:
+            raise self._too_large(name, error.size) from error
+        except OSError as error:
+            reason = redact(str(error.strerror or error))
+            if isinstance(error, RemoteError) and (error.fatal or (error.again and not door.is_web)):
+                raise StorageError(f"cannot read {name}: {reason}; {error.advice}") from error
+            slow = isinstance(error, TimeoutError)
+            raise SampleError("timeout" if slow else "read_error", f"{name}: {reason}") from error
+        if self.check_etag and span.etag and etag and etag != span.etag:
+            raise SampleError("read_error", f"{name}: was replaced since it was planned")
+        if span.length is not None:
+            if not span.offset and size is not None and size > span.length:  # what a tar holds never begins at 0
+                raise SampleError("read_error", f"{name}: larger than when it was planned: it was replaced")
+            if len(data) != span.length:
+                missing = span.length - len(data)
+                raise SampleError(
+                    "read_error", f"{name}: cut off, {missing} of {span.length} bytes at {span.offset} are missing"
+                )
+        return data
+
+    def _too_large(self, name: str, size: int) -> SampleError:
+        return SampleError("too_large", f"{name}: {size} bytes or more, source.max_bytes is {self.max_bytes}")
+
+
+def public(url: str) -> str:
+    """A URL as anybody may read it: without passwords and the values of signatures."""
+    return redact(url) if "://" in url else url
+
+
+def _end(span: Span) -> int:
+    return span.offset + (span.length or 0)
+
+
+def _tiny(url: str) -> bool:
+    return url.startswith("tiny:")

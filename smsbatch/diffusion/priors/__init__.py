@@ -1,0 +1,1 @@
+"""Frozen latent diffusion models, behind one interface."""

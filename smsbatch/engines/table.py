@@ -1,0 +1,20 @@
+"""The engine of each task."""
+
+from __future__ import annotations
+
+from smsbatch.engines.base import Engine
+from smsbatch.engines.feedforward import Feedforward
+from smsbatch.engines.optimize import Optimizing
+from smsbatch.manifest import Dataset, Optimize, Stylize
+
+
+def engine_of(manifest: Dataset, device: str) -> Engine:
+    """The engine that a manifest's task wants.
+
+    Raises:
+        WeightsError: a model, LoRA or generator is missing or not understood, or two models do not go together.
+    """
+    if isinstance(manifest, Stylize):
+        return Feedforward(manifest, device)
+    assert isinstance(manifest, Optimize), "a task that makes rows"
+    return Optimizing(manifest, device)

@@ -1,0 +1,1 @@
+"""The feed-forward network that `distill` trains and `stylize` uses."""

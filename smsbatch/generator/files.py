@@ -1,0 +1,95 @@
+"""Where a generator lies and its two files; what any task's results depend on, looked at and digested. Without torch.
+
+A generator is a folder with `generator.json` and `generator.safetensors`, on disk or in an object store: the output of
+a `distill` run, which has it below `generator/`, or a copy.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Any
+
+from smsbatch.errors import WeightsError
+from smsbatch.manifest import Storage, Stylize
+from smsbatch.storage.store import Store
+
+__all__ = ["about", "read_generator"]
+
+CONFIG, WEIGHTS = "generator.json", "generator.safetensors"
+_FORMAT, _VERSION = "smsbatch-generator", 1
+
+
+def read_generator(where: str, storage: Storage) -> dict[str, bytes]:
+    """The two files by name, as far as can be said without torch whole and of this version.
+
+    Args:
+        where: as the manifest's `generator`.
+
+    Raises:
+        WeightsError: there is none, it is not finished, damaged, or of another version.
+        StorageError: it cannot be read.
+    """
+    store, folder = _found(where, storage)
+    files = {name: store.read_all([folder + name]).get(folder + name) for name in (CONFIG, WEIGHTS)}
+    config, parameters = (files[name] or b"" for name in (CONFIG, WEIGHTS))
+    told, file = _parsed(config, store.locate(folder + CONFIG)), store.locate(folder + WEIGHTS)
+    if not parameters:
+        raise WeightsError(f"generator: {file} is missing; copy both files, {CONFIG} and {WEIGHTS}")
+    if hashlib.sha256(parameters).hexdigest() != told.get("sha256"):
+        raise WeightsError(f"generator: {file} is not what {CONFIG} says, so it is damaged; copy both files again")
+    return {CONFIG: config, WEIGHTS: parameters}
+
+
+def about(manifest: Stylize) -> dict[str, Any]:
+    """What the generator says of itself: `width`, `blocks`, and of its training `style`, `model`, figures ...
+
+    Raises:
+        WeightsError, StorageError: as `read_generator`.
+    """
+    store, folder = _found(manifest.generator, manifest.storage)
+    told = _parsed(store.read(folder + CONFIG), store.locate(folder + CONFIG))
+    return {name: told.get(name) for name in ("width", "blocks", "parameters")} | dict(told.get("about") or {})
+
+
+def _found(where: str, storage: Storage) -> tuple[Store, str]:
+    """The store, and the folder in it, '' or with its '/'."""
+    store = Store(where, storage)
+    for folder in ("generator/", ""):
+        if store.exists(folder + CONFIG):
+            return store, folder
+    raise WeightsError(f"generator: {where} {_instead(store)}")
+
+
+def _instead(store: Store) -> str:
+    """What lies where no generator is, and what to do."""
+    run = store.read_all(["run.json"]).get("run.json")
+    if not store.entries():
+        return "does not exist, or is empty; if a `distill` run is to make it, `smsbatch run` its manifest first"
+    if run is None:
+        return (
+            f"has no {CONFIG}, there or in generator/; name the output of a `distill` run, or a folder with {CONFIG} "
+            f"and {WEIGHTS}"
+        )
+    try:
+        task = json.loads(run)["manifest"].get("task")
+    except (ValueError, LookupError, TypeError, AttributeError):
+        task = "unknown"
+    if task != "distill":
+        return f"is the output of a run of task {task}, which makes no generator; name that of a `distill` run"
+    return "is a distill run that is not finished; `smsbatch run` its manifest to the end first"
+
+
+def _parsed(data: bytes, where: str) -> dict[str, Any]:
+    try:
+        config = json.loads(data)
+    except ValueError as error:
+        raise WeightsError(f"generator: {where} is damaged, it is not JSON; copy it again") from error
+    if not isinstance(config, dict) or config.get("format") != _FORMAT:
+        raise WeightsError(f"generator: {where} is not of a generator of smsbatch; name the output of a `distill` run")
+    if config.get("version") != _VERSION:
+        raise WeightsError(
+            f"generator: {where} is of version {config.get('version')}, this smsbatch reads {_VERSION}; update it, or "
+            "distill again"
+        )
+    return config

@@ -1,0 +1,108 @@
+"""The pictures of a report: which results are shown, and each beside its source.
+
+Contract: a function of what is stored. Of a tar only the headers and the files that are shown are read.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import chain
+from typing import TYPE_CHECKING, Any
+
+from smsbatch.data import pixels
+from smsbatch.data.index import read_index
+from smsbatch.data.reader import Reader
+from smsbatch.data.tars import find_members
+from smsbatch.errors import SampleError
+from smsbatch.manifest import Source, Storage
+from smsbatch.report.model import SHOW_ALL, SHOW_SAMPLE, has_value
+from smsbatch.storage.store import Store, storage_errors
+
+if TYPE_CHECKING:
+    from smsbatch.report.model import Report, Tally
+
+__all__ = ["Group", "Picture", "gallery"]
+
+THUMBNAIL_SIDE = 640  # pixels: twice what a card measures, for dense screens
+_THREADS = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Picture:
+    """One gallery entry. `before` is None when the source can no longer be read."""
+
+    key: str
+    caption: str
+    before: bytes | None
+    after: bytes
+    width: int
+    height: int
+    metrics: Mapping[str, float]
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    title: str
+    pictures: Sequence[Picture]
+
+
+def gallery(store: Store, report: Report, tally: Tally) -> list[Group]:
+    """What is shown of a run. The sources and tars are read several at a time."""
+    chosen: dict[str, list[dict[str, Any]]]
+    name = tally.metrics[0] if tally.metrics else ""
+    if report.succeeded <= SHOW_ALL:
+        in_order = sorted(tally.sample, key=lambda row: row[name] if name and has_value(row, name) else math.inf)
+        chosen = {f"All of them, lowest {name.upper()} first" if name else "All of them": in_order}
+    else:
+        chosen = {"Drawn by lot": tally.sample[:SHOW_SAMPLE]}
+        if name:
+            chosen |= {f"Lowest {name.upper()}": tally.lowest, f"Highest {name.upper()}": tally.highest}
+    results = _results(store, chain.from_iterable(chosen.values()), report.settings["output"]["format"])
+    with ThreadPoolExecutor(_THREADS, thread_name_prefix="smsbatch-gallery") as threads:
+
+        def picture(row: Mapping[str, Any]) -> Picture:
+            return _picture(store, report, row, results[row["key"]])
+
+        return [Group(title, list(threads.map(picture, rows))) for title, rows in chosen.items()]
+
+
+def _results(store: Store, rows: Iterable[Mapping[str, Any]], extension: str) -> dict[str, bytes]:
+    """The stylized files of some rows, by key."""
+    wanted: dict[int, dict[str, str]] = defaultdict(dict)
+    for row in rows:
+        wanted[row["shard"]][f"{row['key']}.{extension}"] = row["key"]
+
+    def of_shard(shard: int) -> dict[str, bytes]:
+        tar, keys = f"shards/{shard:06d}.tar", wanted[shard]
+        with storage_errors("read", store.locate(tar)), store.open_read(tar) as file:
+            return {keys[name]: data for name, data in find_members(file, keys).items()}
+
+    with ThreadPoolExecutor(_THREADS, thread_name_prefix="smsbatch-gallery") as threads:
+        return {key: data for found in threads.map(of_shard, wanted) for key, data in found.items()}
+
+
+def _picture(store: Store, report: Report, row: Mapping[str, Any], result: bytes) -> Picture:
+    image = report.settings["image"]
+    entry = read_index(store, row["position"], row["position"] + 1)[0]
+    storage = Storage.model_validate(report.settings.get("storage", {}))
+    reader = Reader(storage, Source.model_validate(report.settings["source"]).max_bytes)
+    try:
+        source = pixels.decode(
+            reader.read(entry.fields[entry.image]), min_side=image["min_side"], max_pixels=image["max_pixels"]
+        )
+        before = pixels.thumbnail(pixels.fit(source, image["resolution"], image["fit"]), THUMBNAIL_SIDE)
+    except SampleError:
+        before = None  # it was read when it was stylized; the page says that it is gone
+    return Picture(
+        key=row["key"],
+        caption=row["caption"] or "",
+        before=before,
+        after=pixels.thumbnail(result, THUMBNAIL_SIDE),
+        width=row["width"],
+        height=row["height"],
+        metrics={name: row[name] for name in report.metrics if has_value(row, name)},
+    )

@@ -1,0 +1,178 @@
+"""What a report is made of: its numbers, and what remains of the rows that they were counted from."""
+
+from __future__ import annotations
+
+import hashlib
+import heapq
+import math
+from array import array
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from itertools import chain
+from typing import Any
+
+import numpy as np
+
+from smsbatch.runs.records import Published
+
+SHOW_ALL = 16  # so many results are shown whole, more as a sample and the two ends of the first metric
+SHOW_SAMPLE = 9
+SHOW_END = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """One error code: how often, and the first sample that had it."""
+
+    code: str
+    count: int
+    key: str
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class Distribution:
+    """One metric over the stylized samples. `counts[i]` of them lie in [edges[i], edges[i + 1])."""
+
+    count: int
+    mean: float
+    low: float
+    high: float
+    quantiles: Mapping[str, float]  # p05, p25, p50, p75, p95
+    edges: Sequence[float]
+    counts: Sequence[int]
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Distribution:
+        """Bins of a round width (1, 2 or 5 times a power of ten), some ten to twenty-five of them."""
+        given = np.asarray(values, dtype=np.float64)
+        low, high = float(given.min()), float(given.max())
+        raw = max(
+            (high - low) / 10, 0.01 * max(abs(low), abs(high), 1e-9)
+        )  # equal values still need a bin of some width
+        power = 10.0 ** math.floor(math.log10(raw))
+        width = power * max(factor for factor in (1, 2, 5) if factor * power <= raw * (1 + 1e-9))
+        first, last = math.floor(low / width), math.floor(high / width) + 1
+        # By index and not by comparison with the edges, whose rounding could put a value outside of all of them.
+        bins = np.clip(np.floor(given / width) - first, 0, last - first - 1).astype(int)
+        return cls(
+            count=len(given),
+            mean=float(given.mean()),
+            low=low,
+            high=high,
+            quantiles={f"p{q:02d}": float(np.percentile(given, q)) for q in (5, 25, 50, 75, 95)},
+            edges=[float(f"{k * width:.12g}") for k in range(first, last + 1)],
+            counts=np.bincount(bins, minlength=last - first).tolist(),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """A finished run in numbers. Times are ISO 8601, UTC."""
+
+    name: str
+    planned: int
+    succeeded: int
+    failed: int
+    failures: Sequence[Failure]  # the most frequent first
+    units: int
+    shards: int
+    workers: int
+    seconds: float  # of computing, all workers together, without reading, writing and loading models
+    wall_seconds: float  # while at least one worker was at work: an interruption is not counted
+    images_per_second: float  # of wall time
+    metrics: Mapping[str, Distribution]
+    started: str
+    finished: str
+    settings: Mapping[str, Any]  # the resolved manifest
+    generator: Mapping[str, Any] | None  # what it says of itself, of task stylize
+    weights: Mapping[str, str]  # file: SHA-256
+    versions: Mapping[str, str]
+    notices: Sequence[str]
+    paths: Mapping[str, str]  # where the shards, rows and the report are
+
+    @property
+    def errors(self) -> dict[str, int]:
+        """Failed samples by error code."""
+        return {failure.code: failure.count for failure in self.failures}
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain data, for JSON."""
+        return asdict(self)
+
+
+@dataclass(slots=True)
+class Tally:
+    """What remains of the rows once their shard is out of memory: counts, values, and those that may be shown."""
+
+    seed: int
+    metrics: Sequence[str]
+    succeeded: int = 0
+    seconds: float = 0.0
+    failures: Counter[str] = field(default_factory=Counter)
+    examples: dict[str, tuple[str, str]] = field(default_factory=dict)  # code: key and message of the first
+    values: dict[str, array[float]] = field(default_factory=lambda: defaultdict(lambda: array("d")))
+    published: list[Published] = field(default_factory=list)
+    sample: list[dict[str, Any]] = field(default_factory=list)
+    lowest: list[dict[str, Any]] = field(default_factory=list)
+    highest: list[dict[str, Any]] = field(default_factory=list)
+
+    def add(self, published: Published, rows: Iterable[dict[str, Any]]) -> None:
+        stylized = []
+        for row in rows:
+            self.seconds += row["seconds"] or 0.0
+            if row["status"] == "success":
+                stylized.append(row)
+            else:
+                self.failures[row["error_code"]] += 1
+                self.examples.setdefault(row["error_code"], (row["key"], row["error_message"] or ""))
+        self.succeeded += len(stylized)
+        self.published.append(published)
+        for name in self.metrics:
+            self.values[name].extend(row[name] for row in stylized if has_value(row, name))
+        self.sample = heapq.nsmallest(SHOW_ALL, chain(self.sample, stylized), key=self._lot)
+        if self.metrics:
+            name = self.metrics[0]
+            measured = [row for row in stylized if has_value(row, name)]
+            self.lowest = heapq.nsmallest(SHOW_END, chain(self.lowest, measured), key=lambda row: row[name])
+            self.highest = heapq.nlargest(SHOW_END, chain(self.highest, measured), key=lambda row: row[name])
+
+    def _lot(self, row: Mapping[str, Any]) -> bytes:
+        """Drawn by the run's seed: as good as random, and the same whenever the report is written."""
+        return hashlib.sha256(f"{self.seed}/{row['key']}".encode()).digest()
+
+
+def has_value(row: Mapping[str, Any], name: str) -> bool:
+    return row[name] is not None and math.isfinite(row[name])
+
+
+def duration(seconds: float) -> str:
+    """Two units are enough: `0.8 s`, `42 s`, `3 min 20 s`, `5 h 2 min`, `4 d 7 h`."""
+    if seconds < 10:
+        return f"{seconds:.1f} s"
+    left = round(seconds)
+    parts: list[tuple[int, str]] = []
+    for unit, size in (("d", 86400), ("h", 3600), ("min", 60), ("s", 1)):
+        amount, left = divmod(left, size)
+        if amount or parts:
+            parts.append((amount, unit))
+    return " ".join(f"{amount} {unit}" for amount, unit in parts[:2] if amount)
+
+
+def generator_name(report: Report) -> str:
+    """Of a run of task stylize: as the run that made the generator was called, else where it lies."""
+    return str((report.generator or {}).get("name") or report.settings["generator"])
+
+
+def rate(report: Report) -> str:
+    """`4.67 a second`, and per minute or hour where that is less than one."""
+    for unit, size in (("a second", 1), ("a minute", 60)):
+        if report.images_per_second * size >= 1:
+            return f"{report.images_per_second * size:.3g} {unit}"
+    return f"{report.images_per_second * 3600:.3g} an hour"
+
+
+def moment(iso: str) -> str:
+    """`2026-11-22T14:18:05+00:00` -> `2026-11-22 14:18 UTC`."""
+    return f"{iso[:10]} {iso[11:16]} UTC"

@@ -1,0 +1,255 @@
+"""What a finished run tells: numbers, index, dataset card and `report.html`.
+
+Contract: everything is computed from storage alone (`run.json`, plan, commits, published shards), with the rows of a
+few shards in memory at a time, and is a function of it: reporting twice writes the same bytes. A run whose rows do not
+add up to its plan (`success + failed == planned`) has no report but a RunError.
+
+index.json keeps the numbers, under a digest of them and of all that they follow from, so that whoever asks again reads
+no row; where anything of that has changed they are computed anew.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import asdict
+from datetime import UTC, datetime
+from io import BytesIO
+from itertools import groupby, islice
+from pathlib import Path
+from typing import Any
+
+from smsbatch.data.index import ROWS_PER_GROUP, SAMPLES, read_index, read_units
+from smsbatch.data.shards import read_rows
+from smsbatch.errors import RunError
+from smsbatch.parallel import started_ahead
+from smsbatch.report.card import card
+from smsbatch.report.gallery import gallery
+from smsbatch.report.model import Distribution, Failure, Report, Tally
+from smsbatch.report.page import render
+from smsbatch.runs.drift import allowed_drift
+from smsbatch.runs.layout import INDEX
+from smsbatch.runs.ledger import Ledger
+from smsbatch.runs.records import ILLEGIBLE, Commit, Published
+from smsbatch.runs.run_file import check_dataset, the_run
+from smsbatch.storage.store import Store, storage_errors
+
+__all__ = ["summarize", "write_report"]
+
+_AHEAD = 8  # shards whose rows are fetched while others are counted
+
+
+def summarize(
+    store: Store, commits: Mapping[int, Commit] | None = None, published: Mapping[int, Published] | None = None
+) -> Report:
+    """The numbers of a finished run, from index.json if they are of what stands now.
+
+    Args:
+        commits: as the ledger has them now, of a caller who has read them.
+        published: likewise.
+
+    Raises:
+        RequestError: there is no run, or one that makes no dataset.
+        RunError: a planned sample has no row, or a shard is not published.
+    """
+    run = the_run(store)
+    check_dataset(store, run)
+    published = Ledger(store).publications() if published is None else published
+    return _recall(store, run, published) or _count(store, run, commits, published)[0]
+
+
+def write_report(
+    store: Store, commits: Mapping[int, Commit] | None = None, published: Mapping[int, Published] | None = None
+) -> Report:
+    """Write README.md, report.html and index.json; returns the numbers. Arguments and errors as of `summarize`."""
+    run = the_run(store)
+    check_dataset(store, run)
+    published = Ledger(store).publications() if published is None else published
+    report, tally = _count(store, run, commits, published)
+    numbers = {name: value for name, value in report.to_dict().items() if name in _NUMBERS}
+    index = {
+        "name": report.name,
+        "planned": report.planned,
+        "succeeded": report.succeeded,
+        "failed": report.failed,
+        "report": {"of": _digest(store, run, published, numbers), "numbers": numbers},
+        "shards": [_shard(record) for record in tally.published],
+    }
+    store.put("README.md", card(report).encode())
+    store.put("report.html", render(report, gallery(store, report, tally)).encode())
+    store.put(INDEX, json.dumps(index, indent=1).encode())  # last: where it is of what stands, the others are too
+    return report
+
+
+# ----------------------------------------------------------------------------------------------------------- numbers
+
+_NUMBERS = (
+    *("planned", "succeeded", "failed", "failures", "units", "shards", "workers", "seconds", "wall_seconds"),
+    *("images_per_second", "metrics", "started", "finished"),
+)
+
+
+def _recall(store: Store, run: Mapping[str, Any], published: Mapping[int, Published]) -> Report | None:
+    """What index.json has of a report; None unless that is of just this run, these records, and as it was written."""
+    found = store.read_all([INDEX])
+    try:
+        told = json.loads(found[INDEX])["report"]
+        numbers = told["numbers"]
+        if told["of"] != _digest(store, run, published, numbers):
+            return None
+        failures = [Failure(**one) for one in numbers["failures"]]
+        metrics = {name: Distribution(**one) for name, one in numbers["metrics"].items()}
+    except ILLEGIBLE:
+        return None
+    return Report(**numbers | {"failures": failures, "metrics": metrics}, **_circumstances(store, run))
+
+
+def _digest(
+    store: Store, run: Mapping[str, Any], published: Mapping[int, Published], numbers: Mapping[str, Any]
+) -> str:
+    """Of a report's numbers and of what they follow from: the commits are named by the records, the rows by digests."""
+    records = [asdict(record) for _, record in sorted(published.items())]
+    of = json.dumps([run, records, allowed_drift(store), numbers], sort_keys=True)
+    return hashlib.sha256(of.encode()).hexdigest()
+
+
+def _circumstances(store: Store, run: Mapping[str, Any]) -> dict[str, Any]:
+    """What a report says beside its numbers."""
+    return {
+        "name": run["name"],
+        "settings": run["manifest"],
+        "generator": run.get("generator"),
+        "weights": run["weights"],
+        "versions": run["versions"],
+        "notices": [*run["notices"], *_drift(store)],
+        "paths": {
+            "shards": store.locate("shards"),
+            "rows": store.locate("metrics"),
+            "report": store.locate("report.html"),
+        },
+    }
+
+
+def _count(
+    store: Store, run: Mapping[str, Any], commits: Mapping[int, Commit] | None, published: Mapping[int, Published]
+) -> tuple[Report, Tally]:
+    tally = Tally(seed=run["manifest"]["seed"], metrics=run["manifest"]["metrics"])
+    units = read_units(store)
+    planned_in = {shard: sum(map(len, members)) for shard, members in groupby(units, lambda unit: unit.shard)}
+    missing = [shard for shard in planned_in if shard not in published]
+    if missing:
+        shard = missing[0]
+        raise RunError(f"{store.url}: shard {shard:06d} is not published yet; run the manifest again to finish it")
+    start = 0
+    records = [published[shard] for shard in planned_in]
+    with _planned(store) as keys, _fetched(store, records) as files:
+        for record, data in zip(records, files, strict=True):
+            planned = list(islice(keys, planned_in[record.shard]))
+            tally.add(record, _rows(store, record, data, planned, start))
+            start += len(planned)
+    failed = tally.failures.total()
+    if tally.succeeded + failed != run["planned"]["samples"]:
+        raise RunError(
+            f"{store.url}: {run['planned']['samples']} images are planned, but {tally.succeeded} + {failed} have a "
+            "row; run the manifest again to finish it"
+        )
+    commits = Ledger(store).commits() if commits is None else commits
+    started, finished, wall = _span(commits.values())
+    return Report(
+        planned=start,
+        succeeded=tally.succeeded,
+        failed=failed,
+        failures=[Failure(code, n, *tally.examples[code]) for code, n in tally.failures.most_common()],
+        units=len(units),
+        shards=len(tally.published),
+        workers=len({commit.worker for commit in commits.values()}),
+        seconds=tally.seconds,
+        wall_seconds=wall,
+        images_per_second=start / max(wall, 1e-3),
+        metrics={name: Distribution.of(values) for name, values in tally.values.items() if values},
+        started=started,
+        finished=finished,
+        **_circumstances(store, run),
+    ), tally
+
+
+@contextmanager
+def _planned(store: Store) -> Iterator[Iterator[str]]:
+    """All planned keys in order. The index is fetched once, as it was planned: no key has ever moved."""
+    with (
+        storage_errors("make a folder in", tempfile.gettempdir()),
+        tempfile.TemporaryDirectory(prefix="smsbatch-report-") as folder,
+    ):
+        index = Path(folder, "samples.parquet")
+        store.fetch(SAMPLES, index)
+        yield _keys(index)
+
+
+def _keys(index: Path) -> Iterator[str]:
+    start = 0
+    while entries := read_index(index, start, start + ROWS_PER_GROUP):
+        yield from (entry.key for entry in entries)
+        start += len(entries)
+
+
+@contextmanager
+def _fetched(store: Store, records: Sequence[Published]) -> Iterator[Iterator[bytes]]:
+    """The Parquet files of shards, in order, one request each, a few ahead."""
+    threads = ThreadPoolExecutor(_AHEAD, thread_name_prefix="smsbatch-report")
+    try:
+        waiting = (threads.submit(store.read, record.parquet) for record in records)
+        yield (future.result() for future in started_ahead(waiting, _AHEAD))
+    finally:
+        threads.shutdown(cancel_futures=True)
+
+
+def _drift(store: Store) -> list[str]:
+    """What the user allowed to differ from the plan, a notice each."""
+    return [
+        f"went on, as allowed, though changed since it was planned: {change['text']}"
+        for note in allowed_drift(store)
+        for change in note["changed"].values()
+    ]
+
+
+def _rows(store: Store, published: Published, data: bytes, planned: Sequence[str], start: int) -> list[dict[str, Any]]:
+    """The rows of a shard, proven to be those of the plan, each with its `position` in the index."""
+    try:
+        rows = read_rows(BytesIO(data))
+    except (OSError, ValueError) as error:  # Arrow's, of what is no Parquet
+        raise RunError(
+            f"{store.locate(published.parquet)} cannot be read; run `smsbatch repair --full {store.url}`"
+        ) from error
+    if list(planned) != [row["key"] for row in rows]:
+        raise RunError(
+            f"{store.locate(published.parquet)} has not the rows of its {len(planned)} planned images; "
+            f"run `smsbatch repair --full {store.url}`"
+        )
+    return [row | {"position": position} for position, row in enumerate(rows, start)]
+
+
+def _span(commits: Iterable[Commit]) -> tuple[str, str, float]:
+    """When the first unit was begun, when the last was finished, and for how long of that some worker was at work."""
+    ends = ((datetime.fromisoformat(commit.finished).timestamp(), commit.seconds) for commit in commits)
+    intervals = sorted((end - seconds, end) for end, seconds in ends)
+    at_work, reached = 0.0, -math.inf
+    for start, end in intervals:
+        at_work += max(0.0, end - max(start, reached))
+        reached = max(reached, end)
+    return _iso(intervals[0][0]), _iso(reached), at_work
+
+
+def _iso(timestamp: float) -> str:
+    return datetime.fromtimestamp(timestamp, UTC).isoformat(timespec="seconds")
+
+
+def _shard(record: Published) -> dict[str, Any]:
+    """A line of index.json."""
+    paths = {"tar": record.tar, "parquet": record.parquet}
+    files = {kind: {"path": path} | asdict(record.files[kind]) for kind, path in paths.items()}
+    return files | {"samples": record.samples, "succeeded": record.succeeded, "failed": record.failed}

@@ -1,0 +1,198 @@
+"""Whether what is asked now is what was planned, and what the user has allowed to differ since.
+
+A change that the user allows is noted beside the ledger, under `_smsbatch/drift/`, and is no longer asked about: a run
+that goes on in spite of it may be resumed as often as one likes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import uuid
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from itertools import count, islice
+from reprlib import repr
+from typing import Any
+
+from smsbatch.data.index import Part, read_index, read_objects
+from smsbatch.data.reader import list_files
+from smsbatch.data.sources import parts
+from smsbatch.errors import DriftError, RequestError, StorageError
+from smsbatch.manifest import HOUSEKEEPING, Manifest, Storage
+from smsbatch.runs.layout import CHECKPOINTS, COMMITS
+from smsbatch.runs.run_file import manifest_of, trains
+from smsbatch.storage.store import Store
+
+DRIFT = "_smsbatch/drift"
+INPUTS = "inputs"
+# Where and how, which changes no result.
+_ELSEWHERE = ("compute.", "errors.", "storage.", "output.path", *(f"distill.{key}" for key in HOUSEKEEPING))
+_NEVER = {"metrics": "rows of one run have the same columns"}
+_NEVER_IN_TRAINING = dict.fromkeys(
+    [
+        *(f"distill.{key}" for key in ("width", "blocks", "restore", "warmup_steps", "steps", "images_per_step")),
+        *("seed", "objective.name", "objective.fake.rank", "objective.fake.layers"),
+    ],
+    "a checkpoint is of one training",
+)
+_NAMED = 3
+_ROWS = 65536  # of the index in memory at once
+
+
+@dataclass(frozen=True)
+class Change:
+    """A key of the manifest, `weights.<file>` or `inputs`, as it was planned and as it is."""
+
+    key: str
+    then: Any
+    now: Any
+    text: str
+
+    @classmethod
+    def of(cls, key: str, then: Any, now: Any) -> Change:
+        return cls(key, then, now, f"{key} ({repr(then)} then, {repr(now)} now)")
+
+
+def check_request(
+    store: Store,
+    run: Mapping[str, Any],
+    manifest: Manifest,
+    weights: Mapping[str, str],
+    allow: Collection[str] = (),
+    note: bool = True,
+) -> None:
+    """The run that stands was planned for the same results: the same manifest and the same weights.
+
+    Args:
+        allow: keys that may have changed.
+        note: write down with the run what was allowed.
+
+    Raises:
+        DriftError: naming what changed.
+    """
+    task = run["manifest"].get("task", "optimize")
+    if task != manifest.task:
+        raise DriftError(f"{store.url}: here is a run of task {task}, not {manifest.task}; choose another output.path")
+    changes = []
+    if run["manifest_sha256"] != manifest.identity:
+        then, now = _flat(manifest_of(run).dump()), _flat(manifest.dump())
+        changes += [
+            Change.of(key, then.get(key), now.get(key))
+            for key in sorted(then.keys() | now.keys())
+            if then.get(key) != now.get(key) and (key == "compute.precision" or not key.startswith(_ELSEWHERE))
+        ]
+    changes += [
+        Change(f"weights.{name}", run["weights"].get(name), weights.get(name), f"weights: the file {name}")
+        for name in sorted(run["weights"].keys() | weights.keys())
+        if run["weights"].get(name) != weights.get(name)
+    ]
+    _settle(store, changes, allow, note, _NEVER_IN_TRAINING if trains(run) else _NEVER)
+
+
+def inputs_changed(store: Store, manifest: Manifest, allow: Collection[str] = (), note: bool = True) -> bool:
+    """Whether the source's objects are not those that were planned: names, sizes, and etags where the store has them.
+
+    Raises:
+        DriftError: they are not, and `allow` has no `inputs`; naming the first few.
+    """
+    planned, present = read_objects(store), parts(manifest.source, manifest.storage)
+    then, now = ({part.url: part for part in listed} for listed in (planned, present))
+    told = [f"{url} is gone" for url in then.keys() - now.keys()]
+    told += [f"{url} is new" for url in now.keys() - then.keys()]
+    for part in (now[url] for url in then.keys() & now.keys() if then[url] != now[url]):
+        files = (
+            list(islice(_changed_files(store, part, manifest.storage), _NAMED + 1)) if part.format == "folder" else []
+        )
+        told += files or [f"{part.url} was changed"]
+    if told:
+        some = "; ".join(sorted(told)[:_NAMED]) + ("; and more" if len(told) > _NAMED else "")
+        _settle(store, [Change(INPUTS, _digest(planned), _digest(present), f"{INPUTS}: {some}")], allow, note)
+    return bool(told)
+
+
+def _changed_files(store: Store, folder: Part, storage: Storage) -> Iterator[str]:
+    """What became of a folder's planned files; files that are new are not looked for."""
+    present = {file.url: (file.size, file.etag) for file in list_files(folder.url, storage)}
+    for start in count(0, _ROWS):
+        entries = read_index(store, start, start + _ROWS)
+        if not entries:
+            return
+        for url, _, length, etag in (span for entry in entries for span in entry.fields.values()):
+            if url not in present:
+                yield f"{url} is gone"
+            elif present[url] != (length, etag):
+                yield f"{url} was changed"
+
+
+def allowed_drift(store: Store) -> list[dict[str, Any]]:
+    """What has changed since the plan and was allowed, in the order of the notes: `time`, `changed` by key."""
+    notes = []
+    for path, data in store.read_all(store.list(DRIFT)).items():
+        try:
+            notes.append(json.loads(data))
+        except ValueError as error:
+            raise StorageError(f"{store.locate(path)} is cut or empty; delete it and allow the change again") from error
+    return sorted(notes, key=lambda note: str(note["time"]))
+
+
+def _settle(
+    store: Store,
+    changes: Iterable[Change],
+    allow: Collection[str],
+    note: bool = True,
+    never: Mapping[str, str] = _NEVER,
+) -> None:
+    known = {key: change["now"] for note in allowed_drift(store) for key, change in note["changed"].items()}
+    fresh = [change for change in changes if change.key not in known or known[change.key] != change.now]
+    refused = [change for change in fresh if change.key in never or not _covered(change.key, allow)]
+    if refused:
+        keys = list(dict.fromkeys(change.key for change in refused))
+        if len(keys) > _NAMED:
+            keys = list(dict.fromkeys(key.partition(".")[0] for key in keys))
+        flags = " ".join(f"--allow-drift {key}" for key in keys)
+        begun = f"undo the change, choose another output.path, or allow it by {flags}"
+        for change in refused:
+            if change.key in never:
+                begun = f"undo the change, or choose another output.path ({never[change.key]})"
+        advice = (
+            begun
+            if store.list(COMMITS) or store.list(CHECKPOINTS)
+            else "nothing is committed there: delete the folder to begin anew"
+        )
+        told = "; ".join(change.text for change in refused)
+        raise DriftError(f"{store.url}: this run was planned differently; changed: {told}; {advice}")
+    if fresh and note:
+        now = datetime.now(UTC).isoformat(timespec="milliseconds")
+        allowed = {"time": now, "changed": {change.key: asdict(change) for change in fresh}}
+        store.create(f"{DRIFT}/{uuid.uuid4().hex}.json", json.dumps(allowed, indent=1).encode())
+
+
+def check_allowed(manifest: Manifest, allow: Collection[str]) -> None:
+    """Every key that may have changed is one that can.
+
+    Raises:
+        RequestError: naming the one that is none.
+    """
+    known = [*_flat(manifest.dump()), "weights", INPUTS]
+    for key in allow:
+        if not any(_covered(name, [key]) for name in known) and not key.startswith("weights."):
+            raise RequestError(
+                f"--allow-drift {key}: no such key; it takes a key or section of the manifest, weights or {INPUTS}"
+            )
+
+
+def _covered(key: str, allow: Collection[str]) -> bool:
+    return any(key == allowed or key.startswith(f"{allowed}.") for allowed in allow)
+
+
+def _digest(listed: Sequence[Part]) -> str:
+    return hashlib.sha256(json.dumps(sorted(listed)).encode()).hexdigest()
+
+
+def _flat(section: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in section.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {prefix + name: value}
+    return flat

@@ -1,0 +1,397 @@
+"""What is done, and the proof of it: attempts, commits, publication.
+
+    1. attempt   a unit's tar and Parquet are built whole on local disk, synced, read again and counted, then put under
+                 `_smsbatch/attempts/<unit>/<attempt>.{tar,parquet}`, names that no other attempt ever has
+    2. decide    `_smsbatch/commits/<unit>.json` is created, which succeeds for one attempt only, the winner; it has the
+                 digests of both files, so a tar and a Parquet of different attempts are never taken for a pair. Whoever
+                 computes failed samples again decides `<unit>.g1.json`, then `.g2.json`: the newest generation counts
+    3. publish   when all units of a shard are committed anyone may assemble `shards/` and `metrics/` from the newest
+                 commits; the bytes follow from the commits, so doing it twice or at once is harmless. Final names are
+                 created and never written over: an older publication is kept in `_smsbatch/generations/<n>/`, then its
+                 record is deleted, then its files, before the new ones and last their record take the names
+
+Resume is: list the commits. Nothing else counts, whatever else lies about. A process may die between any two steps,
+several may work on the same unit, and one that was thought dead may wake and finish.
+
+A record in `_smsbatch/published/` whose attempts are those of the newest commits therefore has its own files beside it,
+or none. A publisher that wakes after a newer one finds its names taken; what it can still do, if it dies at once, is to
+delete one file or record of the newer: then the shard is not published, and the next run publishes it again. Bytes that
+were changed behind the ledger's back, in files of the same length, are found by reading them alone: `verify --full`.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+
+from smsbatch.data import shards
+from smsbatch.data.sample import Outcome, Unit
+from smsbatch.errors import StorageError
+from smsbatch.runs.layout import COMMITS, GENERATIONS, PUBLISHED
+from smsbatch.runs.records import (
+    ILLEGIBLE,
+    KINDS,
+    Commit,
+    FileProof,
+    Published,
+    attempt_file,
+    commit_file,
+    new_attempt,
+    parse_commit_file,
+    published_file,
+)
+from smsbatch.storage.store import Store, storage_errors
+
+__all__ = ["Ledger"]
+
+
+class Ledger:
+    """The ledger of the run in `store`; `metrics` names the columns that every row has beside the fixed ones.
+
+    Files are built in `scratch`, a local folder (default: the system's temporary one), and removed from it in any case.
+    Where the store has no conditional put one process, the driver, decides and publishes; the others only attempt.
+    """
+
+    def __init__(self, store: Store, scratch: Path | None = None, metrics: Sequence[str] = ()) -> None:
+        self.store = store
+        self.scratch = scratch
+        self.metrics = tuple(metrics)
+
+    # --- attempt, decide ---
+
+    def attempt(
+        self,
+        unit: Unit,
+        outcomes: Sequence[Outcome],
+        *,
+        worker: str,
+        seconds: float,
+        generation: int = 0,
+        attempt: str | None = None,
+    ) -> Commit:
+        """Store a finished unit, an outcome per planned sample in plan order; what it returns is not decided yet."""
+        if len(outcomes) != len(unit):
+            raise ValueError(f"unit {unit.name} has {len(unit)} samples, not {len(outcomes)}")
+        attempt = attempt or new_attempt()
+        with self._workshop() as folder:
+            built = {kind: folder / f"unit.{kind}" for kind in KINDS}
+            shards.write_tar(built["tar"], outcomes)
+            rows = [outcome.row(unit, attempt, worker, self.metrics, generation) for outcome in outcomes]
+            shards.write_rows(built["parquet"], rows, self.metrics, shards.digest(built["tar"]))
+            _recount(built, len(unit))
+            for kind, path in built.items():
+                name = attempt_file(unit.id, attempt, kind)
+                if not self.store.create(name, path):
+                    raise StorageError(f"{self.store.locate(name)} exists; an attempt's name must be new")
+            files = {kind: FileProof.of(path) for kind, path in built.items()}
+        errors = Counter(outcome.error_code for outcome in outcomes if outcome.error_code is not None)
+        return Commit(
+            unit=unit.id,
+            generation=generation,
+            attempt=attempt,
+            worker=worker,
+            samples=len(outcomes),
+            succeeded=len(outcomes) - errors.total(),
+            failed=errors.total(),
+            errors=dict(sorted(errors.items())),
+            seconds=seconds,
+            finished=datetime.now(UTC).isoformat(timespec="seconds"),
+            files=files,
+        )
+
+    def decide(self, commit: Commit) -> Commit:
+        """Make an attempt the unit's commit, if it is the first of its generation; returns the commit that stands.
+
+        Raises:
+            StorageError: the attempt's files are gone, or the generation that it should follow is.
+        """
+        while True:
+            standing = self.committed(commit.unit)
+            generation = -1 if standing is None else standing.generation
+            if standing is not None and generation >= commit.generation:
+                return standing
+            if generation < commit.generation - 1:
+                before = self.store.locate(commit_file(commit.unit, commit.generation - 1))
+                raise StorageError(f"{before} is gone; run again to compute the unit anew")
+            for kind in KINDS:  # who slept for days may find them collected as rubbish
+                name = attempt_file(commit.unit, commit.attempt, kind)
+                if self.store.size(name) != commit.files[kind].bytes:
+                    raise StorageError(f"{self.store.locate(name)} is gone or cut; run again to compute the unit anew")
+            if self.store.create(commit_file(commit.unit, commit.generation), commit.to_json()):
+                return commit
+
+    def commit(
+        self,
+        unit: Unit,
+        outcomes: Sequence[Outcome],
+        *,
+        worker: str,
+        seconds: float,
+        generation: int = 0,
+        attempt: str | None = None,
+    ) -> Commit:
+        """Attempt and decide, unless the unit has a commit of that generation already; returns the one that stands."""
+        standing = self.committed(unit.id)
+        if standing is not None and standing.generation >= generation:
+            return standing
+        return self.decide(
+            self.attempt(unit, outcomes, worker=worker, seconds=seconds, generation=generation, attempt=attempt)
+        )
+
+    # --- what is committed ---
+
+    def committed(self, unit: int) -> Commit | None:
+        """The newest commit of a unit, None while it has none."""
+        return self._newest([unit]).get(unit)
+
+    def done(self) -> set[int]:
+        """The ids of all units that have a commit, from their names alone, by one listing.
+
+        A disk that lost power may leave a commit that is empty or cut. It is counted here, and whoever reads it,
+        `commits` or `publish`, raises the StorageError that names it: no such unit is ever published.
+        """
+        return set(self.generations())
+
+    def commits(self, generations: Mapping[int, int] | None = None) -> dict[int, Commit]:
+        """The newest commits of all units that are done, or those of `generations`, by unit id, in order.
+
+        StorageError if one is damaged.
+        """
+        wanted = self.generations() if generations is None else generations
+        names = {commit_file(unit, generation): unit for unit, generation in sorted(wanted.items())}
+        found = self.store.read_all(list(names))
+        return {unit: self._parse(name, found[name]) for name, unit in names.items() if name in found}
+
+    def outcomes(self, commit: Commit) -> list[Outcome]:
+        """What was committed, read from the attempt's files, proven by their digests.
+
+        Written again they give the same tar and the same rows but for generation, attempt and worker.
+        StorageError if the files are not what was committed, or were collected as rubbish.
+        """
+        lost = f"samples of unit {commit.unit:06d} cannot be tried again alone, only in a run at another output.path"
+        with self._workshop() as folder:
+            return shards.read_outcomes(*(self._fetch(commit, kind, folder, lost) for kind in KINDS))
+
+    # --- publish ---
+
+    def publish(self, shard: int, units: Sequence[Unit], *, again: bool = False) -> Published | None:
+        """Assemble a shard from the newest commits of its units; None while one has none, no work if it is done.
+
+        Done is what `published` says and the newest commits agree with. `again` looks at the published bytes too, and
+        replaces what is not as it must be.
+        """
+        units = sorted(units, key=lambda unit: unit.start)
+        while True:
+            commits = self._current(units)
+            if commits is None:
+                return None
+            done = self.published(shard)
+            if done is not None and done.made_of(commits) and not again:
+                return done
+            with self._workshop() as folder:
+                record, built = self._assemble(shard, commits, folder)
+
+                def overtaken(built_from: Sequence[Commit] = commits) -> bool:
+                    return self._current(units) != built_from
+
+                if self._replace(done, record, built, folder, overtaken):
+                    return record
+            again = False
+
+    def _assemble(self, shard: int, commits: Sequence[Commit], folder: Path) -> tuple[Published, dict[str, Path]]:
+        built = {kind: folder / f"shard.{kind}" for kind in KINDS}
+        shards.concat_tars([self._fetch(commit, "tar", folder) for commit in commits], built["tar"])
+        tables = [self._fetch(commit, "parquet", folder) for commit in commits]
+        shards.concat_rows(tables, built["parquet"], shards.digest(built["tar"]))
+        samples = sum(commit.samples for commit in commits)
+        _recount(built, samples)
+        errors = sum((Counter(commit.errors) for commit in commits), Counter[str]())
+        record = Published(
+            shard=shard,
+            generation=max(commit.generation for commit in commits),
+            attempts=[commit.attempt for commit in commits],
+            samples=samples,
+            succeeded=sum(commit.succeeded for commit in commits),
+            failed=sum(commit.failed for commit in commits),
+            errors=dict(sorted(errors.items())),
+            seconds=sum(commit.seconds for commit in commits),
+            files={kind: FileProof.of(path) for kind, path in built.items()},
+        )
+        return record, built
+
+    def _replace(
+        self,
+        old: Published | None,
+        new: Published,
+        built: Mapping[str, Path],
+        folder: Path,
+        overtaken: Callable[[], bool],
+    ) -> bool:
+        """Give the final names to what was built; False if newer commits came in between, then it must be built anew.
+
+        A create never writes over anything, and who deletes looks for newer commits before and after: a zombie has no
+        way to put an older file beside a newer record. What it deleted it mends after the look at the end.
+        """
+        record = published_file(new.shard)
+        if old is not None and old.generation != new.generation and not self._keep(old, folder, overtaken):
+            return False
+        standing = self.store.read_all([record])
+        if standing and standing[record] != new.to_json():
+            if overtaken():
+                return False
+            self.store.delete(record)  # first: it would claim files that are going
+        return (
+            all(self._settle(name, built[kind], folder, overtaken) for kind, name in new.paths.items())
+            and self._settle(record, new.to_json(), folder, overtaken)
+            and not overtaken()
+        )
+
+    def _settle(self, name: str, source: bytes | Path, folder: Path, overtaken: Callable[[], bool]) -> bool:
+        """Have just these bytes under a final name, whatever was there; False if newer commits came in between."""
+        while not (self.store.create(name, source) or self._holds(name, FileProof.of(source), folder / "there")):
+            if overtaken():
+                return False
+            self.store.delete(name)
+            if overtaken():
+                return False
+        return True
+
+    def _keep(self, old: Published, folder: Path, overtaken: Callable[[], bool]) -> bool:
+        """Copy a publication aside, its record last; what is not what it was is not worth keeping.
+
+        It goes by way of this machine, because a copy on the server proves nothing about its bytes and would write over
+        the good copy of a faster publisher.
+        """
+        aside = f"{GENERATIONS}/{old.generation}"
+        record = f"{aside}/published/{old.shard:06d}.json"
+        kept = {name: folder / f"old.{kind}" for kind, name in old.paths.items()}
+        if self.store.exists(record):
+            return True
+        if not all(self._holds(name, old.files[kind], kept[name]) for kind, name in old.paths.items()):
+            return True
+        return all(self._settle(f"{aside}/{name}", path, folder, overtaken) for name, path in kept.items()) and (
+            self._settle(record, old.to_json(), folder, overtaken)
+        )
+
+    def published(self, shard: int) -> Published | None:
+        """The record of a shard, if it is published and both its files are there, as long as they were."""
+        name = published_file(shard)
+        found = self.store.read_all([name])
+        record = _legible(found[name]) if name in found else None
+        if record is None:
+            return None
+        sizes = {path: self.store.size(path) for path in record.paths.values()}
+        return record if record.is_there(sizes) else None
+
+    def publications(self) -> dict[int, Published]:
+        """All published shards, by number, in order: as `published`, from three listings and parallel reads.
+
+        A record that is empty, cut or of another version is as good as none: publishing again writes it anew.
+        """
+        found = self.store.read_all(self.store.list(PUBLISHED))
+        sizes = self.store.sizes("shards") | self.store.sizes("metrics")
+        records = [record for _, data in sorted(found.items()) if (record := _legible(data)) is not None]
+        return {record.shard: record for record in records if record.is_there(sizes)}
+
+    @contextmanager
+    def _workshop(self) -> Iterator[Path]:
+        with storage_errors("build a shard's files in", self.scratch or tempfile.gettempdir()):
+            if self.scratch is not None:
+                self.scratch.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(prefix="smsbatch-", dir=self.scratch) as folder:
+                yield Path(folder)
+
+    def generations(self) -> dict[int, int]:
+        """The newest generation of each unit that has a commit, in one listing."""
+        newest: dict[int, int] = {}
+        for path in self.store.list(COMMITS):
+            named = parse_commit_file(path)
+            if named is not None:
+                unit, generation = named
+                newest[unit] = max(generation, newest.get(unit, 0))
+        return newest
+
+    def _newest(self, units: Iterable[int]) -> dict[int, Commit]:
+        """The newest commits of some units without a listing, which would name all: the next is looked for by name."""
+        found: dict[int, Commit] = {}
+        asked, generation = list(units), 0
+        while asked:
+            names = {commit_file(unit, nth): unit for nth in (generation, generation + 1) for unit in asked}
+            read = self.store.read_all(list(names))
+            found |= {unit: self._parse(name, read[name]) for name, unit in names.items() if name in read}
+            asked = [unit for unit in asked if commit_file(unit, generation + 1) in read]
+            generation += 2
+        return found
+
+    def _current(self, units: Sequence[Unit]) -> list[Commit] | None:
+        """The newest commits of all these units, None while one has none: nearly always one of the last."""
+        ids = [unit.id for unit in units]
+        if not self.store.exists(commit_file(ids[-1], 0)):
+            return None
+        newest: dict[int, Commit] = {}
+        while len(newest) < len(ids):  # backwards, by 1, 2, 4, 8 ...
+            asked = ids[max(0, len(ids) - 2 * len(newest) - 1) : len(ids) - len(newest)]
+            found = self._newest(asked)
+            if len(found) < len(asked):
+                return None
+            newest |= found
+        return [newest[unit] for unit in ids]
+
+    def _fetch(self, commit: Commit, kind: str, folder: Path, if_gone: str = "") -> Path:
+        """A winner's file, proven to be the one that was committed; `if_gone` is what to say where it is not there."""
+        name = attempt_file(commit.unit, commit.attempt, kind)
+        target = folder / f"{commit.unit:06d}.{kind}"
+        if self._holds(name, commit.files[kind], target):
+            return target
+        place = self.store.locate(name)
+        if self.store.exists(name):
+            raise StorageError(f"{place} is not what was committed; {self._repair}")
+        raise StorageError(f"{place} is gone, deleted or collected by `gc --attempts`; {if_gone or self._repair}")
+
+    def _holds(self, name: str, proof: FileProof, target: Path) -> bool:
+        """Whether just these bytes are stored there; `target` then has them."""
+        if self.store.size(name) != proof.bytes:
+            return False
+        try:
+            self.store.fetch(name, target)
+        except StorageError:
+            if self.store.exists(name):
+                raise
+            return False  # deleted just now, by somebody who replaces it
+        return FileProof.of(target) == proof
+
+    def _parse(self, name: str, data: bytes) -> Commit:
+        try:
+            return Commit.from_json(data)
+        except ILLEGIBLE as error:
+            wrong = f"is empty, cut or of another version ({error})"
+            raise StorageError(f"{self.store.locate(name)} {wrong}; {self._repair}") from error
+
+    @property
+    def _repair(self) -> str:
+        return f"run `smsbatch repair {self.store.url}`"
+
+
+def _legible(data: bytes) -> Published | None:
+    try:
+        return Published.from_json(data)
+    except ILLEGIBLE:
+        return None  # all it says follows from the commits
+
+
+def _recount(built: Mapping[str, Path], samples: int) -> None:
+    """Read both files again: a row for every sample, and in the tar, in the same order, just those that succeeded."""
+    rows = shards.read_rows(built["parquet"])
+    keys = [row["key"] for row in rows]
+    if len(keys) != samples or len(set(keys)) != samples:
+        raise ValueError(f"{samples} samples are planned, there are rows of {len(set(keys))}, {len(keys)} in all")
+    try:
+        in_tar = shards.check_tar(built["tar"])
+    except StorageError as error:
+        raise StorageError(f"{error}; check the disk and run again") from error
+    if in_tar != [row["key"] for row in rows if row["status"] == "success"]:
+        raise StorageError(f"{built['tar']} and its Parquet do not hold the same samples; check the disk and run again")

@@ -1,0 +1,166 @@
+"""What a plan says: how much will be done, and at what cost."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from smsbatch.data.sample import Unit
+from smsbatch.manifest import Dataset, Distill, Optimize
+
+__all__ = ["Estimate", "Plan", "TrainingPlan"]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What will be done. `str(plan)` is the line a user reads.
+
+    Attributes:
+        bytes_in: of all fields of all samples, as far as known: nobody has asked for the sizes of a table's pictures.
+        samples_done: of the run that stands there already.
+        estimate: what a probe measured, if one was asked for.
+        price_per_gpu_hour: in whatever currency the user thinks.
+    """
+
+    manifest: Dataset
+    samples: int
+    units: tuple[Unit, ...]
+    notices: tuple[str, ...] = ()
+    bytes_in: int = 0
+    samples_done: int = 0
+    estimate: Estimate | None = None
+    price_per_gpu_hour: float | None = None
+
+    @property
+    def shards(self) -> int:
+        return self.units[-1].shard + 1
+
+    @property
+    def steps(self) -> int | None:
+        """Iterations per image; None where a generator does it in one pass."""
+        return self.manifest.objective.steps if isinstance(self.manifest, Optimize) else None
+
+    @property
+    def done(self) -> bool:
+        """Whether nothing is left of the run that stands there."""
+        return self.samples_done == self.samples
+
+    @property
+    def seconds_per_image(self) -> float | None:
+        """Of one worker."""
+        return self.estimate.seconds_per_image if self.estimate else None
+
+    @property
+    def bytes_out(self) -> int | None:
+        """Of all results' pictures."""
+        return round(self.estimate.bytes_per_image * self.samples) if self.estimate else None
+
+    @property
+    def gpu_hours(self) -> float | None:
+        """Of what is not done yet; a worker without a GPU counts as one."""
+        share = self.manifest.compute.gpus_per_worker
+        gpus = 1.0 if share == "auto" else share or 1.0
+        left = self.samples - self.samples_done
+        return gpus * left * self.estimate.seconds_per_image / 3600 if self.estimate else None
+
+    @property
+    def cost(self) -> float | None:
+        hours, price = self.gpu_hours, self.price_per_gpu_hour
+        return None if hours is None or price is None else hours * price
+
+    def __str__(self) -> str:
+        counts = ((self.shards, "shard"), (len(self.units), "unit"), (self.samples, "image"))
+        return ", ".join(f"{count:,} {word}{'' if count == 1 else 's'}" for count, word in counts)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "name": self.manifest.name,
+            "output": self.manifest.output.path,
+            "shards": self.shards,
+            "units": len(self.units),
+            "samples": self.samples,
+            "samples_done": self.samples_done,
+            "steps": self.steps,
+            "bytes_in": self.bytes_in,
+            "bytes_out": self.bytes_out,
+            "seconds_per_image": self.seconds_per_image,
+            "device": self.estimate.device if self.estimate else None,
+            "gpu_hours": self.gpu_hours,
+            "cost": self.cost,
+            "notices": list(self.notices),
+        }
+
+
+@dataclass(frozen=True)
+class TrainingPlan:
+    """What a `distill` run will do. `str(plan)` is the line a user reads.
+
+    Attributes:
+        bytes_in: of all fields of all samples, as far as known.
+        steps_done: of the run that stands there already, by its last checkpoint.
+    """
+
+    manifest: Distill
+    samples: int
+    notices: tuple[str, ...] = ()
+    bytes_in: int = 0
+    steps_done: int = 0
+
+    @property
+    def done(self) -> bool:
+        """Whether nothing is left of the run that stands there."""
+        return self.steps_done == self.manifest.distill.all_steps
+
+    @property
+    def epochs(self) -> float:
+        """How often every picture is seen."""
+        training = self.manifest.distill
+        return training.all_steps * training.images_per_step / self.samples
+
+    @property
+    def parameters(self) -> int:
+        """Of the generator: a convolution of k x k from m to n channels has k k m n + n."""
+        training = self.manifest.distill
+        width, blocks = training.width, training.blocks
+        ends = 2 * 49 * 3 * width + width + 3
+        between = 2 * 9 * (width * 2 * width + 2 * width * 4 * width) + (2 + 4 + 2 + 1) * width
+        return ends + between + blocks * 2 * (9 * (4 * width) ** 2 + 4 * width)
+
+    @property
+    def workers(self) -> int | str:
+        """`auto`: as many as the cluster has GPUs, which is not known before."""
+        compute = self.manifest.compute
+        return 1 if compute.pool == "local" else compute.workers
+
+    def __str__(self) -> str:
+        training = self.manifest.distill
+        pictures = f"{training.images_per_step:,} of {self.samples:,} images each"
+        return f"{training.warmup_steps:,} steps of warm-up and {training.steps:,} of distillation, {pictures}"
+
+    def to_dict(self) -> dict[str, Any]:
+        training = self.manifest.distill
+        return {
+            "name": self.manifest.name,
+            "output": self.manifest.output.path,
+            "samples": self.samples,
+            "steps": training.all_steps,
+            "warmup_steps": training.warmup_steps,
+            "steps_done": self.steps_done,
+            "images_per_step": training.images_per_step,
+            "repeats": training.repeats,
+            "epochs": self.epochs,
+            "parameters": self.parameters,
+            "workers": self.workers,
+            "bytes_in": self.bytes_in,
+            "notices": list(self.notices),
+        }
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What samples cost, measured on a few: seconds of one worker, bytes of the results' pictures."""
+
+    images: int
+    seconds_per_image: float
+    bytes_per_image: float
+    device: str

@@ -1,0 +1,204 @@
+"""How far a run is, counted."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass, replace
+from time import monotonic
+from typing import Any
+
+from smsbatch.data.sample import Unit
+from smsbatch.manifest import Errors
+from smsbatch.runs.heartbeat import Driver
+from smsbatch.runs.records import Commit
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a worker is: `done` of `samples` in its unit, `step` of `steps` of the `batch` it computes now.
+
+    `seen` is when that was so, in seconds since 1970 by the worker's clock: a step that hangs grows old. `waited` is
+    the part of the time from its first batch to its last in which its device had nothing to do.
+    """
+
+    worker: str
+    unit: str | None
+    done: int = 0
+    samples: int = 0
+    batch: int = 0
+    step: int = 0
+    steps: int = 0
+    generation: int = 0
+    seen: float | None = None
+    waited: float | None = None
+
+    @property
+    def worth(self) -> float:
+        """Images' worth of work in a unit that is not finished: whole ones, and the steps of the batch in hand."""
+        return self.done + (self.batch * self.step / self.steps if self.steps else 0.0)
+
+
+@dataclass(frozen=True)
+class Status:
+    """How far a run is.
+
+    Attributes:
+        samples_under_way: images' worth of work done in units that are not committed.
+        samples_retried: failed samples that are being tried again, and counted among the failed ones meanwhile.
+        errors: failed samples by error code.
+        workers: what each worker does now; of `status`, what it did at the last heartbeat.
+        drivers: those whose heartbeats are there; one that was killed stays until the next driver cleans up.
+        rate: images per second since the drivers at work began, None before their first unit.
+        heartbeat_age_s: seconds since the last sign of life of any driver; None without one, and when it asks itself.
+        note: why nothing goes on, and what to do; '' while something does, and when all is well.
+    """
+
+    name: str
+    units: int
+    units_done: int
+    samples: int
+    samples_done: int
+    samples_under_way: float
+    errors: Mapping[str, int]
+    finished: bool
+    workers: tuple[Progress, ...] = ()
+    drivers: tuple[Driver, ...] = ()
+    rate: float | None = None
+    heartbeat_age_s: float | None = None
+    samples_retried: int = 0
+    note: str = ""
+
+    @property
+    def failed(self) -> int:
+        return sum(self.errors.values())
+
+    @property
+    def remaining_s(self) -> float | None:
+        """Seconds left at the present rate."""
+        left = max(0.0, self.samples - self.samples_done + self.samples_retried - self.samples_under_way)
+        return left / self.rate if self.rate else None
+
+    def beat(self) -> dict[str, Any]:
+        """What a heartbeat tells of it."""
+        return {
+            "rate": self.rate,
+            "samples_under_way": self.samples_under_way,
+            "samples_retried": self.samples_retried,
+            "workers": [asdict(worker) for worker in self.workers],
+        }
+
+    def to_dict(self) -> dict[str, Any]:
+        ages = {"workers": [asdict(worker) | {"seen_age_s": age_s(worker)} for worker in self.workers]}
+        return asdict(self) | ages | {"failed": self.failed, "remaining_s": self.remaining_s}
+
+
+def age_s(worker: Progress) -> float | None:
+    """Seconds since a worker was last heard of; None if it never was."""
+    return None if worker.seen is None else max(0.0, time.time() - worker.seen)
+
+
+class Tally:
+    """The driver's own count of a run, kept as commits come in."""
+
+    def __init__(self, name: str, units: Iterable[Unit], commits: Mapping[int, Commit]) -> None:
+        self.name = name
+        self.units = {unit.id: unit for unit in units}
+        self.samples = sum(map(len, self.units.values()))
+        self.commits: dict[int, Commit] = {}
+        self.samples_done = 0
+        self.errors: Counter[str] = Counter()
+        self.worst: Commit | None = None  # of all, the one of which most samples failed
+        self._shards: dict[int, list[Unit]] = {}
+        for unit in self.units.values():
+            self._shards.setdefault(unit.shard, []).append(unit)
+        self._fresh, self._began = 0, 0.0
+        self._retried: dict[int, int] = {}
+        for commit in commits.values():
+            self.add(commit)
+        self._fresh = 0  # what was there before says nothing about the rate
+
+    def add(self, commit: Commit) -> None:
+        """Count a commit; of a unit's several generations the last one counts."""
+        before = self.commits.get(commit.unit)
+        if before is None:
+            self.samples_done += commit.samples
+            self._fresh += commit.samples
+        else:
+            self.errors -= Counter(before.errors)
+            if commit.generation > before.generation:  # the others are what they were
+                self._fresh += self._retried.pop(commit.unit, before.failed)
+        self.errors += Counter(commit.errors)
+        self.commits[commit.unit] = commit
+        if self.worst is not None and self.worst.unit == commit.unit:
+            self.worst = max(self.commits.values(), key=_share_failed)
+        elif self.worst is None or _share_failed(commit) > _share_failed(self.worst):
+            self.worst = commit
+
+    def retry(self, unit: int, samples: int) -> None:
+        """So many failed samples of a unit are to be tried again."""
+        self._retried[unit] = samples
+
+    @property
+    def failed(self) -> int:
+        return self.errors.total()
+
+    @property
+    def shards(self) -> Iterable[int]:
+        return self._shards
+
+    def shard(self, number: int) -> list[Unit]:
+        """The units of a shard, in order."""
+        return self._shards[number]
+
+    def _generation(self, unit: int) -> int:
+        return self.commits[unit].generation if unit in self.commits else -1
+
+    def status(self, workers: Iterable[Progress] = (), finished: bool = False) -> Status:
+        workers = _at_work(workers, self._generation)
+        under_way = sum(worker.worth for worker in workers)
+        fresh = self._fresh + under_way
+        if not self._began and any(worker.unit for worker in workers):
+            self._began = monotonic()  # the rate is that of the work, not of loading the models
+        return Status(
+            name=self.name,
+            units=len(self.units),
+            units_done=len(self.commits),
+            samples=self.samples,
+            samples_done=self.samples_done,
+            samples_under_way=under_way,
+            errors=dict(self.errors),
+            finished=finished,
+            workers=workers,
+            rate=fresh / (monotonic() - self._began) if fresh and self._began else None,
+            samples_retried=sum(self._retried.values()),
+        )
+
+
+def _share_failed(commit: Commit) -> float:
+    return commit.failed / commit.samples
+
+
+def _at_work(workers: Iterable[Progress], generation: Callable[[int], int]) -> tuple[Progress, ...]:
+    """The workers as they are: what one said last may be of a unit whose commit has come since."""
+    return tuple(
+        replace(Progress(worker.worker, None), seen=worker.seen)
+        if worker.unit and worker.unit.isdigit() and generation(int(worker.unit)) >= worker.generation
+        else worker
+        for worker in workers
+    )
+
+
+def over_budget(errors: Errors, failed: int, samples: int, codes: Mapping[str, int], worst: Commit | None) -> str:
+    """What of a run is over its budget of failures, as a clause; '' if nothing is."""
+    if failed > errors.max_failed_fraction * samples:
+        told = ", ".join(f"{count} {code}" for code, count in Counter(codes).most_common())
+        limit = f"errors.max_failed_fraction ({errors.max_failed_fraction:g})"
+        return f"{failed} of {samples} samples failed ({told}), more than {limit} allows"
+    if worst is not None and worst.failed > errors.max_failed_fraction_per_unit * worst.samples:
+        limit = f"errors.max_failed_fraction_per_unit ({errors.max_failed_fraction_per_unit:g})"
+        return (
+            f"{worst.failed} of the {worst.samples} samples of unit {worst.unit:06d} failed, more than {limit} allows"
+        )
+    return ""

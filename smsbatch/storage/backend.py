@@ -1,0 +1,270 @@
+"""A `Door` for every kind of address, found by `locate`, with one policy of retries for all that are not disks.
+
+What goes wrong behind a door comes out as an OSError: FileNotFoundError, PermissionError, FileExistsError as on disk,
+and `RemoteError` for what disks do not have. Throttling, server errors, broken and stalled connections and bodies cut
+short are tried `storage.retries` more times; for S3 and the web the drivers' own retries are off, so that policies do
+not multiply, other drivers keep theirs. A door serves all threads of one process; ask `locate` for it each time, and it
+is right after a fork too.
+"""
+
+from __future__ import annotations
+
+import errno
+import io
+import os
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import IO, Any, NamedTuple, TypeVar
+
+import fsspec
+import fsspec.asyn
+from fsspec.exceptions import FSTimeoutError
+from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_random_exponential
+
+from smsbatch.manifest import SECRET, Storage
+
+__all__ = ["Door", "Found", "Got", "RemoteError", "TooLong", "bare", "byte_range", "inside", "redact"]
+
+T = TypeVar("T")
+
+WAIT = wait_random_exponential(multiplier=0.5, max=20)  # seconds: at most 0.5, 1, 2, 4 ... 20
+
+_LOCK = threading.RLock()
+_BUGS = (TypeError, KeyError, AttributeError, MemoryError, AssertionError)
+
+
+def redact(text: str) -> str:
+    """One line, with `***` for what opens a door, as `manifest.SECRET` defines it."""
+    return SECRET.sub(lambda secret: f"{secret['shown'] or ''}***", " ".join(text.split()))
+
+
+class RemoteError(OSError):
+    """What a disk never answers. `advice` says what to do.
+
+    `again`: might have passed by waiting, and did not within the retries. `fatal`: any other object would be refused
+    likewise, as without credentials.
+    """
+
+    def __init__(self, text: str, advice: str, *, again: bool = False, fatal: bool = False) -> None:
+        super().__init__(errno.EIO, redact(text))
+        self.advice, self.again, self.fatal = advice, again, fatal
+
+
+class TooLong(Exception):
+    """More bytes than the caller takes; they were not read. `size` is what is known of it, at least."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__(f"{size} bytes")
+        self.size = size
+
+
+class Found(NamedTuple):
+    """An object: its full path at its door, bytes, and what its version is called ('' where nobody says)."""
+
+    path: str
+    size: int
+    etag: str
+
+
+class Got(NamedTuple):
+    """Bytes of an object, with the size of the whole (None if nobody says) and what its version is called."""
+
+    data: bytes
+    size: int | None
+    etag: str
+
+
+class Door:
+    """Objects of one kind of address, by paths without the scheme. This class is for any driver of fsspec."""
+
+    is_local = False
+    is_web = False
+    can_create = False  # whether of two uploads with `create` one fails; other drivers look first and write then
+
+    def __init__(self, fs: Any, scheme: str, storage: Storage) -> None:
+        self.fs, self.scheme, self.storage = fs, scheme, storage
+        self.can_create = self.can_create or scheme == "memory"
+
+    @staticmethod
+    def options(storage: Storage) -> dict[str, Any]:
+        """Of the driver."""
+        return {}
+
+    def path_of(self, url: str) -> str:
+        return str(self.fs._strip_protocol(url))
+
+    def url_of(self, path: str) -> str:
+        return str(self.fs.unstrip_protocol(path))
+
+    def get(self, path: str, start: int = 0, stop: int | None = None, limit: int | None = None) -> Got:
+        """Bytes [start, stop), stop None to the end, fewer if there are no more. TooLong: more than `limit`."""
+        return self._persist(self._get, path, start, stop, limit)
+
+    def find(self, path: str) -> Found | None:
+        """The object of exactly that path."""
+        try:
+            return self._persist(self._find, path)
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+
+    def open(self, path: str) -> IO[bytes]:
+        """A seekable file of the object, read ahead by 1 MiB: who reads headers hops from one to the next."""
+        found = self.find(path)
+        if found is None:
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), path)
+        return io.BufferedReader(_Ranges(self, found), 1 << 20)
+
+    def is_folder(self, path: str) -> bool:
+        """Also of an empty one, where there are such."""
+        return bool(self.names(path))
+
+    def walk(self, folder: str) -> Iterator[Found]:
+        """All objects below, in no order; none where there is no such folder."""
+        for path, info in self._persist(self.fs.find, folder, detail=True).items():
+            found = self._found(path, info) if path.startswith(inside(folder)) else None
+            if found is not None:
+                yield found
+
+    def names(self, folder: str) -> list[str]:
+        """The names right below a folder, in no order; none where there is no such folder."""
+        try:
+            paths = self._persist(self.fs.ls, folder, detail=False)
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+        return [path.rstrip("/").rpartition("/")[2] for path in paths if path.startswith(inside(folder))]
+
+    def glob(self, pattern: str) -> list[Found]:
+        """The objects that a pattern with `*`, `?`, `[]` means, in no order."""
+        paths: dict[str, dict[str, Any]] = self._persist(self.fs.glob, pattern, detail=True)
+        return [found for path, info in paths.items() if (found := self._found(path, info)) is not None]
+
+    def upload(self, path: str, source: bytes | Path, *, create: bool = False) -> None:
+        """Write the whole object. FileExistsError: `create`, and there is one already."""
+        self._persist(self._upload, path, source, create)
+
+    def copy(self, path: str, target: str) -> None:
+        """Without passing the bytes through here, where the store can."""
+        self._persist(self.fs.cp_file, path, target)
+
+    def delete(self, path: str) -> None:
+        """It is no error if it is gone already."""
+        try:
+            self._persist(self.fs.rm_file, path)
+        except FileNotFoundError:
+            return
+
+    def _persist(self, action: Callable[..., T], *args: Any, **options: Any) -> T:
+        """Do it, again where that may help. What it raises is an OSError or TooLong, or else a bug."""
+
+        def once() -> T:
+            try:
+                return action(*args, **options)
+            except _BUGS:
+                raise
+            except Exception as error:
+                known = self._translate(error)
+                if known is error:
+                    raise
+                raise known from error
+
+        retrying = Retrying(
+            stop=stop_after_attempt(self.storage.retries + 1),
+            wait=WAIT,
+            retry=retry_if_exception(lambda error: isinstance(error, RemoteError) and error.again),
+            reraise=True,
+        )
+        return retrying(once)
+
+    def _translate(self, error: Exception) -> Exception:
+        """What to raise instead. Drivers raise errors of many libraries, of which the caller need not know."""
+        if isinstance(error, ConnectionError | TimeoutError | FSTimeoutError):
+            reason = redact(str(error)) or "no answer in time"
+            return RemoteError(reason, "check the network; what is committed is kept, run again", again=True)
+        if isinstance(error, OSError | TooLong):
+            return error
+        return OSError(errno.EIO, redact(f"{type(error).__name__}: {error}"))
+
+    def _wait(self, coroutine: Callable[..., Any], *args: Any, **options: Any) -> Any:
+        return fsspec.asyn.sync(self.fs.loop, coroutine, *args, **options)
+
+    def _get(self, path: str, start: int, stop: int | None, limit: int | None) -> Got:
+        found = self._find(path)
+        if found is None:
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), path)
+        end = found.size if stop is None else min(stop, found.size)
+        if limit is not None and end - start > limit:
+            raise TooLong(end - start)
+        data: bytes = self.fs.cat_file(path, start=start, end=end) if end > start else b""
+        return Got(data, found.size, found.etag)
+
+    def _find(self, path: str) -> Found | None:
+        return self._found(path, self.fs.info(path))
+
+    def _found(self, path: str, info: dict[str, Any]) -> Found | None:
+        if info["type"] != "file" or path.endswith("/"):
+            return None
+        return Found(path, int(info["size"]), bare(info.get("ETag") or info.get("etag")))
+
+    def _upload(self, path: str, source: bytes | Path, create: bool) -> None:
+        with _LOCK if self.scheme == "memory" else nullcontext():  # there, the look and the write are one step
+            if create and self.fs.exists(path):
+                raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), path)
+            if isinstance(source, bytes):
+                self.fs.pipe_file(path, source)
+            else:
+                self.fs.put_file(str(source), path)
+
+    def modified(self, path: str) -> datetime:
+        """When the object was written."""
+        when: datetime = self._persist(self.fs.modified, path)
+        return when if when.tzinfo else when.replace(tzinfo=UTC)
+
+
+class _Ranges(io.RawIOBase):
+    """A file of which every read is a request, with the retries of its door."""
+
+    def __init__(self, door: Door, found: Found) -> None:
+        self.door, self.found, self.at = door, found, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self.at
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self.at = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self.at, io.SEEK_END: self.found.size}[whence]
+        return self.at
+
+    def readinto(self, buffer: Any) -> int:
+        path, size, etag = self.found
+        stop = min(self.at + len(buffer), size)
+        if stop <= self.at:
+            return 0
+        got = self.door.get(path, self.at, stop)
+        if got.etag != etag or len(got.data) != stop - self.at:
+            raise OSError(errno.EIO, "it was replaced while it was read", path)
+        buffer[: len(got.data)] = got.data
+        self.at = stop
+        return len(got.data)
+
+
+def byte_range(start: int, stop: int | None) -> str:
+    """The Range header of [start, stop)."""
+    return f"bytes={start}-{'' if stop is None else stop - 1}"
+
+
+def inside(folder: str) -> str:
+    """What the paths of everything in a folder begin with."""
+    return f"{folder.rstrip('/')}/" if folder else ""
+
+
+def bare(etag: Any) -> str:
+    """An ETag without its quotes, '' for none."""
+    return str(etag or "").strip('"')

@@ -1,0 +1,61 @@
+"""The local disk as a `Door`."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from stat import S_ISREG
+from typing import IO, Any
+
+from smsbatch.storage.backend import Door, Found, Got, T, TooLong
+
+
+class Disk(Door):
+    """Files. Nothing is tried again here: a disk that fails once has failed. Writing them durably is the store's."""
+
+    is_local = True
+    can_create = True
+
+    def path_of(self, url: str) -> str:
+        path = Path(url.partition("://")[2] or url)
+        with suppress(RuntimeError):  # `~somebody` whom nobody knows
+            path = path.expanduser()
+        return str(path.absolute())
+
+    def url_of(self, path: str) -> str:
+        return path
+
+    def open(self, path: str) -> IO[bytes]:
+        return Path(path).open("rb")
+
+    def is_folder(self, path: str) -> bool:
+        return Path(path).is_dir()
+
+    def _persist(self, action: Callable[..., T], *args: Any, **options: Any) -> T:
+        return action(*args, **options)
+
+    def _get(self, path: str, start: int, stop: int | None, limit: int | None) -> Got:
+        if self._find(path) is None:  # to open a pipe would wait for its writer
+            raise IsADirectoryError(errno.EISDIR, "a folder or no regular file", path)
+        with Path(path).open("rb") as file:
+            stat = os.fstat(file.fileno())
+            end = stat.st_size if stop is None else stop
+            if limit is not None and end - start > limit:
+                raise TooLong(end - start)
+            file.seek(start)
+            return Got(file.read(max(0, end - start)), stat.st_size, _version(stat))
+
+    def _find(self, path: str) -> Found | None:
+        stat = Path(path).stat()
+        return Found(path, stat.st_size, _version(stat)) if S_ISREG(stat.st_mode) else None
+
+    def _found(self, path: str, info: dict[str, Any]) -> Found | None:
+        # fsspec calls a link "other", and also a pipe, whose reading would never end; what a link means may be gone.
+        return self.find(path)
+
+
+def _version(stat: os.stat_result) -> str:
+    return f"{stat.st_mtime_ns:x}-{stat.st_size:x}"

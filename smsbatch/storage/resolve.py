@@ -1,0 +1,57 @@
+"""The door to a path or URL."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import os
+from pathlib import Path
+
+import fsspec
+
+from smsbatch import tiny
+from smsbatch.errors import RequestError
+from smsbatch.manifest import Storage
+from smsbatch.storage.backend import _LOCK, Door, redact
+from smsbatch.storage.disk import Disk
+
+
+def locate(url: str | Path, storage: Storage) -> tuple[Door, str]:
+    """The door to a path, a URL or a `tiny:` name, and its path there. RequestError: no driver for it."""
+    text = tiny.resolve(os.fspath(url))
+    scheme, found, _ = text.partition("://")
+    scheme = scheme.lower() if found and scheme != "local" else "file"
+    # What a driver says to an address that it has no use for is anything: a row of a table may hold any.
+    try:
+        with _LOCK:  # else every thread of a starting pool makes a door of its own
+            door = _door(scheme, os.getpid(), storage)
+        return door, door.path_of(text)
+    except ImportError as error:
+        raise RequestError(f"{scheme}://: its driver is not installed ({redact(str(error))})") from error
+    except (TypeError, ValueError, OSError, AttributeError, RuntimeError) as error:
+        raise RequestError(f"{redact(scheme)}://: its driver cannot be used by an address alone") from error
+
+
+@functools.lru_cache(maxsize=64)
+def _door(scheme: str, pid: int, storage: Storage) -> Door:
+    """One door for all threads of a process; `pid` because connections do not survive a fork."""
+    try:
+        driver, kind = fsspec.get_filesystem_class(scheme), _kind(scheme)
+    except ValueError as error:
+        raise RequestError(f"{redact(scheme)}://: nothing is known that reads such addresses") from error
+    options = {"use_listings_cache": False, "skip_instance_cache": True, **kind.options(storage)}
+    inspect.signature(driver.__init__).bind(None, **options)  # some that are made in vain complain when they are freed
+    return kind(driver(**options), scheme, storage)
+
+
+def _kind(scheme: str) -> type[Door]:
+    """Libraries of S3 and of the web are loaded by those who go there."""
+    if scheme in {"s3", "s3a"}:
+        from smsbatch.storage.s3 import S3
+
+        return S3
+    if scheme in {"http", "https"}:
+        from smsbatch.storage.http import Web
+
+        return Web
+    return Disk if scheme == "file" else Door

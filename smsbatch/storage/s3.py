@@ -1,0 +1,226 @@
+"""The door to Amazon S3 and to what speaks like it; `create` is `If-None-Match: *`.
+
+Credentials are found as every AWS tool finds them; an endpoint, a profile and a region are the manifest's. Requests are
+botocore's, only uploads and copies in parts are left to s3fs.
+"""
+
+from __future__ import annotations
+
+import errno
+import uuid
+from collections.abc import Iterator
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import botocore.exceptions as boto
+from botocore.parsers import ResponseParserError
+
+from smsbatch.manifest import Storage
+from smsbatch.storage.backend import Door, Found, Got, RemoteError, TooLong, bare, byte_range, inside, redact
+
+__all__ = ["S3"]
+
+CONNECTIONS = 64  # of one process to one store
+PART = 16 << 20  # bytes of an upload's part; four of them are in memory at once
+MOST_PARTS = 10_000  # of one upload
+MARK = "smsbatch-upload"  # metadata of an object made by `create`: whose it is
+
+_CREDENTIALS = "set AWS_PROFILE or other AWS_ variables, or storage.profile; for a public bucket storage.anonymous"
+_LATER = "what is committed is kept, run again when it answers"
+_BUSY = {  # whatever their status; an upload is gone if it was completed and the answer lost
+    "ConditionalRequestConflict",
+    "NoSuchUpload",
+    "OperationAborted",
+    "RequestTimeout",
+    "SlowDown",
+    "Throttling",
+}
+_KEYS = {"ExpiredToken", "InvalidAccessKeyId", "InvalidToken", "RequestTimeTooSkewed", "SignatureDoesNotMatch"}
+_REGION = {"AuthorizationHeaderMalformed", "IllegalLocationConstraintException", "PermanentRedirect"}
+_NUMBERS = {
+    400: errno.EINVAL,
+    403: errno.EACCES,
+    404: errno.ENOENT,
+    412: errno.EEXIST,
+    501: errno.ENOSYS,
+}
+_BROKEN = (
+    aiohttp.ClientConnectionError,
+    aiohttp.ClientPayloadError,
+    boto.ConnectionError,
+    boto.HTTPClientError,
+    boto.IncompleteReadError,
+    ResponseParserError,
+)
+_REFUSED = (
+    boto.CredentialRetrievalError,
+    boto.NoCredentialsError,
+    boto.PartialCredentialsError,
+    boto.ProfileNotFound,
+)
+
+
+class S3(Door):
+    can_create = True
+
+    def __init__(self, fs: Any, scheme: str, storage: Storage) -> None:
+        super().__init__(fs, scheme, storage)
+        fs.retries = 1
+
+    @staticmethod
+    def options(storage: Storage) -> dict[str, Any]:
+        named = {"endpoint_url": storage.endpoint, "profile": storage.profile}
+        return {
+            "anon": storage.anonymous,
+            "client_kwargs": {"region_name": storage.region} if storage.region else {},
+            "config_kwargs": {
+                "connect_timeout": storage.timeout_s,
+                "read_timeout": storage.timeout_s,
+                "retries": {"total_max_attempts": 1},
+                "max_pool_connections": CONNECTIONS,
+            },
+            "max_concurrency": 4,
+            **{name: value for name, value in named.items() if value},
+        }
+
+    def path_of(self, url: str) -> str:
+        return url.partition("://")[2].strip("/")
+
+    def url_of(self, path: str) -> str:
+        return f"s3://{path}"
+
+    def walk(self, folder: str) -> Iterator[Found]:
+        bucket, key = self._split(folder)
+        for page in self._pages(Bucket=bucket, Prefix=inside(key)):
+            for item in page.get("Contents", ()):
+                if not item["Key"].endswith("/"):  # what consoles make of a folder
+                    yield Found(f"{bucket}/{item['Key']}", item["Size"], bare(item.get("ETag")))
+
+    def names(self, folder: str) -> list[str]:
+        bucket, key = self._split(folder)
+        prefix = inside(key)
+        names: list[str] = []
+        for page in self._pages(Bucket=bucket, Prefix=prefix, Delimiter="/"):
+            names += [item["Key"] for item in page.get("Contents", ())]
+            names += [item["Prefix"] for item in page.get("CommonPrefixes", ())]
+        return [name.removeprefix(prefix).rstrip("/") for name in names if name != prefix]
+
+    def delete(self, path: str) -> None:
+        bucket, key = self._split(path)
+        self._persist(self._call, "delete_object", Bucket=bucket, Key=key)
+
+    def modified(self, path: str) -> datetime:
+        when: datetime = self._persist(self._head, path)["LastModified"]
+        return when
+
+    def _pages(self, **request: str) -> Iterator[dict[str, Any]]:
+        while True:  # each page has its own retries
+            page = self._persist(self._call, "list_objects_v2", **request)
+            yield page
+            if not page.get("IsTruncated"):
+                return
+            request["ContinuationToken"] = page["NextContinuationToken"]
+
+    def _head(self, path: str) -> Any:
+        bucket, key = self._split(path)
+        if not key:
+            raise FileNotFoundError(errno.ENOENT, "a bucket, not an object", path)
+        return self._call("head_object", Bucket=bucket, Key=key)
+
+    def _find(self, path: str) -> Found:
+        head = self._head(path)
+        return Found(path, head["ContentLength"], bare(head.get("ETag")))
+
+    def _get(self, path: str, start: int, stop: int | None, limit: int | None) -> Got:
+        bucket, key = self._split(path)
+        request = {"Bucket": bucket, "Key": key}
+        if start or stop is not None:
+            request["Range"] = byte_range(start, stop)
+        if stop is None or stop > start:
+            try:
+                got: Got = self._call(self._download, request, limit)
+                return got
+            except boto.ClientError as error:
+                if error.response["ResponseMetadata"]["HTTPStatusCode"] != 416:
+                    raise
+        _, size, etag = self._find(path)  # nothing was asked for, or the object ends before `start`
+        return Got(b"", size, etag)
+
+    async def _download(self, request: dict[str, str], limit: int | None) -> Got:
+        answer = await self.fs.s3.get_object(**request)
+        async with answer["Body"] as body:
+            length = answer["ContentLength"]
+            if limit is not None and length > limit:
+                raise TooLong(length)
+            data = await body.read()
+        whole = answer.get("ContentRange", "").rpartition("/")[2]
+        return Got(data, int(whole) if whole.isdigit() else length, bare(answer.get("ETag")))
+
+    def upload(self, path: str, source: bytes | Path, *, create: bool = False) -> None:
+        if not create:
+            self._persist(self._upload, path, source)
+            return
+        # An upload may arrive and its answer not, and be sent again, by us or by the HTTP client: then what exists is
+        # its own, which the same bytes would not prove.
+        mark = uuid.uuid4().hex
+        try:
+            self._persist(self._upload, path, source, mode="create", Metadata={MARK: mark})
+        except FileExistsError:
+            try:
+                is_ours = self._persist(self._head, path)["Metadata"].get(MARK) == mark
+            except FileNotFoundError:  # deleted just now, by somebody who publishes anew
+                is_ours = False
+            if not is_ours:
+                raise
+
+    def _upload(self, path: str, source: bytes | Path, create: bool = False, **options: Any) -> None:
+        if isinstance(source, bytes):
+            self.fs.pipe_file(path, source, chunksize=_part(len(source)), **options)
+        else:
+            self.fs.put_file(str(source), path, chunksize=_part(source.stat().st_size), **options)
+
+    def _call(self, method: Any, *args: Any, **request: Any) -> Any:
+        """A coroutine function, or the client's method of that name."""
+        client = self.fs.s3  # connects at the first use
+        return self._wait(getattr(client, method) if isinstance(method, str) else method, *args, **request)
+
+    def _split(self, path: str) -> tuple[str, str]:
+        bucket, key, _ = self.fs.split_path(path)
+        return bucket, key
+
+    def _translate(self, error: Exception) -> Exception:
+        answer = error if isinstance(error, boto.ClientError) else error.__cause__
+        if isinstance(answer, boto.ClientError):
+            return _refusal(answer)
+        if isinstance(error, _BROKEN):
+            return RemoteError(str(error), f"check the network and the endpoint; {_LATER}", again=True)
+        if isinstance(error, _REFUSED):
+            return RemoteError(str(error), _CREDENTIALS, fatal=True)
+        if isinstance(error, boto.ParamValidationError):
+            return OSError(errno.EINVAL, redact(str(error)))
+        if isinstance(error, boto.BotoCoreError | ValueError):
+            return RemoteError(str(error), "check the manifest's storage section and the AWS settings", fatal=True)
+        return super()._translate(error)
+
+
+def _refusal(error: boto.ClientError) -> OSError:
+    status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
+    told = error.response.get("Error", {})
+    code = str(told.get("Code", status))
+    text = f"{told.get('Message') or 'no reason given'} ({code})"
+    if code in _BUSY or status in {409, 429} or (status >= 500 and status != 501):
+        return RemoteError(text, _LATER, again=True)
+    if code == "NoSuchBucket":
+        return RemoteError("there is no such bucket", "create it or check its name")
+    if code in _KEYS:
+        return RemoteError(text, _CREDENTIALS, fatal=True)
+    if code in _REGION or status in {301, 307}:
+        return RemoteError(text, "set storage.region to the region of the bucket", fatal=True)
+    return OSError(_NUMBERS.get(status, errno.EIO), redact(text))
+
+
+def _part(size: int) -> int:
+    """Bytes of one part of an upload."""
+    return max(PART, -(-size // MOST_PARTS))

@@ -1,0 +1,269 @@
+"""A `Store` is the root of a run's output: named objects that appear whole or not at all.
+
+No reader ever sees a part of an object: on disk a fsynced temporary file is renamed (`put`) or hard-linked (`create`)
+into place, elsewhere a single upload is, on S3 with `If-None-Match: *` to create. That all of it arrives is seen to by
+the store, as S3 does by length and checksum. `create` succeeds for exactly one of any number of writers; the ledger is
+built on that, and `supports_create` tells whether a store keeps it. A refusal of the store is a `StorageError`, after
+the retries of `remote`.
+"""
+
+from __future__ import annotations
+
+import builtins
+import errno
+import os
+import shutil
+import uuid
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from datetime import datetime
+from pathlib import Path
+from typing import IO
+
+from smsbatch.errors import RequestError, StorageError
+from smsbatch.manifest import Storage
+from smsbatch.storage.backend import Door, RemoteError, redact
+from smsbatch.storage.resolve import locate
+
+__all__ = ["Store", "storage_errors"]
+
+# Beside the ledger and not beside the files: what a killed process leaves must not look like a shard to anyone who
+# globs for them.
+TEMPORARY = "_smsbatch/tmp"
+READERS = 16  # requests at once of `read_all`: small files, whose time is the way there and back
+
+ADVICE = {
+    errno.ENOSPC: "free some space and run again, what is committed is kept",
+    errno.EDQUOT: "free some space and run again, what is committed is kept",
+    errno.EACCES: "check the permissions or choose another path",
+    errno.EPERM: "check the permissions, and that the file system has hard links, or choose another path",
+    errno.EROFS: "choose a path that can be written",
+    errno.ENOTDIR: "a part of this path is a file; choose another path",
+    errno.EEXIST: "a part of this path is a file; choose another path",
+    errno.ENOENT: "check the path",
+}
+
+
+@contextmanager
+def storage_errors(action: str, where: str | Path) -> Iterator[None]:
+    """Any OSError inside becomes a StorageError that names the path and what to do."""
+    try:
+        yield
+    except OSError as error:
+        default = ADVICE.get(error.errno or 0, "check the storage and run again")
+        advice = error.advice if isinstance(error, RemoteError) else default
+        raise StorageError(f"cannot {action} {redact(str(where))}: {error.strerror or error}; {advice}") from error
+
+
+class Store:
+    """A rooted file system. Paths are relative to the root, with '/'.
+
+    Without `conditional` the store is taken for one whose uploads cannot be create-only: `create` then looks and
+    writes, which is right for a single writer alone.
+    """
+
+    def __init__(self, url: str | Path, storage: Storage | None = None, *, conditional: bool = True) -> None:
+        self.storage = storage or Storage()
+        self.conditional = conditional
+        door, root = locate(url, self.storage)
+        self.is_local = door.is_local
+        if door.is_web:
+            raise RequestError(f"{redact(str(url))}: web servers are only read; choose a folder or s3://bucket/prefix")
+        self.root: str = root.rstrip("/") or ("/" if door.is_local else "")
+        self.url: str = door.url_of(self.root)
+
+    def __repr__(self) -> str:
+        return f"Store({self.url!r})"
+
+    def locate(self, path: str) -> str:
+        """The full address of a path, for messages and reports."""
+        return f"{self.url}/{path}"
+
+    def open_read(self, path: str) -> IO[bytes]:
+        """The object as a seekable file, to be closed by the caller. Its reads raise OSErrors."""
+        with storage_errors("read", self.locate(path)):
+            return self._door.open(self._full(path))
+
+    def read(self, path: str) -> bytes:
+        with storage_errors("read", self.locate(path)):
+            return self._door.get(self._full(path)).data
+
+    def read_range(self, path: str, start: int, stop: int) -> bytes:
+        """Bytes [start, stop), fewer if the object ends before."""
+        with storage_errors("read", self.locate(path)):
+            return self._door.get(self._full(path), start, stop).data
+
+    def read_all(self, paths: Iterable[str]) -> dict[str, bytes]:
+        """Whole objects by path, in the order asked, read in parallel; absent ones are left out."""
+        paths = list(dict.fromkeys(paths))
+        with ThreadPoolExecutor(max(1, min(READERS, len(paths)))) as pool:
+            return {
+                path: data
+                for path, data in zip(paths, pool.map(self._read_if_there, paths), strict=True)
+                if data is not None
+            }
+
+    def fetch(self, path: str, target: Path) -> None:
+        """Copy the whole object to a local file."""
+        with (
+            self.open_read(path) as source,
+            storage_errors(f"copy to {target}", self.locate(path)),
+            target.open("wb") as file,
+        ):
+            shutil.copyfileobj(source, file, 16 << 20)
+
+    def put(self, path: str, source: bytes | Path) -> None:
+        """Write the whole object, replacing what was there in one step."""
+        with storage_errors("write", self.locate(path)):
+            if self.is_local:
+                self._replace(path, source)
+                return
+            self._door.upload(self._full(path), source)
+
+    def create(self, path: str, source: bytes | Path) -> bool:
+        """Write the whole object only if there is none: True for the one writer who did, False for all others."""
+        with storage_errors("write", self.locate(path)):
+            if self.is_local:
+                target = Path(self._full(path))
+                with self._staged(source, target) as staged:
+                    try:
+                        os.link(staged, target)  # fails if the name is taken, which rename does not
+                    except FileExistsError:
+                        return False
+                    _fsync(target.parent)
+                return True
+            door = self._door
+            atomic = self.conditional and door.can_create
+            if not atomic and door.find(self._full(path)):
+                return False
+            try:
+                door.upload(self._full(path), source, create=atomic)
+            except FileExistsError:
+                return False
+            return True
+
+    def copy(self, path: str, target: str) -> None:
+        """Another object of the same bytes, replacing what was there in one step; done by the store itself."""
+        with storage_errors(f"copy to {self.locate(target)}", self.locate(path)):
+            if self.is_local:
+                self._replace(target, Path(self._full(path)))
+            else:
+                self._door.copy(self._full(path), self._full(target))
+
+    def entries(self) -> list[str]:
+        """The names right below the root, sorted; none if it does not exist."""
+        with storage_errors("list", self.url):
+            return sorted(self._door.names(self.root))
+
+    def list(self, prefix: str = "") -> builtins.list[str]:
+        """All objects below a folder, sorted; none if it does not exist."""
+        return list(self.sizes(prefix))
+
+    def sizes(self, prefix: str = "") -> dict[str, int]:
+        """All objects below a folder by path, sorted, with their bytes: one listing."""
+        with storage_errors("list", self.locate(prefix)):
+            start = len(self.root.rstrip("/")) + 1
+            return dict(sorted((found.path[start:], found.size) for found in self._door.walk(self._full(prefix))))
+
+    def size(self, path: str) -> int | None:
+        """The object's size in bytes, None if there is none."""
+        with storage_errors("read", self.locate(path)):
+            found = self._door.find(self._full(path))
+            return None if found is None else found.size
+
+    def exists(self, path: str) -> bool:
+        return self.size(path) is not None
+
+    def modified(self, path: str) -> datetime:
+        """When the object was written, by the clock of the store, in UTC."""
+        with storage_errors("read", self.locate(path)):
+            return self._door.modified(self._full(path))
+
+    def delete(self, path: str) -> None:
+        """Remove an object; it is no error if it is gone already."""
+        with storage_errors("delete", self.locate(path)):
+            self._door.delete(self._full(path))
+
+    def check_writable(self) -> None:
+        """Put and delete a probe, as the ledger will: a StorageError now and not after the first hour of work."""
+        with self._probe() as probe:
+            self.put(probe, b"smsbatch looks whether it can write here")
+
+    def supports_create(self) -> bool:
+        """Whether the store keeps `create`'s promise, by trying: the second one of a name must fail."""
+        if not self._door.can_create:
+            return False
+        with self._probe() as probe:
+            try:
+                return self.create(probe, b"the first") and not self.create(probe, b"the second")
+            except StorageError as error:
+                if isinstance(error.__cause__, OSError) and error.__cause__.errno in {errno.ENOSYS, errno.EINVAL}:
+                    return False
+                raise
+
+    @property
+    def _door(self) -> Door:
+        return locate(self.url, self.storage)[0]  # not kept: a store travels to other processes
+
+    def _full(self, path: str) -> str:
+        return f"{self.root.rstrip('/')}/{path}" if path else self.root
+
+    def _read_if_there(self, path: str) -> bytes | None:
+        with storage_errors("read", self.locate(path)):
+            try:
+                return self._door.get(self._full(path)).data
+            except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+                return None
+
+    @contextmanager
+    def _probe(self) -> Iterator[str]:
+        """The name of an object to be tried on, removed at the end."""
+        probe = f"{TEMPORARY}/probe-{uuid.uuid4().hex}"
+        try:
+            yield probe
+            self.delete(probe)
+        except StorageError as error:  # the user knows the folder, not the probe
+            raise StorageError(str(error).replace(self.locate(probe), self.url)) from error.__cause__
+
+    def _replace(self, path: str, source: bytes | Path) -> None:
+        target = Path(self._full(path))
+        with self._staged(source, target) as staged:
+            staged.replace(target)
+            _fsync(target.parent)
+
+    @contextmanager
+    def _staged(self, source: bytes | Path, target: Path) -> Iterator[Path]:
+        """A complete, fsynced temporary copy on the target's file system, removed at the end whatever happens."""
+        staged = Path(self._full(f"{TEMPORARY}/{uuid.uuid4().hex}"))
+        _make_folder(staged.parent)
+        _make_folder(target.parent)
+        try:
+            with staged.open("xb") as file:
+                if isinstance(source, bytes):
+                    file.write(source)
+                else:
+                    with source.open("rb") as original:
+                        shutil.copyfileobj(original, file, 1 << 20)
+                file.flush()
+                os.fsync(file.fileno())
+            yield staged
+        finally:
+            staged.unlink(missing_ok=True)
+
+
+def _fsync(folder: Path) -> None:
+    """Make the names in a folder durable; fsync of a file does not cover the entry that names it."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _make_folder(folder: Path) -> None:
+    """mkdir -p, durable: a commit must not outlive, in a power cut, the folder that holds its attempt."""
+    if not folder.is_dir():
+        _make_folder(folder.parent)
+        folder.mkdir(exist_ok=True)
+        _fsync(folder.parent)

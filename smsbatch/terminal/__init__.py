@@ -1,5 +1,0 @@
-"""What the command line shows: a run while it works, and every verb's result as lines of text.
-
-Lines are whole: a path that is cut is of no use. What comes from a dataset, a key or a message, is shown without its
-control characters: a terminal would obey them.
-"""

@@ -1,0 +1,1 @@
+"""Distillation: the training of a generator."""

@@ -1,0 +1,249 @@
+"""The training loop of a generator, the same in every pool: one worker alone, or several by torch.distributed.
+
+All workers do every step together and leave together: what only one of them meets, an error or a request to stop, is
+agreed upon before the next step. Worker 0 writes, and everything it writes is whole: whoever goes on begins at the
+newest checkpoint and sees the pictures that would have come next.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
+from time import monotonic
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from smsbatch.data.index import index_size
+from smsbatch.engines.optimize import load_models
+from smsbatch.errors import RunError
+from smsbatch.manifest import Distill
+from smsbatch.runs.checkpoints import Checkpoint, Restored, prune, read, restore, write
+from smsbatch.runs.layout import SUCCESS
+from smsbatch.runs.run_file import store_of, the_run
+from smsbatch.storage.store import Store
+from smsbatch.training.distiller import Distiller, learning_rate
+from smsbatch.training.group import Team
+from smsbatch.training.loader import Batch, Feed
+from smsbatch.training.log import TrainingLog, TrainingProgress
+from smsbatch.training.result import about, model_card
+
+__all__ = ["train_here", "train_loop"]
+
+_SHOWN = 8  # pictures in a grid
+
+
+def train_here(manifest: Distill, stop: Callable[[], bool], progress: Callable[[TrainingProgress], None]) -> bool:
+    """`train_loop` in this process, on a GPU if there is one."""
+    return train_loop(manifest, Team(device="cuda" if torch.cuda.is_available() else "cpu"), stop, progress)
+
+
+def train_loop(
+    manifest: Distill,
+    team: Team,
+    stop: Callable[[], bool],
+    progress: Callable[[TrainingProgress], None] = lambda now: None,
+    doomed: Callable[[], bool] = lambda: False,
+) -> bool:
+    """Train what stands planned at `output.path`, from its newest checkpoint to its generator.
+
+    Args:
+        stop: whether to leave after this step, with a checkpoint; asked before each step, and one worker is enough.
+        progress: called by worker 0 after each step.
+        doomed: whether a worker's machine is about to be taken away. Every worker asks at the same steps, those of the
+            log, and gets the same answer; at the first yes a checkpoint is written.
+
+    Returns:
+        Whether it is done; False if it was stopped before.
+
+    Raises:
+        SmsbatchError: in all workers alike, except if one of them runs out of memory.
+    """
+    store, training = store_of(manifest), manifest.distill
+    if isinstance(manifest.compute.threads, int):
+        torch.set_num_threads(manifest.compute.threads)
+    found: Restored | None = None
+    records: _Records | None = None
+    with team.together():
+        distiller = Distiller(*load_models(manifest, team.device), manifest, team.average)
+        samples = index_size(store)
+        found = restore(store) if team.rank == 0 else None
+    checkpoint = team.of_first(found.checkpoint if found else None)
+    with team.together():
+        if checkpoint is not None:
+            distiller.restore(found.data if found else read(store, checkpoint))
+
+    saved, warned, failures = distiller.step, False, checkpoint.about["failed"] if checkpoint else 0
+    with ExitStack() as stack:
+        feed = stack.enter_context(Feed(manifest, store, samples, team.rank, team.size, distiller.step))
+        with team.together():
+            if team.rank == 0:
+                records = stack.enter_context(_Records(store, manifest, distiller, checkpoint))
+        batches, recent, waited, began = iter(feed), list[dict[str, Tensor]](), 0.0, monotonic()
+        while distiller.step < training.all_steps:
+            batch, asked = None, monotonic()
+            with team.apart():
+                batch = next(batches)
+            waited += monotonic() - asked
+            stopping, failed = team.agree(int(stop()), len(batch.failed) if batch else 0)
+            if stopping:
+                break
+            assert batch is not None, "agree() raises what came instead"
+            failures += failed
+            taken = max(samples, (distiller.step + 1) * training.images_per_step)
+            if failures > manifest.errors.max_failed_fraction * taken:
+                team.fail(_too_many(failures, taken, batch, distiller.step, manifest))
+
+            images = torch.from_numpy(batch.images).to(team.device).permute(0, 3, 1, 2).float() / 255
+            recent.append(_step(distiller, images, batch, manifest))
+            step = distiller.step
+            last = step == training.all_steps
+            logs = last or step % training.log_every == 0
+            saves = last or step % training.checkpoint_every == 0
+            losses: dict[str, float] = {}
+            if logs or saves:
+                wrong = _not_finite(distiller, recent)
+                if wrong:
+                    team.fail(RunError(f"{wrong}; {_advice(saved)}"))
+                losses = _means(recent)
+            if logs and doomed():
+                saves, warned = saves or not warned, True
+            with team.apart():
+                if records is not None:
+                    progress(records.log.step(step, failed))
+                    if logs:
+                        others = {"learning_rate": learning_rate(step - 1, training)}
+                        others["waited"] = waited / (monotonic() - began)
+                        records.log.scalars(step, losses | others, losses.keys())
+                    if last or step % training.grid_every == 0:
+                        records.grid(images)
+                    if saves:
+                        records.save(failures, losses)
+            if logs:
+                recent, waited, began = [], 0.0, monotonic()
+            if saves:
+                saved = step
+        with team.together():
+            if records is not None:
+                records.finish(failures, stopped=distiller.step < training.all_steps)
+    return distiller.step == training.all_steps
+
+
+class _Records:
+    """What worker 0 writes: log, grids, checkpoints, and in the end the generator.
+
+    A checkpoint is taken at once and stored by a thread, while the training goes on; an error there is raised by the
+    next one, or by `finish`.
+    """
+
+    def __init__(self, store: Store, manifest: Distill, distiller: Distiller, checkpoint: Checkpoint | None) -> None:
+        self._store, self._training, self._distiller = store, manifest.distill, distiller
+        self._about: Mapping[str, Any] = checkpoint.about if checkpoint else {"failed": 0, "seconds": 0.0, "losses": {}}
+        self._saved, self._began = distiller.step, monotonic()
+        self._seconds = self._about["seconds"]
+        self.log = TrainingLog(store, manifest, distiller.step, self._about["failed"])
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="smsbatch-checkpoint")
+        self._storing: Future[None] | None = None
+
+    def __enter__(self) -> Self:
+        self.log.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._thread.shutdown()
+        self.log.__exit__(*error)
+
+    def grid(self, images: Tensor) -> None:
+        """Sources [n, 3, H, W] in [0, 1], and what the averaged generator makes of them."""
+        sources = images[:_SHOWN]
+        with torch.no_grad():
+            results = self._distiller.ema(sources)
+        both = (torch.stack([sources, results.clamp(0, 1)]) * 255).round().to(torch.uint8)
+        sources_shown, results_shown = both.permute(0, 1, 3, 4, 2).cpu().numpy()
+        self.log.grid(self._distiller.step, sources_shown, results_shown)
+
+    def save(self, failed: int, losses: Mapping[str, float]) -> None:
+        """A checkpoint of now."""
+        self._wait()
+        self.log.flush()
+        step = self._distiller.step
+        self._saved = step
+        self._about = {
+            "failed": failed,
+            "seconds": self._seconds + monotonic() - self._began,
+            "losses": dict(losses),
+        }
+        self._storing = self._thread.submit(self._store_checkpoint, step, self._distiller.dump(), self._about)
+
+    def finish(self, failed: int, stopped: bool) -> None:
+        """The last checkpoint; and all that says that the training is done, unless it was stopped."""
+        if self._saved < self._distiller.step:
+            self.save(failed, self._about["losses"])
+        self._wait()
+        self.log.close(finished=not stopped)
+        if stopped:
+            return
+        generator, run = self._distiller.ema, the_run(self._store)
+        generator.about = about(run, self._about)
+        files = generator.files()
+        for name, data in files.items():
+            self._store.put(f"generator/{name}", data)
+        self._store.put("generator/README.md", model_card(run, files).encode())
+        self._store.create(SUCCESS, b"")
+
+    def _wait(self) -> None:
+        if self._storing is not None:
+            self._storing.result()
+
+    def _store_checkpoint(self, step: int, data: bytes, about: Mapping[str, Any]) -> None:
+        write(self._store, step, data, about)
+        prune(self._store, self._training.keep)
+
+
+def _step(distiller: Distiller, images: Tensor, batch: Batch, manifest: Distill) -> dict[str, Tensor]:
+    prompts = [manifest.objective.prompts(manifest.style.prompt, caption) for caption in batch.captions]
+    try:
+        return distiller.train_step(images, prompts, batch.seeds)
+    except torch.OutOfMemoryError as error:
+        raise RunError(
+            f"step {distiller.step + 1} does not fit the device's memory; lower compute.batch_size "
+            f"({manifest.compute.batch_size} now), or set distill.checkpoint_vae"
+        ) from error
+
+
+def _means(recent: Sequence[Mapping[str, Tensor]]) -> dict[str, float]:
+    """Of every loss over the steps that have it."""
+    names = dict.fromkeys(name for losses in recent for name in losses)
+    return {name: float(torch.stack([each[name] for each in recent if name in each]).mean()) for name in names}
+
+
+def _not_finite(distiller: Distiller, recent: Sequence[Mapping[str, Tensor]]) -> str:
+    """What of the last steps is not a number, '' if all is well; what all workers find alike."""
+    for step, losses in enumerate(recent, distiller.step - len(recent) + 1):
+        for name, loss in losses.items():
+            if not math.isfinite(loss):
+                return f"step {step}: the loss `{name}` is {float(loss)}"
+    if not all(parameter.isfinite().all() for parameter in distiller.generator.parameters()):
+        return f"step {distiller.step}: the generator's parameters are not finite"
+    return ""
+
+
+def _advice(saved: int) -> str:
+    if not saved:
+        return "lower distill.learning_rate or objective.fake.learning_rate, and begin anew in another output.path"
+    return (
+        f"lower distill.learning_rate and go on from step {saved} with --allow-drift distill.learning_rate, or begin "
+        "anew in another output.path"
+    )
+
+
+def _too_many(failed: int, taken: int, batch: Batch, step: int, manifest: Distill) -> RunError:
+    example = f" ({batch.failed[-1][0]}: {batch.failed[-1][1]}: {batch.failed[-1][2]})" if batch.failed else ""
+    return RunError(
+        f"samples could not be used {failed} times{example}, more than errors.max_failed_fraction "
+        f"({manifest.errors.max_failed_fraction:g}) of {taken} allows; stopped at step {step}; mend the source and run "
+        "with --allow-drift inputs, or raise the limit"
+    )

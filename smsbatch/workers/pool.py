@@ -1,0 +1,107 @@
+"""What feeds workers: what every pool is, and `LocalPool`, one worker in this process. `ray_pool.py` has the cluster.
+
+A pool is a context manager; `work` yields a commit for every task, in the order they finish, and None now and then so
+that the caller can look at `progress`. A worker has `in_flight` units: one it computes, others it reads or stores.
+An exception out of a worker that is not its death (a full disk, say) ends the run. Workers are started by the first
+call that needs them, so that a pool with nothing to do costs nothing.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import AbstractContextManager
+from itertools import islice
+
+from smsbatch.data.sample import Entry
+from smsbatch.manifest import Dataset, Manifest, Stylize
+from smsbatch.parallel import Item, Result, started_ahead
+from smsbatch.runs.plan import Estimate
+from smsbatch.runs.records import Commit
+from smsbatch.runs.status import Progress
+from smsbatch.workers.worker import Task, Worker
+
+__all__ = ["LocalPool", "Pool", "in_flight"]
+
+TICK_S = 0.25
+_THREADS = 16  # for what mostly waits
+
+
+class Pool(AbstractContextManager["Pool"], ABC):
+    """Made before anything is planned, so that a pool that cannot be is refused."""
+
+    def __init__(self, manifest: Manifest) -> None:
+        self.manifest = manifest
+
+    @abstractmethod
+    def work(self, tasks: Iterable[Task]) -> Iterator[Commit | None]:
+        """Do all tasks; leaving the iterator early, or the pool's context, drops what is in hand."""
+
+    @abstractmethod
+    def progress(self) -> list[Progress]:
+        """What every worker does now."""
+
+    @abstractmethod
+    def measure(self, entries: Sequence[Entry]) -> Estimate:
+        """What samples cost on one worker; SampleError if none could be stylized."""
+
+    def map(self, function: Callable[[Item], Result], items: Sequence[Item]) -> Generator[Result, None, None]:
+        """The function of every item, in their order, several at a time; without models. Closed, it starts no more."""
+        threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="smsbatch-map")
+        try:
+            futures = started_ahead((threads.submit(function, item) for item in items), 2 * _THREADS)
+            yield from (future.result() for future in futures)
+        finally:
+            threads.shutdown(cancel_futures=True)
+
+
+def in_flight(manifest: Manifest) -> int:
+    """Units a worker has at once. With one it would wait for every read; with three a lost worker would lose more.
+
+    A generator is done with a unit before the last one is committed and the next one read.
+    """
+    return 4 if isinstance(manifest, Stylize) else 2
+
+
+class LocalPool(Pool):
+    """One worker in this process."""
+
+    def __init__(self, manifest: Manifest) -> None:
+        super().__init__(manifest)
+        self._in_flight = in_flight(manifest)
+        self._threads = ThreadPoolExecutor(self._in_flight, thread_name_prefix="smsbatch")
+        self._worker: Worker | None = None
+
+    def __exit__(self, *_: object) -> None:
+        if self._worker is not None:
+            self._worker.cancel()
+        self._threads.shutdown(cancel_futures=True)
+
+    def work(self, tasks: Iterable[Task]) -> Iterator[Commit | None]:
+        worker = self._ready()
+        remaining = iter(tasks)
+        running: set[Future[Commit]] = set()
+        while True:
+            for task in islice(remaining, self._in_flight - len(running)):
+                running.add(self._threads.submit(worker.process, task))
+            if not running:
+                return
+            finished, running = wait(running, timeout=TICK_S, return_when=FIRST_COMPLETED)
+            for future in finished:
+                yield future.result()
+            yield None
+
+    def progress(self) -> list[Progress]:
+        return [] if self._worker is None else [self._worker.progress()]
+
+    def measure(self, entries: Sequence[Entry]) -> Estimate:
+        return self._ready().measure(entries)
+
+    def _ready(self) -> Worker:
+        if self._worker is None:
+            assert isinstance(self.manifest, Dataset), "a task that makes rows"
+            worker = Worker(self.manifest, "local")
+            worker.setup()
+            self._worker = worker
+        return self._worker

@@ -1,0 +1,213 @@
+"""What happens to a unit, in any pool: read, stylize, commit, publish."""
+
+from __future__ import annotations
+
+import socket
+import threading
+import time
+from collections.abc import Collection, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
+from itertools import groupby
+from time import perf_counter
+from typing import TYPE_CHECKING
+
+from smsbatch.data.index import read_index, read_units
+from smsbatch.data.reader import Reader, public
+from smsbatch.data.sample import Entry, Outcome, Sample, Unit
+from smsbatch.data.sources import load_sample
+from smsbatch.errors import SampleError
+from smsbatch.manifest import Dataset
+from smsbatch.runs.ledger import Ledger
+from smsbatch.runs.plan import Estimate
+from smsbatch.runs.records import Commit
+from smsbatch.runs.run_file import store_of
+from smsbatch.runs.status import Progress
+from smsbatch.storage.store import Store
+
+if TYPE_CHECKING:
+    from smsbatch.workers.stylizer import Stylizer
+
+__all__ = ["Cancelled", "Task", "Worker", "failed"]
+
+_READERS = 16  # threads that wait for a store or a web server
+
+
+class Cancelled(Exception):
+    """The worker was told to drop what it has in hand."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """A unit to be done. As `generation` 0 all of it; as a later one only what failed with one of the `codes`."""
+
+    unit: Unit
+    generation: int = 0
+    codes: Collection[str] = ()
+
+
+class Worker:
+    """Models loaded once by `setup`, then any number of units.
+
+    `process` may be called from several threads at once: one computes, the others read and decode the next units, or
+    encode and commit the last. That is all the prefetching between units there is, and all that is needed.
+    """
+
+    def __init__(self, manifest: Dataset, name: str, device: str | None = None) -> None:
+        self.manifest, self.name, self._device = manifest, f"{socket.gethostname()}-{name}", device
+        self._readers = ThreadPoolExecutor(_READERS, thread_name_prefix="smsbatch-read")
+        self._showing = threading.Lock()
+        self._cancelled = threading.Event()
+        self._stylizer: Stylizer | None = None
+        self._progress = Progress(self.name, None)
+
+    def setup(self) -> None:
+        """Load the models. Apart from the constructor, so that a pool sees its errors as errors and not as a death."""
+        # Loads torch, which a driver that feeds workers elsewhere needs not.
+        from smsbatch.workers.stylizer import Stylizer
+
+        self._stylizer = Stylizer(self.manifest, self._device)
+
+    def progress(self) -> Progress:
+        waited = self._stylizer.waited if self._stylizer is not None else None
+        now = replace(self._progress, waited=waited)
+        return now if now.unit else replace(now, seen=time.time())
+
+    def cancel(self) -> None:
+        """Make `process` raise Cancelled at its next step; what is committed stays."""
+        self._cancelled.set()
+
+    def process(self, task: Task, lost: Collection[int] = (), deaths: int = 0) -> Commit:
+        """Stylize and commit a unit, and publish its shard if that was the last one missing.
+
+        Args:
+            lost: index rows that killed their workers; they become failed rows without being touched.
+            deaths: how many workers have died over this task.
+
+        Returns:
+            The commit that stands, which is another worker's if that was faster; where only the driver may commit, one
+            that the driver has yet to decide.
+        """
+        unit = task.unit
+        stands = self._ledger.committed(unit.id)
+        if stands is not None and stands.generation >= task.generation:
+            return stands
+        started = perf_counter()
+        outcomes = self._outcomes(task, range(unit.start, unit.stop), lost, deaths)
+        seconds = perf_counter() - started + (stands.seconds if stands is not None else 0.0)  # of all generations
+        commit = self._ledger.attempt(unit, outcomes, worker=self.name, seconds=seconds, generation=task.generation)
+        if not self._store.conditional:
+            return commit
+        commit = self._ledger.decide(commit)
+        self._ledger.publish(unit.shard, self._shards[unit.shard])  # None while another unit is missing
+        return commit
+
+    def probe(self, task: Task, rows: range) -> None:
+        """Do the work on some rows of a unit and throw it away: to see whether they kill the worker."""
+        self._outcomes(task, rows)
+
+    def measure(self, entries: Sequence[Entry]) -> Estimate:
+        """Stylize some samples, throw the results away and say what they cost.
+
+        Raises:
+            SampleError: none of them could be stylized; the first one's error.
+        """
+        started = perf_counter()
+        outcomes = self._stylize(None, list(self._readers.map(self._reading(), entries)))
+        seconds = perf_counter() - started
+        pictures = [outcome.image for outcome in outcomes if outcome.image is not None]
+        if not pictures:
+            first = outcomes[0]
+            raise SampleError(str(first.error_code), f"{first.key}: {first.error_message}")
+        assert self._stylizer is not None
+        return Estimate(
+            images=len(pictures),
+            seconds_per_image=seconds / len(pictures),
+            bytes_per_image=sum(map(len, pictures)) / len(pictures),
+            device=self._stylizer.engine.device.type,
+        )
+
+    def _outcomes(self, task: Task, rows: range, lost: Collection[int] = (), deaths: int = 0) -> list[Outcome]:
+        """What becomes of some rows of a unit; of a later generation, most of them are what they were."""
+        known = self._known(task)
+        kept = {row for row in rows if row in known and known[row].error_code not in task.codes}
+        items: dict[int, Sample | Outcome] = {row: known[row] for row in kept}
+        entries = dict(zip(rows, read_index(self._store, rows.start, rows.stop), strict=True))
+        items |= {row: self._lost(entry) for row, entry in entries.items() if row in lost and row not in kept}
+        todo = {row: entry for row, entry in entries.items() if row not in items}
+        items |= zip(todo, self._readers.map(self._reading(), todo.values()), strict=True)
+        outcomes = self._stylize(task, [items[row] for row in rows])
+        return [
+            outcome
+            if row in kept
+            else replace(outcome, attempts=(known[row].attempts if row in known else 0) + deaths + 1)
+            for row, outcome in zip(rows, outcomes, strict=True)
+        ]
+
+    def _known(self, task: Task) -> dict[int, Outcome]:
+        """Row by row what the generation before has made of a unit."""
+        stands = self._ledger.committed(task.unit.id) if task.generation else None
+        if stands is None:
+            return {}
+        return dict(zip(range(task.unit.start, task.unit.stop), self._ledger.outcomes(stands), strict=True))
+
+    def _stylize(self, task: Task | None, items: Sequence[Sample | Outcome]) -> list[Outcome]:
+        samples = [item for item in items if isinstance(item, Sample)]
+        assert self._stylizer is not None, "setup() first"
+        stylized = iter(self._stylizer.stylize(samples, partial(self._show, task, len(samples))))
+        with self._showing:
+            if self._progress.unit == _name(task):  # else the next one computes already
+                self._progress = Progress(self.name, None)
+        return [next(stylized) if isinstance(item, Sample) else item for item in items]
+
+    def _show(self, task: Task | None, samples: int, done: int, batch: int, step: int) -> None:
+        self._check()
+        assert self._stylizer is not None
+        unit, generation, steps = _name(task), task.generation if task else 0, self._stylizer.engine.steps
+        shown = Progress(self.name, unit, done, samples, batch, step, steps, generation, time.time())
+        with self._showing:
+            if self._progress.unit == unit and self._progress.worth > shown.worth:
+                shown = replace(self._progress, seen=shown.seen)  # a batch that begins anew with fewer samples
+            self._progress = shown
+
+    def _check(self) -> None:
+        if self._cancelled.is_set():
+            raise Cancelled
+
+    def _reading(self) -> partial[Sample | Outcome]:
+        """What reads an entry, for many threads at once."""
+        return partial(self._read, Reader(self.manifest.storage, self.manifest.source.max_bytes))
+
+    def _read(self, reader: Reader, entry: Entry) -> Sample | Outcome:
+        self._check()
+        try:
+            return load_sample(entry, self.manifest.source, reader)
+        except SampleError as error:
+            return failed(entry, error.code, str(error))
+
+    def _lost(self, entry: Entry) -> Outcome:
+        message = f"its worker died {self.manifest.compute.retries + 1} times, and again on this sample alone"
+        return failed(entry, "worker_lost", message)
+
+    @cached_property
+    def _store(self) -> Store:
+        return store_of(self.manifest)  # not before a unit is asked for: the plan stands then, and says how to commit
+
+    @cached_property
+    def _ledger(self) -> Ledger:
+        return Ledger(self._store, metrics=self.manifest.metrics)
+
+    @cached_property
+    def _shards(self) -> dict[int, list[Unit]]:
+        return {shard: list(units) for shard, units in groupby(read_units(self._store), lambda unit: unit.shard)}
+
+
+def _name(task: Task | None) -> str:
+    return "probe" if task is None else task.unit.name
+
+
+def failed(entry: Entry, code: str, message: str) -> Outcome:
+    """The outcome of a sample that could not be read."""
+    url = public(entry.url)
+    return Outcome(entry.key, url, error_code=code, error_message=message, original_key=entry.original_key)

@@ -1,0 +1,272 @@
+"""Processes of a run are killed at random moments until it is done: the bytes are those of a run that nobody disturbed.
+
+Also two drivers at once on one output. Real processes, real signals; seeds make the moments, as far as processes can
+be held to them.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.faults import Bucket, Disk, Life, Output, check_end, check_whole, descendants, disturb, until
+from support.jobs import commits, make_photos, write_manifest
+from support.s3server import Server
+
+import smsbatch as sb
+
+PHOTOS = [f"photo-{number:02}" for number in range(8)]
+IN_PLACE = {"url"}  # columns that differ where the same source lies elsewhere
+
+
+@pytest.fixture(autouse=True)
+def _no_life_is_left() -> Iterator[None]:
+    yield
+    Life.end_all()
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Eight pictures, one of them broken."""
+    folder = make_photos(tmp_path_factory.mktemp("source") / "photos", PHOTOS)
+    (folder / "photo-05.png").write_bytes(b"no picture")
+    return folder
+
+
+@pytest.fixture
+def job(tmp_path: Path, model: Path, lora: Path, photos: Path) -> Callable[..., Path]:
+    """A manifest of eight units of some steps, so that there is a middle to be killed in; a broken picture is a row."""
+
+    def make(output: str | None = None, **sections: dict[str, Any]) -> Path:
+        where = {"path": output} if output else {}
+        return write_manifest(
+            tmp_path,
+            model,
+            lora,
+            photos,
+            objective={"steps": 8},
+            output={"samples_per_unit": 1, **where},
+            errors={"max_failed_fraction": 0.5},
+            **sections,
+        )
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory, model: Path, lora: Path, photos: Path) -> Path:
+    folder = tmp_path_factory.mktemp("undisturbed")
+    manifest = write_manifest(
+        folder,
+        model,
+        lora,
+        photos,
+        objective={"steps": 8},
+        output={"samples_per_unit": 1},
+        errors={"max_failed_fraction": 0.5},
+    )
+    sb.run(sb.load(manifest))
+    return folder / "out"
+
+
+def _places(place: str, tmp_path: Path, s3: Server) -> tuple[Output, dict[str, Any]]:
+    """The output on disk or in a bucket, and the manifest's sections that lead there."""
+    if place == "disk":
+        return Disk(tmp_path / "out"), {}
+    url = f"s3://{s3.bucket()}/runs/trial"
+    return Bucket(s3, url), {"output": url, "storage": {"endpoint": s3.endpoint, "region": s3.storage.region}}
+
+
+@pytest.mark.parametrize(("place", "seed"), [("disk", 1), ("s3", 3)])
+def test_a_driver_that_is_killed_again_and_again(
+    place: str, seed: int, job: Callable[..., Path], undisturbed: Path, tmp_path: Path, s3: Server
+) -> None:
+    output, sections = _places(place, tmp_path, s3)
+    manifest = job(**sections)
+    seen: dict[str, str] = {}
+
+    def check() -> None:
+        """After every death: all that was said to be done is there and stays."""
+        out = output.local(tmp_path)
+        check_whole(out)
+        now = {name: commit["attempt"] for name, commit in commits(out).items()}
+        assert seen.items() <= now.items()
+        seen.update(now)
+
+    killed = disturb(lambda: Life(manifest), output, deaths=4, stride=9, seed=seed, check=check)
+    assert killed >= 2
+    assert seen, "it was killed only before it had done anything"
+    check()
+    check_end(output.local(tmp_path), undisturbed)
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="finds Ray's processes in Linux' /proc")
+def test_actors_and_then_the_driver_of_a_cluster_are_killed(
+    job: Callable[..., Path], undisturbed: Path, tmp_path: Path
+) -> None:
+    """Nothing that was not the samples' fault is blamed on them, and a driver without Ray goes on at once."""
+    manifest = job(compute={"retries": 50})
+    output = Disk(tmp_path / "out")
+    driver = Life(manifest, "--set", "compute.pool=ray", "--set", "compute.workers=2")
+    started: set[int] = set()
+    try:
+        _grow(driver, output, 6)  # the plan and a little more
+        assert _kill_actors(driver, output, started, deaths=1, stride=4, seed=5)
+        started |= dict(descendants(driver.pid)).keys()
+        actors = _actors(driver)
+        assert driver.kill(children=False)  # its actors may live a little longer than it, and work
+        check_whole(output.path)
+        before = commits(output.path)
+        assert 0 < len(before) < len(PHOTOS)
+        heir = Life(manifest)
+        assert heir.wait() == 0, heir.said
+        after = commits(output.path)
+        assert {name: after[name]["attempt"] for name in before} == {
+            name: commit["attempt"] for name, commit in before.items()
+        }
+        check_end(output.path, undisturbed)
+        until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in actors))
+        check_end(output.path, undisturbed)  # whatever the orphans did last
+    finally:
+        _kill_all(started)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="finds Ray's processes in Linux' /proc")
+def test_a_cluster_that_is_gone_ends_the_run(job: Callable[..., Path], tmp_path: Path) -> None:
+    """Slow, because Ray takes its time to believe that a node is dead."""
+    output = Disk(tmp_path / "out")
+    driver = Life(job(), "--set", "compute.pool=ray", "--set", "objective.steps=500")
+    started: set[int] = set()
+    try:
+        _grow(driver, output, 5)
+        processes = dict(descendants(driver.pid))
+        started |= processes.keys()
+        (raylet,) = [pid for pid, command in processes.items() if "raylet/raylet" in command.split(" ")[0]]
+        os.kill(raylet, signal.SIGKILL)
+        assert driver.wait() == 1
+        assert "the Ray cluster is gone" in driver.said
+    finally:
+        _kill_all(started)
+
+
+def _kill_actors(driver: Life, output: Output, started: set[int], deaths: int, stride: int, seed: int) -> int:
+    """One actor each time up to `stride` more objects are there, while the driver lives; returns how many.
+
+    `started` gets the pids of all that runs for Ray.
+    """
+    chance, killed = random.Random(seed), 0
+    for _ in range(deaths):
+        _grow(driver, output, chance.randint(1, stride))
+        started |= dict(descendants(driver.pid)).keys()
+        actors = _actors(driver)
+        if actors:  # none while the plan is made, and none when all is done
+            os.kill(chance.choice(actors), signal.SIGKILL)
+            killed += 1
+    _grow(driver, output, 1)
+    return killed
+
+
+def _grow(driver: Life, output: Output, more: int) -> None:
+    goal = len(output.names()) + more
+    until(lambda: driver.ended or len(output.names()) >= goal)
+
+
+def _actors(driver: Life) -> list[int]:
+    return sorted(pid for pid, command in descendants(driver.pid) if command.startswith("ray::Worker"))
+
+
+def _kill_all(pids: set[int]) -> None:
+    for pid in pids:
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+
+
+@pytest.mark.parametrize(("place", "head_start"), [("disk", 0), ("s3", 8)])
+def test_two_drivers_on_one_output(
+    place: str, head_start: int, job: Callable[..., Path], undisturbed: Path, tmp_path: Path, s3: Server
+) -> None:
+    """The second joins in or is refused in one line; nothing is damaged, and nothing is left to do."""
+    output, sections = _places(place, tmp_path, s3)
+    manifest = job(**sections)
+    first = Life(manifest)
+    until(lambda: first.ended or len(output.names()) >= head_start)
+    second = Life(manifest)
+    ends = [first.wait(), second.wait()]
+    said = f"first:\n{first.said}\nsecond:\n{second.said}"
+    assert 0 in ends, said
+    for life, end in zip((first, second), ends, strict=True):
+        if end:
+            assert end in (2, 3), said
+            assert life.said.splitlines()[-1].startswith("smsbatch: "), said
+            assert "Traceback" not in life.said, said
+    check_end(output.local(tmp_path), undisturbed)
+    if ends == [0, 0]:
+        again = Life(manifest)
+        assert again.wait() == 0, again.said
+        assert "Nothing to do" in again.said
+        check_end(output.local(tmp_path), undisturbed)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("place", ["disk", "s3"])
+@pytest.mark.parametrize("pool", ["local", "ray"])
+def test_the_embedded_model(pool: str, place: str, tmp_path: Path, s3: Server) -> None:
+    """Many deaths of fresh processes that do what users do: drivers, and between them actors."""
+    if pool == "ray" and not Path("/proc/self/stat").exists():
+        pytest.skip("finds Ray's processes in Linux' /proc")
+    output, sections = _places(place, tmp_path, s3)
+    manifest = _embedded(tmp_path, output.url, storage=sections.get("storage", {}))
+    options = ("--set", f"compute.pool={pool}")
+    started: set[int] = set()
+    chance, actors = random.Random(7), []
+
+    def kill(life: Life) -> bool:
+        if pool == "ray" and chance.random() < 0.7:
+            actors.append(_kill_actors(life, output, started, deaths=1, stride=4, seed=chance.randrange(1000)))
+        started.update(pid for pid, _ in descendants(life.pid))
+        return life.kill(children=chance.random() < 0.5)
+
+    try:
+        killed = disturb(
+            lambda: Life(manifest, *options, fresh=True),
+            output,
+            deaths=8,
+            stride=7,
+            seed=11,
+            check=lambda: check_whole(output.local(tmp_path)),
+            kill=kill,
+        )
+    finally:
+        until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in started))
+    assert killed >= 3
+    assert pool == "local" or sum(actors) >= 2
+    reference = tmp_path / "reference"
+    reference.mkdir()
+    sb.run(sb.load(_embedded(reference, str(reference / "out"))))
+    check_end(output.local(tmp_path), reference / "out")
+    shutil.rmtree(reference)
+
+
+def _embedded(folder: Path, output: str, storage: dict[str, Any] | None = None) -> Path:
+    """Ten photographs in oil, in little more steps than one sees the oil after."""
+    return write_manifest(
+        folder,
+        Path("tiny"),
+        Path("tiny:styles/oil.safetensors"),
+        Path("tiny:photos"),
+        source={"limit": 10},
+        style={"prompt": "oil painting style"},
+        objective={"steps": 10},
+        image={"resolution": 96},
+        output={"path": output, "samples_per_unit": 1},
+        compute={"retries": 50, "workers": 2},
+        storage=storage or {},
+    )

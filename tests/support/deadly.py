@@ -1,0 +1,29 @@
+"""A worker that dies, for tests of the pool: it kills its own process, as the kernel's memory killer would."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+
+from smsbatch.data.reader import Reader
+from smsbatch.data.sample import Entry, Outcome, Sample
+from smsbatch.workers.worker import Worker
+
+
+class DeadlyWorker(Worker):
+    """Dies whenever it reads a sample named `killer...`, and once, in the whole test, when it reads `flaky`."""
+
+    def _read(self, reader: Reader, entry: Entry) -> Sample | Outcome:
+        died_before = Path(self.manifest.output.path).with_name("died-before")
+        if entry.key.startswith("killer") or (entry.key == "flaky" and not died_before.exists()):
+            died_before.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super()._read(reader, entry)
+
+
+class StillbornWorker(Worker):
+    """Dies while it loads its models."""
+
+    def setup(self) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)

@@ -1,0 +1,250 @@
+"""Lives of a run that end by SIGKILL, and what must be true of its output after each of them.
+
+A life is a real process that runs `smsbatch run`, in a session of its own, so that it can be killed with all its
+children. It comes out of a server that has imported torch already, so that a test affords many of them; `fresh` ones
+import everything themselves. When to kill is decided by what the output has come to, and by a seed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import multiprocessing
+import os
+import random
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, ClassVar, Protocol
+
+import pyarrow.parquet as pq
+from support.jobs import commits, rows, tars
+from support.s3server import Server
+
+import smsbatch as sb
+
+__all__ = ["Bucket", "Disk", "Life", "Output", "check_end", "check_whole", "descendants", "disturb", "facts", "until"]
+
+PATIENCE_S = 300.0  # for what takes seconds: only a machine that hangs has it end
+PRELOAD = [
+    "smsbatch.cli.app",
+    "smsbatch.commands.run",
+    "smsbatch.workers.stylizer",
+    "smsbatch.training.loop",
+    "smsbatch.metrics",
+    "diffusers.models.autoencoders.autoencoder_kl",
+    "diffusers.models.unets.unet_2d_condition",
+    "diffusers.schedulers.scheduling_ddim",
+    "transformers.models.clip.modeling_clip",
+    "transformers.models.clip.tokenization_clip",
+    "s3fs",
+]
+OF_CHANCE = {"seconds", "batch_size", "attempt", "attempts", "worker"}  # columns of the way and not of the result
+
+
+def until(happened: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + PATIENCE_S
+    while not happened():
+        assert time.monotonic() < deadline, "it did not happen"
+        time.sleep(0.01)
+
+
+class Life:
+    """A process that runs `smsbatch run JOB OPTIONS...`; what it prints is in `said`."""
+
+    _lives: ClassVar[list[Life]] = []
+
+    def __init__(self, job: Path, *options: str, env: Mapping[str, str] | None = None, fresh: bool = False) -> None:
+        handle, said = tempfile.mkstemp(prefix="said-", dir=job.parent)
+        os.close(handle)
+        self._said = Path(said)
+        context: Any = multiprocessing.get_context("spawn" if fresh else "forkserver")
+        if not fresh:
+            context.set_forkserver_preload(PRELOAD)
+        scratch = job.parent / "scratch"
+        scratch.mkdir(exist_ok=True)
+        short = tempfile.gettempdir()  # of Ray's sockets, whose paths must not be long
+        environment = dict(os.environ) | {"TMPDIR": str(scratch), "RAY_TMPDIR": short} | dict(env or {})
+        self._process = context.Process(target=_live, args=(["run", str(job), *options], said, environment))
+        self._process.start()
+        self.pid: int = self._process.pid
+        self._lives.append(self)
+
+    @property
+    def ended(self) -> bool:
+        return not self._process.is_alive()
+
+    @property
+    def said(self) -> str:
+        return self._said.read_text()
+
+    def wait(self) -> int:
+        """Its exit code; negative: the signal it died of."""
+        self._process.join(PATIENCE_S)
+        code: int | None = self._process.exitcode
+        assert code is not None, f"it does not end: {self.said}"
+        return code
+
+    def kill(self, children: bool = True) -> bool:
+        """SIGKILL; False if it had ended by itself, which it may do only with exit code 0."""
+        with suppress(ProcessLookupError):  # it had
+            (os.killpg if children else os.kill)(self.pid, signal.SIGKILL)
+        code = self.wait()
+        assert code in (0, -signal.SIGKILL), self.said
+        return code != 0
+
+    @classmethod
+    def end_all(cls) -> None:
+        """For the end of a test that has failed: nothing it started goes on."""
+        while cls._lives:
+            life = cls._lives.pop()
+            if not life.ended:
+                os.killpg(life.pid, signal.SIGKILL)
+                life._process.join()
+
+
+def _live(arguments: list[str], said: str, environment: dict[str, str]) -> None:
+    os.setsid()
+    file = os.open(said, os.O_WRONLY | os.O_APPEND)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)  # noqa: SIM115
+    os.environ.clear()
+    os.environ.update(environment)
+    tempfile.tempdir = None  # found anew, from the environment
+
+    from smsbatch.cli.app import app
+
+    app(arguments)
+
+
+class Output(Protocol):
+    """Where a run writes to."""
+
+    @property
+    def url(self) -> str: ...
+
+    def names(self) -> set[str]:
+        """All objects but those that come and go."""
+
+    def local(self, folder: Path) -> Path:
+        """The whole output as a folder, a copy in `folder` if need be."""
+
+
+class Disk:
+    def __init__(self, path: Path) -> None:
+        self.path, self.url = path, str(path)
+
+    def names(self) -> set[str]:
+        found = set()
+        for folder, _, files in os.walk(self.path):
+            found |= {f"{folder}/{file}".removeprefix(f"{self.url}/") for file in files}
+        return _lasting(found)
+
+    def local(self, folder: Path) -> Path:
+        return self.path
+
+
+class Bucket:
+    def __init__(self, s3: Server, url: str) -> None:
+        self.url, self._s3 = url, s3
+
+    def names(self) -> set[str]:
+        return _lasting(self._s3.names(self.url))
+
+    def local(self, folder: Path) -> Path:
+        return self._s3.download(self.url, Path(tempfile.mkdtemp(dir=folder)))
+
+
+def _lasting(names: set[str]) -> set[str]:
+    return {name for name in names if not name.startswith("_smsbatch/tmp/") and "heartbeat" not in name}
+
+
+def disturb(
+    start: Callable[[], Life],
+    output: Output,
+    deaths: int,
+    stride: int,
+    seed: int,
+    check: Callable[[], None],
+    kill: Callable[[Life], bool] = Life.kill,
+) -> int:
+    """Start and kill so often, each time when up to `stride` more objects are there, then let it end well.
+
+    `check` is asked after every death. Returns how many lives were killed: one may be done before its death is due.
+    """
+    chance, killed = random.Random(seed), 0
+    for _ in range(deaths):
+        goal, delay_s = len(output.names()) + chance.randint(1, stride), chance.uniform(0, 0.2)
+        life = start()
+        until(lambda life=life, goal=goal: life.ended or len(output.names()) >= goal)
+        time.sleep(delay_s)
+        was_killed = kill(life)
+        check()
+        if not was_killed:
+            break
+        killed += 1
+    last = start()
+    assert last.wait() == 0, last.said
+    return killed
+
+
+def check_whole(out: Path) -> None:
+    """What is committed or published is there, whole: true at any instant, whoever died when."""
+    for name, commit in commits(out).items():
+        stem = out / "_smsbatch" / "attempts" / name.partition(".")[0] / commit["attempt"]
+        for kind, proof in commit["files"].items():
+            _prove(stem.with_name(f"{stem.name}.{kind}"), proof)
+    for file in sorted((out / "_smsbatch" / "published").glob("*.json")):
+        record = json.loads(file.read_text())
+        _prove(out / "shards" / f"{record['shard']:06d}.tar", record["files"]["tar"])
+        _prove(out / "metrics" / f"{record['shard']:06d}.parquet", record["files"]["parquet"])
+
+
+def _prove(file: Path, proof: Mapping[str, Any]) -> None:
+    content = file.read_bytes()
+    assert (len(content), hashlib.sha256(content).hexdigest()) == (proof["bytes"], proof["sha256"]), file
+
+
+def facts(out: Path, without: Sequence[str] = ()) -> dict[str, dict[str, Any]]:
+    """The rows by key, without what chance decides."""
+    left_out = OF_CHANCE | set(without)
+    return {key: {name: value for name, value in row.items() if name not in left_out} for key, row in rows(out).items()}
+
+
+def check_end(out: Path, undisturbed: Path, without: Sequence[str] = ()) -> None:
+    """A run that has ended: the same tars, byte for byte, and rows as one that nobody disturbed, and all in order."""
+    assert (out / "_SUCCESS").exists()
+    assert tars(out) == tars(undisturbed)
+    assert facts(out, without) == facts(undisturbed, without)
+    check_whole(out)
+    winners = {commit["unit"]: commit["attempt"] for commit in commits(out).values()}
+    assert {row["unit"]: row["attempt"] for row in rows(out).values()} == winners
+    planned = pq.read_table(out / "plan" / "samples.parquet").column("key").to_pylist()
+    assert sorted(rows(out)) == sorted(planned)
+    status = sb.status(str(out))
+    assert status.finished
+    assert status.units_done == status.units == len(winners)
+    verified = sb.verify(str(out), full=True)
+    assert verified.ok, verified
+
+
+def descendants(pid: int) -> Iterator[tuple[int, str]]:
+    """(pid, command) of all that a process has started, and theirs; from Linux' /proc."""
+    parents, commands = {}, {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            parents[int(folder.name)] = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
+            commands[int(folder.name)] = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+        except (FileNotFoundError, ProcessLookupError):  # it has ended while we looked
+            continue
+    waiting = [pid]
+    while waiting:
+        parent = waiting.pop()
+        children = [child for child, its in parents.items() if its == parent and child in commands]
+        waiting += children
+        yield from ((child, commands[child].strip()) for child in children)

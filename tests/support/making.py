@@ -1,0 +1,107 @@
+"""What the data tests make: tars with any headers, pictures, indexed sources, outcomes."""
+
+from __future__ import annotations
+
+import io
+import tarfile
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from smsbatch.data import pixels
+from smsbatch.data import reader as objects
+from smsbatch.data.index import build_index, read_index
+from smsbatch.data.reader import Reader, Stat
+from smsbatch.data.sample import Entry, Outcome, Sample, Unit
+from smsbatch.data.sources import load_sample, nothing_found, parts, scan
+from smsbatch.manifest import Source, Storage
+from smsbatch.storage.store import Store
+
+STORAGE = Storage(timeout_s=1, retries=0)
+
+
+def source_of(format: str, *urls: object, **options: Any) -> Source:
+    return Source.model_validate({"format": format, "urls": [str(url) for url in urls], **options})
+
+
+def indexed(source: Source, storage: Storage = STORAGE) -> tuple[list[Entry], list[str]]:
+    """All a run would plan of a source, through the index file, and the notices."""
+    scans = [scan(part, source, storage) for part in parts(source, storage)]
+    notices = [notice for scanned in scans for notice in scanned.notices]
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "samples.parquet")
+        if not build_index(path, (scanned.table for scanned in scans), source.limit, source.skip).samples:
+            raise nothing_found(source, notices)
+        return read_index(path), notices
+
+
+def loaded(entry: Entry, source: Source, storage: Storage = STORAGE) -> Sample:
+    return load_sample(entry, source, Reader(storage, source.max_bytes))
+
+
+def expand(pattern: str, storage: Storage) -> list[str]:
+    """The names alone."""
+    return [url for url, _ in objects.expand(pattern, storage)]
+
+
+def stat(url: str, storage: Storage) -> Stat | None:
+    """Of the object of exactly that name."""
+    return dict(objects.expand(url, storage)).get(url)
+
+
+def make_tar(
+    path: Path, members: Iterable[tuple[str | tarfile.TarInfo, bytes]], format: int = tarfile.USTAR_FORMAT
+) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w", format=format) as tar:
+        for name, data in members:
+            member = name if isinstance(name, tarfile.TarInfo) else tarfile.TarInfo(name)
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+    return path
+
+
+def special(name: str, kind: bytes, target: str = "") -> tarfile.TarInfo:
+    member = tarfile.TarInfo(name)
+    member.type, member.linkname = kind, target
+    return member
+
+
+def make_files(root: Path, files: dict[str, bytes]) -> Path:
+    for name, data in files.items():
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
+    return root
+
+
+def pattern(height: int = 40, width: int = 60) -> pixels.Pixels:
+    """Four corners of four colours: red, green / blue, white."""
+    picture = np.zeros((height, width, 3), np.uint8)
+    picture[: height // 2, : width // 2] = 255, 0, 0
+    picture[: height // 2, width // 2 :] = 0, 255, 0
+    picture[height // 2 :, : width // 2] = 0, 0, 255
+    picture[height // 2 :, width // 2 :] = 255, 255, 255
+    return picture
+
+
+def outcome(number: int, salt: str = "", failed: bool = False) -> Outcome:
+    key = f"key-{number:04d}"
+    if failed:
+        return Outcome(key, "src.tar", error_code="decode_error", error_message="damaged", seed=number)
+    return Outcome(
+        key, "src.tar", f"image {key} {salt}".encode(), "webp", caption=f"caption {number}", metrics={"lpips": 0.5}
+    )
+
+
+def outcomes_of(unit: Unit, salt: str = "") -> list[Outcome]:
+    """Outcomes of a unit's rows; every fifth fails."""
+    return [outcome(number, salt, failed=number % 5 == 3) for number in range(unit.start, unit.stop)]
+
+
+def leftovers(store: Store) -> list[str]:
+    """Temporary files that a finished operation should not have left."""
+    return [path for path in store.list() if "/tmp/" in path]
