@@ -1,4 +1,5 @@
-"""The diagram of the house, executable: layers point one way, and every heavy dependency has one door."""
+"""The map of the package, executable: layers point one way, no files import each other in a circle, and every heavy
+dependency has one door."""
 
 from __future__ import annotations
 
@@ -88,6 +89,29 @@ def test_layers() -> None:
             if top == "smsbatch" and other != room and FLOORS[other if other in FLOORS else "__init__"] <= FLOORS[room]:
                 wrong.append(f"{module} imports {name}")
     assert wrong == []
+
+
+def test_no_import_circle_between_files() -> None:
+    """Imports inside functions and under TYPE_CHECKING count, too: they show what a file cannot do without."""
+    trees = modules()
+    arrows: dict[str, set[str]] = {}
+    for module, tree in trees.items():
+        targets = set()
+        for name in imports(tree):
+            parts = name.split(".")
+            if parts[0] == "smsbatch":
+                # `from smsbatch.data import pixels` names a file; `from smsbatch.data.pixels import fit` what is in one.
+                targets |= {".".join(parts[1:n]) for n in (len(parts), len(parts) - 1)} & trees.keys()
+        arrows[module] = targets - {module}
+    while leaves := {module for module, targets in arrows.items() if not targets & arrows.keys()}:
+        arrows = {module: targets for module, targets in arrows.items() if module not in leaves}
+    assert arrows == {}, "these import each other in a circle, or import one that does"
+
+
+def test_no_top_level_module_has_the_name_of_a_public_function() -> None:
+    """Importing a module of it would replace `smsbatch.run`, the function, by `smsbatch.run`, the module."""
+    names = {path.stem for path in PACKAGE.iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()}
+    assert names & set(smsbatch.__all__) == set()
 
 
 def test_doors() -> None:
