@@ -29,14 +29,14 @@ from torch import Tensor
 
 from smsbatch.diffusion.fake import FakeScore
 from smsbatch.diffusion.priors.stable_diffusion import Prior
-from smsbatch.diffusion.scores import Ask, Models
+from smsbatch.diffusion.scores import Ask, ScoreModels
 from smsbatch.generator.network import Generator
 from smsbatch.manifest import Distill, Manifest
 from smsbatch.training import distiller as distill
 from smsbatch.training.distiller import Distiller
 
 
-class OneByOne(Models):
+class OneByOne(ScoreModels):
     """Every score a call of its own."""
 
     def __call__(self, t: Tensor, *asked: Ask) -> list[Tensor]:
@@ -53,7 +53,7 @@ class Step:
         self.images = pictures(1, options.side, options.device).repeat(self.rows, 1, 1, 1)
 
     def __call__(self) -> dict[str, Tensor]:
-        with patch.object(distill, "Models", OneByOne if self.naive else Models):
+        with patch.object(distill, "ScoreModels", OneByOne if self.naive else ScoreModels):
             return self.distiller.train_step(self.images, [PROMPTS] * self.rows, range(self.rows))
 
 

@@ -58,7 +58,7 @@ from smsbatch.diffusion.fake import FakeScore
 from smsbatch.diffusion.objectives import OBJECTIVES, Matching
 from smsbatch.diffusion.optimize import optimize
 from smsbatch.diffusion.priors.stable_diffusion import Prior
-from smsbatch.diffusion.scores import Models
+from smsbatch.diffusion.scores import ScoreModels
 from smsbatch.manifest import Objective
 
 RUN = 500  # iterations of the released constants
@@ -166,7 +166,7 @@ def count(options: argparse.Namespace) -> tuple[int, int]:
     on_meta = argparse.Namespace(**{**vars(options), "device": "meta", "precision": "fp32", "compile": False})
     case, config = Engine(on_meta, 1), Objective()
     fake = FakeScore(case.prior, config.fake, [torch.Generator()])
-    scores = Models(case.prior, case.style, fake, [PROMPTS])
+    scores = ScoreModels(case.prior, case.style, fake, [PROMPTS])
     objective = OBJECTIVES[config.name](config, case.prior.schedule, case.z_src)
     t, eps = torch.tensor([101]).to("meta"), torch.empty_like(case.z_src)
     for model, words in product(("style", "real"), ("target", "edit", "null")):

@@ -7,9 +7,9 @@
 Parts: the generator on decoded tensors in memory, forward only; decoding and fitting; encoding; each with all the
 threads to itself. Run: `sb.run` in this process without metrics, from the first byte read to the last unit committed;
 planning, loading the model and the report are left out. On the CPU all share the processors, so the run is held against
-the three parts one after the other; on a GPU against the generator alone. `waited` is the part of the time between its
-first and its last batch in which the device had nothing to do. The sources are the embedded photographs, again and
-again.
+the three parts one after the other; on a GPU against the generator alone. `idle_fraction` is the part
+of the time between its first and its last batch in which the device had nothing to do. The sources are the embedded
+photographs, again and again.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Bench:
 
     def __init__(self, options: argparse.Namespace, folder: Path, threads: int) -> None:
         self.options, self.folder, self.threads = options, folder, threads
-        self.waited: dict[str, float] = {}
+        self.idle_fraction: dict[str, float] = {}
         photos = sorted(Path(tiny.resolve("tiny:photos")).glob("*.jpg"))
         self.files = [photos[number % len(photos)].read_bytes() for number in range(options.images)]
         (folder / "photos").mkdir(exist_ok=True)
@@ -120,8 +120,8 @@ class Bench:
 
             def look(status: Status) -> None:
                 for worker in status.workers:
-                    if worker.waited is not None:
-                        self.waited[name] = worker.waited
+                    if worker.idle_fraction is not None:
+                        self.idle_fraction[name] = worker.idle_fraction
 
             return sb.run(manifest, look).wall_seconds
 
@@ -139,7 +139,7 @@ def measure(options: argparse.Namespace, threads: int) -> list[str]:
         str(threads),
         *rates,
         f"{parts / best[RUN]:.2f}",
-        f"{100 * bench.waited[RUN]:.1f} %" if RUN in bench.waited else "-",
+        f"{100 * bench.idle_fraction[RUN]:.1f} %" if RUN in bench.idle_fraction else "-",
         f"{options.images / best[MEASURED]:.1f}",
     ]
 

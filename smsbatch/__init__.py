@@ -37,6 +37,7 @@ if TYPE_CHECKING:
         StorageError,
         WeightsError,
     )
+    from smsbatch.generator.network import Generator
     from smsbatch.manifest import Manifest
     from smsbatch.manifest.file import load
     from smsbatch.report.model import Report
@@ -72,6 +73,7 @@ _HOMES = {
     "smsbatch.commands.run": ("run",),
     "smsbatch.commands.status": ("TrainingStatus", "status"),
     "smsbatch.commands.verify": ("Verification", "verify"),
+    "smsbatch.generator.network": ("Generator",),
     "smsbatch.report.model": ("Report",),
     "smsbatch.runs.plan": ("Plan", "TrainingPlan"),
     "smsbatch.runs.snapshot": ("Problem",),
@@ -88,6 +90,7 @@ __all__ = [
     "Distilled",
     "DriftError",
     "Exported",
+    "Generator",
     "Manifest",
     "ManifestError",
     "Measured",

@@ -59,6 +59,7 @@ DOORS = {
     "typer": {"cli"},
     "rich": {"cli.display"},
 }
+FORWARDS = {"diffusion.generator"}  # import paths of older versions, which lead to where the thing is now
 FLOORS = {room: floor for floor, rooms in enumerate(LAYERS) for room in rooms}
 
 
@@ -82,6 +83,8 @@ def imports(tree: ast.Module) -> set[str]:
 def test_layers() -> None:
     wrong = []
     for module, tree in modules().items():
+        if module in FORWARDS:
+            continue
         room = module.split(".")[0]
         for name in imports(tree):
             top, _, rest = name.partition(".")
@@ -100,7 +103,7 @@ def test_no_import_circle_between_files() -> None:
         for name in imports(tree):
             parts = name.split(".")
             if parts[0] == "smsbatch":
-                # `from smsbatch.data import pixels` names a file; `from smsbatch.data.pixels import fit` what is in one.
+                # `from smsbatch.data import pixels` names a file, `from smsbatch.data.pixels import fit` its part.
                 targets |= {".".join(parts[1:n]) for n in (len(parts), len(parts) - 1)} & trees.keys()
         arrows[module] = targets - {module}
     while leaves := {module for module, targets in arrows.items() if not targets & arrows.keys()}:

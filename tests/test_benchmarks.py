@@ -113,8 +113,8 @@ def test_a_run_is_held_against_its_parts(engine: ModuleType) -> None:
     options = argparse.Namespace(
         **vars(OPTIONS) | {"width": 8, "blocks": 1, "images": 6, "batch": 2, "rounds": 1, "side": 32}
     )
-    threads, *rates, ratio, waited, measured = stylize.measure(options, 1)
+    threads, *rates, ratio, idle_fraction, measured = stylize.measure(options, 1)
     assert threads == "1"
     assert len(rates) == 4
     assert all(float(value) > 0 for value in (*rates, ratio, measured))
-    assert 0 <= float(waited.removesuffix(" %")) <= 100
+    assert 0 <= float(idle_fraction.removesuffix(" %")) <= 100

@@ -134,10 +134,10 @@ def status(
     """Say how far a run is, from its storage alone."""
     import smsbatch as sb
     from smsbatch.cli import display
-    from smsbatch.runs.snapshot import Look
+    from smsbatch.runs.snapshot import Snapshot
 
     with reporting(as_json):
-        look = Look(located(where, set_))
+        look = Snapshot(located(where, set_))
         now = sb.status(look)
         if watch:
             try:
@@ -165,10 +165,10 @@ def errors(
     """List the failed samples, and count them by error code. With --json a line for each row."""
     import smsbatch as sb
     from smsbatch.cli import dataset
-    from smsbatch.runs.snapshot import Look
+    from smsbatch.runs.snapshot import Snapshot
 
     with reporting(as_json):
-        look = Look(located(where, set_))
+        look = Snapshot(located(where, set_))
         shown = 0
         for row in sb.failures(look, code, limit):
             if as_json:

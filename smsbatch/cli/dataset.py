@@ -46,8 +46,10 @@ def status(now: Status, ages: bool = False) -> list[str]:
             lines.append(f"  {worker.worker}  {'waiting' if now.units_done else 'starting'}{age}")
         else:
             step = f"step {worker.step} of {worker.steps}" if worker.step else "between two batches"
-            waited = "" if worker.waited is None else f"  device waited {100 * worker.waited:.0f} %"
-            told = f"unit {worker.unit}  {worker.done}/{worker.samples} images  {step}{waited}{age}"
+            idle_fraction = (
+                "" if worker.idle_fraction is None else f"  device waited {100 * worker.idle_fraction:.0f} %"
+            )
+            told = f"unit {worker.unit}  {worker.done}/{worker.samples} images  {step}{idle_fraction}{age}"
             lines.append(f"  {worker.worker}  {told}")
     lines += [
         f"  driver {driver.name} was heard of {duration(driver.age_s)} ago: it is not at work any more"

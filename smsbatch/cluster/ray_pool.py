@@ -10,7 +10,7 @@ from time import monotonic
 from typing import Any
 
 from smsbatch.cluster.connect import check_installed, connect, size_up
-from smsbatch.cluster.retries import Job
+from smsbatch.cluster.retries import UnitRetry
 from smsbatch.data.sample import Entry
 from smsbatch.errors import RunError, SmsbatchError
 from smsbatch.manifest import Manifest
@@ -19,7 +19,7 @@ from smsbatch.runs.plan import Estimate
 from smsbatch.runs.records import Commit
 from smsbatch.runs.status import Progress
 from smsbatch.workers.pool import TICK_S, LocalPool, Pool, in_flight
-from smsbatch.workers.worker import Task, Worker
+from smsbatch.workers.worker import Worker, WorkItem
 
 __all__ = ["RayPool", "pool_of"]
 
@@ -34,24 +34,24 @@ class _Actor:
     handle: Any
     name: str
     ready: bool = False
-    jobs: list[Job] = field(default_factory=list)
+    jobs: list[UnitRetry] = field(default_factory=list)
 
 
 class RayPool(Pool):
     """Actors on a Ray cluster, each pinned to its GPUs, with the models loaded once.
 
     Joins the cluster at `compute.address` (or RAY_ADDRESS); where none is named it starts one here and stops it at the
-    end. A dead actor is replaced, and its units are tried again (`Job`).
+    end. A dead actor is replaced, and its units are tried again (`UnitRetry`).
     """
 
-    _BARREN_DEATHS = 3  # actors in a row that died while loading the models: it is not the samples' fault
+    _MAX_STARTUP_DEATHS = 3  # actors in a row that died while loading the models: it is not the samples' fault
 
     def __init__(self, manifest: Manifest) -> None:
         super().__init__(manifest.absolute())  # an actor's working folder is another
         check_installed()
         self._actors: list[_Actor] = []
         self._seen: dict[str, Progress] = {}
-        self._spawned = self._barren = 0
+        self._spawned = self._startup_deaths = 0
         self._connected = self._started = False
 
     def __exit__(self, *_: object) -> None:
@@ -87,12 +87,12 @@ class RayPool(Pool):
         places = 2 * int(ray.cluster_resources().get("CPU", 1))
         yield from map(self._result, started_ahead((call.remote(item) for item in items), places))
 
-    def measure(self, entries: Sequence[Entry]) -> Estimate:
+    def estimate_cost(self, entries: Sequence[Entry]) -> Estimate:
         self._connect()
         actor = self._actors[0] if self._actors else self._spawn()
         self._result(actor.handle.setup.remote())
         actor.ready = True
-        measured: Estimate = self._result(actor.handle.measure.remote(list(entries)))
+        measured: Estimate = self._result(actor.handle.estimate_cost.remote(list(entries)))
         return measured
 
     def _result(self, call: Any) -> Any:
@@ -111,14 +111,14 @@ class RayPool(Pool):
                 f"a worker died before the work began ({reason}); look at the memory of the nodes"
             ) from error
 
-    def work(self, tasks: Iterable[Task]) -> Iterator[Commit | None]:
+    def work(self, items: Iterable[WorkItem]) -> Iterator[Commit | None]:
         self._connect()
         import ray
 
-        queue = deque(Job(task) for task in tasks)
-        hopeless: list[str] = []
+        queue = deque(UnitRetry(item) for item in items)
+        unrecoverable: list[str] = []
         next_look = monotonic() + _LOOK_S
-        calls: dict[Any, tuple[_Actor, Job | None]] = {}  # a call without a job is an actor's setup
+        calls: dict[Any, tuple[_Actor, UnitRetry | None]] = {}  # a call without a job is an actor's setup
         polls = {actor.handle.progress.remote(): actor for actor in self._actors}  # who has measured before
         while True:
             outstanding = len(queue) + sum(len(actor.jobs) for actor in self._actors)
@@ -143,10 +143,10 @@ class RayPool(Pool):
                         raise  # a bug: its traceback in the actor is what one needs
                     # Dead, or with a GPU that has failed, which only a new process can use again.
                     calls = {key: value for key, value in calls.items() if value[0] is not actor}
-                    hopeless += self._bury(actor, queue, error)
+                    unrecoverable += self._bury(actor, queue, error)
                     continue
                 if job is None:
-                    actor.ready, self._barren = True, 0
+                    actor.ready, self._startup_deaths = True, 0
                     polls[actor.handle.progress.remote()] = actor
                     continue
                 actor.jobs.remove(job)
@@ -161,9 +161,10 @@ class RayPool(Pool):
                     raise RunError("the Ray cluster is gone: no node is alive; look at its logs, then run again")
                 next_look = monotonic() + _LOOK_S
             yield None
-        if hopeless:
+        if unrecoverable:
+            lost = sorted(unrecoverable)
             raise RunError(
-                f"units {', '.join(sorted(hopeless))} kill their workers even without the samples that do so alone; "
+                f"units {', '.join(lost)} kill their workers even without the samples that do so alone; "
                 "look at the memory and the drivers of the workers, then run again"
             )
 
@@ -187,7 +188,7 @@ class RayPool(Pool):
         self._actors.append(actor)
         return actor
 
-    def _deal(self, actor: _Actor, queue: deque[Job], calls: dict[Any, tuple[_Actor, Job | None]]) -> None:
+    def _deal(self, actor: _Actor, queue: deque[UnitRetry], calls: dict[Any, tuple[_Actor, UnitRetry | None]]) -> None:
         """Give an actor what it can take; a unit that saw a death has one for itself: the next then has one cause."""
         while actor.ready and queue and len(actor.jobs) < in_flight(self.manifest):
             idle = sum(not other.jobs for other in self._actors)
@@ -196,11 +197,11 @@ class RayPool(Pool):
             job = queue.popleft()
             actor.jobs.append(job)
             if job.suspects:
-                calls[actor.handle.probe.remote(job.task, job.suspects[0])] = actor, job
+                calls[actor.handle.probe.remote(job.item, job.suspects[0])] = actor, job
             else:
-                calls[actor.handle.process.remote(job.task, tuple(job.lost), job.deaths)] = actor, job
+                calls[actor.handle.process.remote(job.item, tuple(job.lost), job.deaths)] = actor, job
 
-    def _bury(self, actor: _Actor, queue: deque[Job], error: Exception) -> list[str]:
+    def _bury(self, actor: _Actor, queue: deque[UnitRetry], error: Exception) -> list[str]:
         """Take a dead actor out and put its jobs back; the names of units with nothing left to try."""
         import ray
 
@@ -208,22 +209,22 @@ class RayPool(Pool):
         self._actors.remove(actor)
         preempted = getattr(error, "preempted", False)  # the machine was taken away: no sample's fault, nor memory's
         if not actor.ready and not preempted:
-            self._barren += 1
-            if self._barren >= self._BARREN_DEATHS:
+            self._startup_deaths += 1
+            if self._startup_deaths >= self._MAX_STARTUP_DEATHS:
                 if not any(other.ready for other in self._actors):
                     reason = str(error).strip().splitlines()[0]
                     raise RunError(
-                        f"{self._barren} workers in a row died while loading the models ({reason}); is their memory "
-                        "too small? `--set compute.pool=local` shows what happens in this process"
+                        f"{self._startup_deaths} workers in a row died while loading the models ({reason}); is their "
+                        "memory too small? `--set compute.pool=local` shows what happens in this process"
                     )
-                self._size, self._barren = self._size - 1, 0  # others work: only this place is bad
-        hopeless = []
+                self._size, self._startup_deaths = self._size - 1, 0  # others work: only this place is bad
+        unrecoverable = []
         for job in reversed(actor.jobs):
-            if preempted or job.died(self.manifest.compute.retries):
+            if preempted or job.worker_died(self.manifest.compute.retries):
                 queue.appendleft(job)
             else:
-                hopeless.append(job.task.unit.name)
-        return hopeless
+                unrecoverable.append(job.item.unit.name)
+        return unrecoverable
 
     def _poll(self, polls: dict[Any, _Actor]) -> dict[Any, _Actor]:
         """Take what actors answered about their progress, and ask them again."""

@@ -47,10 +47,10 @@ def train_on_ray(
 
     try:
         sizing = _divided(size_up(manifest.compute), manifest)
-        bell = f"_smsbatch/training/stop-{uuid.uuid4().hex}"  # asks the workers to stop when it is there
+        stop_file = f"_smsbatch/training/stop-{uuid.uuid4().hex}"  # asks the workers to stop when it is there
         with tempfile.TemporaryDirectory(prefix="smsbatch-train-") as scratch:
-            fit = _Fit(manifest, sizing, bell, scratch)
-            rung, shown, ended = False, read_progress(store), False
+            fit = _Fit(manifest, sizing, stop_file, scratch)
+            stop_sent, shown, ended = False, read_progress(store), False
             try:
                 while not ended:
                     ended = fit.wait(_LOOK_S)
@@ -59,16 +59,16 @@ def train_on_ray(
                         if now is not None and now != shown:
                             progress(now)
                             shown = now
-                    if stop() and not rung and not ended:
-                        store.put(bell, b"")
-                        rung = True
+                    if stop() and not stop_sent and not ended:
+                        store.put(stop_file, b"")
+                        stop_sent = True
             except BaseException:
                 with suppress(StorageError):  # in a cluster that goes on they would train with nobody looking
-                    store.put(bell, b"")
+                    store.put(stop_file, b"")
                 raise
-            if rung:
+            if stop_sent:
                 with suppress(StorageError):
-                    store.delete(bell)
+                    store.delete(stop_file)
             return _result(fit.outcome, manifest.compute.retries)
     finally:
         if started:
@@ -86,7 +86,7 @@ def _divided(sizing: Sizing, manifest: Distill) -> Sizing:
 class _Fit:
     """`TorchTrainer.fit`, in a thread: in the main one it would take Ctrl-C for itself."""
 
-    def __init__(self, manifest: Distill, sizing: Sizing, bell: str, scratch: str) -> None:
+    def __init__(self, manifest: Distill, sizing: Sizing, stop_file: str, scratch: str) -> None:
         os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
         import ray.train
         from ray.train.torch import TorchConfig, TorchTrainer
@@ -94,7 +94,12 @@ class _Fit:
         whole_gpus = sizing.gpus >= 1  # of a shared one NCCL makes no group
         self._trainer = TorchTrainer(
             _work,
-            train_loop_config={"manifest": manifest, "threads": sizing.threads, "gpu": bool(sizing.gpus), "bell": bell},
+            train_loop_config={
+                "manifest": manifest,
+                "threads": sizing.threads,
+                "gpu": bool(sizing.gpus),
+                "bell": stop_file,
+            },
             # By gloo goes what is on the CPU: a few numbers before each step, for which no GPU has to wait.
             torch_config=TorchConfig(backend="cpu:gloo,cuda:nccl" if whole_gpus else "gloo"),
             scaling_config=ray.train.ScalingConfig(
@@ -158,7 +163,7 @@ def _work(config: dict[str, Any]) -> bool | SmsbatchError:
     """
     import ray.train.torch
 
-    from smsbatch.training.group import Team
+    from smsbatch.training.group import WorkerGroup
     from smsbatch.training.loop import train_loop
 
     manifest: Distill = config["manifest"]
@@ -166,32 +171,32 @@ def _work(config: dict[str, Any]) -> bool | SmsbatchError:
     manifest = manifest.model_copy(update={"compute": compute})
     context = ray.train.get_context()
     device = str(ray.train.torch.get_device()) if config["gpu"] else "cpu"  # of a machine's GPUs, its own
-    team = Team(context.get_world_rank(), context.get_world_size(), device)
+    group = WorkerGroup(context.get_world_rank(), context.get_world_size(), device)
     asked = threading.Event()
     left = threading.Event()
-    if team.rank == 0:
+    if group.rank == 0:
         threading.Thread(target=_listen, args=(manifest, config["bell"], asked, left), daemon=True).start()
     try:
-        return train_loop(manifest, team, asked.is_set, doomed=_doomed)
+        return train_loop(manifest, group, asked.is_set, preempted=_preempted)
     except SmsbatchError as error:
-        if error is team.error:
+        if error is group.error:
             return error
         raise
     finally:
         left.set()
 
 
-def _listen(manifest: Distill, bell: str, asked: threading.Event, left: threading.Event) -> None:
+def _listen(manifest: Distill, stop_file: str, asked: threading.Event, left: threading.Event) -> None:
     """Set `asked` when the bell is there."""
     store = store_of(manifest)
     while not left.wait(_LOOK_S):
         with suppress(StorageError):  # asked again in a moment
-            if store.exists(bell):
+            if store.exists(stop_file):
                 asked.set()
                 return
 
 
-def _doomed() -> bool:
+def _preempted() -> bool:
     """Whether the machine of a worker is about to be taken away, as far as the cluster has been told."""
     import ray.train
 

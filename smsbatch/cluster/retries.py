@@ -5,26 +5,26 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass, field
 
-from smsbatch.workers.worker import Task
+from smsbatch.workers.worker import WorkItem
 
-__all__ = ["Job"]
+__all__ = ["UnitRetry"]
 
 
 @dataclass(eq=False)
-class Job:
+class UnitRetry:
     """A task on its way through the cluster, and what is known of the deaths it was there for.
 
     A unit whose workers keep dying is searched: `suspects` are ranges of its rows that are tried alone and halved when
     they kill again, until single rows stand alone and are `lost`; then the unit is done without them.
     """
 
-    task: Task
+    item: WorkItem
     deaths: int = 0
     searched: bool = False
     suspects: deque[range] = field(default_factory=deque)
     lost: list[int] = field(default_factory=list)
 
-    def died(self, retries: int) -> bool:
+    def worker_died(self, retries: int) -> bool:
         """Note one more death of its worker; False when there is nothing left to try."""
         self.deaths += 1
         if self.suspects:
@@ -38,5 +38,5 @@ class Job:
             return False
         elif self.deaths > retries:
             self.searched = True
-            self.suspects.append(range(self.task.unit.start, self.task.unit.stop))
+            self.suspects.append(range(self.item.unit.start, self.item.unit.stop))
         return True

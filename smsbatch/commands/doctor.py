@@ -24,9 +24,9 @@ from smsbatch.data.sources import parts
 from smsbatch.data.tables import read_table
 from smsbatch.diffusion.lora_files import check_style
 from smsbatch.errors import RequestError, SmsbatchError
-from smsbatch.generator.files import about
+from smsbatch.generator.files import generator_about
 from smsbatch.manifest import Manifest, Storage, Styled, Stylize
-from smsbatch.runs.run_file import read_run, refuse_strangers
+from smsbatch.runs.run_file import read_run, require_empty
 from smsbatch.storage.store import TEMPORARY, Store
 
 __all__ = ["Check", "doctor"]
@@ -135,7 +135,7 @@ def _output(where: str | Manifest) -> Iterator[Check]:
         store = Store(path, _impatient(storage))
         run = read_run(store)
         if run is None:
-            refuse_strangers(store)
+            require_empty(store)
     except SmsbatchError as error:
         yield _failed("output", error)
         return
@@ -214,7 +214,7 @@ def _source(manifest: Manifest) -> Check:
 def _weights(manifest: Manifest) -> Check:
     try:
         if isinstance(manifest, Stylize):
-            told = about(manifest)
+            told = generator_about(manifest)
             style = f"{told.get('style') or 'a style that it does not name'}, {told['parameters']:,} parameters"
             return Check("generator", "ok", f"{manifest.generator}: {style}")
         assert isinstance(manifest, Styled), "there are no other tasks"

@@ -11,13 +11,13 @@ from smsbatch.data.shards import read_rows
 from smsbatch.manifest import Manifest
 from smsbatch.runs.records import attempt_file
 from smsbatch.runs.run_file import check_dataset
-from smsbatch.runs.snapshot import Look
+from smsbatch.runs.snapshot import Snapshot
 
 __all__ = ["failures"]
 
 
 def failures(
-    where: str | Manifest | Look, code: str | None = None, limit: int | None = None
+    where: str | Manifest | Snapshot, code: str | None = None, limit: int | None = None
 ) -> Iterator[dict[str, Any]]:
     """The rows of failed samples, in plan order; those of one shard in memory at a time.
 
@@ -30,12 +30,12 @@ def failures(
         RequestError: no run stands there, or one that makes no dataset.
         StorageError: rows cannot be read.
     """
-    look = where if isinstance(where, Look) else Look(where)
+    look = where if isinstance(where, Snapshot) else Snapshot(where)
     check_dataset(look.store, look.run)
     return islice(_failures(look, code), limit)
 
 
-def _failures(look: Look, code: str | None) -> Iterator[dict[str, Any]]:
+def _failures(look: Snapshot, code: str | None) -> Iterator[dict[str, Any]]:
     for shard, units in look.shards.items():
         record = look.records.get(shard)
         counted = [record] if record else [look.commits[unit.id] for unit in units if unit.id in look.commits]
@@ -45,7 +45,7 @@ def _failures(look: Look, code: str | None) -> Iterator[dict[str, Any]]:
                     yield row
 
 
-def _rows(look: Look, shard: int) -> Iterator[dict[str, Any]]:
+def _rows(look: Snapshot, shard: int) -> Iterator[dict[str, Any]]:
     """The rows of a shard's Parquet, or those of its units with failures while there is none of the newest commits."""
     record = look.records.get(shard)
     data = look.store.read_all([record.parquet]).get(record.parquet) if record else None

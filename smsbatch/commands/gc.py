@@ -9,10 +9,10 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from typing import Any
 
-from smsbatch.commands.verify import Audit
+from smsbatch.commands.verify import Verifier
 from smsbatch.errors import RequestError
 from smsbatch.manifest import Manifest
-from smsbatch.runs.heartbeat import HEARTBEATS, _refuse_while_at_work, drivers
+from smsbatch.runs.heartbeat import HEARTBEATS, drivers, require_idle
 from smsbatch.runs.layout import ATTEMPTS, GENERATIONS, SUPERSEDED
 from smsbatch.runs.run_file import store_of
 from smsbatch.storage.store import TEMPORARY, Store
@@ -66,14 +66,14 @@ def gc(where: str | Manifest, *, dry_run: bool = False, attempts: bool = False, 
     store = store_of(where)
     # Before and after: a commit that comes between two of our looks would make its attempt look lost.
     if not force:
-        _refuse_while_at_work(store, _WHEN_IDLE)
-    audit = Audit(store)
-    if audit.damaged:
-        first = next(iter(audit.damaged.values()))
+        require_idle(store, _WHEN_IDLE)
+    verifier = Verifier(store)
+    if verifier.damaged:
+        first = next(iter(verifier.damaged.values()))
         raise RequestError(f"{store.locate(first.place)}: {first.what}; run `smsbatch repair` first, then gc")
     if not force:
-        _refuse_while_at_work(store, _WHEN_IDLE)
-    heaps = {kind: files for kind, files in _rubbish(audit, attempts) if files}
+        require_idle(store, _WHEN_IDLE)
+    heaps = {kind: files for kind, files in _rubbish(verifier, attempts) if files}
     if not dry_run:
         with ThreadPoolExecutor(_THREADS, thread_name_prefix="smsbatch-gc") as threads:
             for files in heaps.values():
@@ -82,25 +82,27 @@ def gc(where: str | Manifest, *, dry_run: bool = False, attempts: bool = False, 
     return Collected(tuple(found), dry_run)
 
 
-def _rubbish(audit: Audit, attempts: bool) -> Iterator[tuple[str, dict[str, int]]]:
-    store = audit.store
+def _rubbish(verifier: Verifier, attempts: bool) -> Iterator[tuple[str, dict[str, int]]]:
+    store = verifier.store
     generations = store.sizes(GENERATIONS)
     numbers = (
-        list(audit.shards) if attempts else sorted({_shard_of(path) for path in generations} & audit.shards.keys())
+        list(verifier.shards)
+        if attempts
+        else sorted({_shard_of(path) for path in generations} & verifier.shards.keys())
     )
     with ThreadPoolExecutor(_THREADS, thread_name_prefix="smsbatch-gc") as threads:
-        found = threads.map(lambda shard: audit.look(shard, full=False), numbers)
+        found = threads.map(lambda shard: verifier.check_shard(shard, full=False), numbers)
         whole = {shard for shard, seen in zip(numbers, found, strict=True) if seen.whole and not seen.stale}
     lost: dict[str, int] = {}
     spare: dict[str, int] = {}
-    for path, size in audit.sizes.items():
+    for path, size in verifier.sizes.items():
         number, _, name = path.removeprefix(f"{ATTEMPTS}/").partition("/")
-        if not path.startswith(f"{ATTEMPTS}/") or not number.isdigit() or int(number) not in audit.by_id:
+        if not path.startswith(f"{ATTEMPTS}/") or not number.isdigit() or int(number) not in verifier.by_id:
             continue
-        commit = audit.commits.get(int(number))
+        commit = verifier.commits.get(int(number))
         if commit is None or name.partition(".")[0] != commit.attempt:
             lost[path] = size  # unless it is young: the next generation's, say, which is not decided yet
-        elif attempts and audit.by_id[commit.unit].shard in whole:
+        elif attempts and verifier.by_id[commit.unit].shard in whole:
             spare[path] = size
     yield "attempts that lost", _old(store, lost)
     yield "attempts of published shards", spare
@@ -108,7 +110,7 @@ def _rubbish(audit: Audit, attempts: bool) -> Iterator[tuple[str, dict[str, int]
     yield "superseded records", store.sizes(SUPERSEDED)
     yield "temporary files", _old(store, store.sizes(TEMPORARY))
     dead = {f"{HEARTBEATS}/{driver.name}.json" for driver in drivers(store) if not driver.alive}
-    yield "heartbeats of the dead", {path: size for path, size in store.sizes(HEARTBEATS).items() if path in dead}
+    yield "stale heartbeats", {path: size for path, size in store.sizes(HEARTBEATS).items() if path in dead}
 
 
 def _shard_of(path: str) -> int:

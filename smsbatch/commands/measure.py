@@ -21,7 +21,7 @@ from smsbatch.errors import RequestError, SampleError
 from smsbatch.manifest import Manifest
 from smsbatch.metrics import Lpips, hub, style
 from smsbatch.runs.ledger import Ledger
-from smsbatch.runs.run_file import dataset_of, store_of, the_run
+from smsbatch.runs.run_file import dataset_of, require_run, store_of
 from smsbatch.storage.store import storage_errors
 
 __all__ = ["Measured", "measure", "style_distance"]
@@ -98,7 +98,7 @@ def measure(where: str | Manifest, reference: str | Path, *, of_sources: bool = 
 def _pairs(where: str | Manifest) -> tuple[list[dict[str, Any]], list[Picture], list[Picture]]:
     """The successful rows of a run with their pictures, before and after."""
     store = store_of(where)
-    manifest = dataset_of(store, the_run(store))
+    manifest = dataset_of(store, require_run(store))
     image = manifest.image
     reader = Reader(manifest.storage, manifest.source.max_bytes)
     entries = {entry.key: entry for entry in read_index(store)}

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, overload
 
 from smsbatch.cluster.ray_pool import pool_of
-from smsbatch.commands.weights import check_weights, digests
+from smsbatch.commands.weights import check_weights, weight_digests
 from smsbatch.data.index import (
     SAMPLES,
     UNITS,
@@ -39,14 +39,14 @@ from smsbatch.data.index import (
 from smsbatch.data.sample import Unit
 from smsbatch.data.sources import Scanned, nothing_found, parts, scan
 from smsbatch.errors import DriftError, RequestError
-from smsbatch.generator.files import about
+from smsbatch.generator.files import generator_about
 from smsbatch.manifest import Dataset, Distill, Manifest, Stylize
 from smsbatch.runs.checkpoints import latest
-from smsbatch.runs.drift import check_allowed, check_request, inputs_changed
+from smsbatch.runs.drift import check_allowed, check_unchanged, inputs_changed
 from smsbatch.runs.layout import RUN
 from smsbatch.runs.ledger import Ledger
 from smsbatch.runs.plan import Estimate, Plan, TrainingPlan
-from smsbatch.runs.run_file import read_run, refuse_strangers, store_of
+from smsbatch.runs.run_file import read_run, require_empty, store_of
 from smsbatch.storage.store import Store
 from smsbatch.workers.pool import Pool
 
@@ -106,9 +106,9 @@ def plan(
     store = store_of(manifest)
     run = read_run(store)
     if run is not None:
-        check_request(store, run, manifest, digests(manifest), allow_drift, note=False)
+        check_unchanged(store, run, manifest, weight_digests(manifest), allow_drift, note=False)
     else:
-        refuse_strangers(store)
+        require_empty(store)
     planned: Plan | TrainingPlan
     with pool_of(manifest) as pool:
         if run is None or not store.exists(_last_file(manifest)):
@@ -119,7 +119,7 @@ def plan(
             if not planned.done:
                 inputs_changed(store, manifest, allow_drift, note=False)
             if isinstance(planned, Plan):
-                planned = replace(planned, estimate=_measure(pool, store, planned.samples, probe))
+                planned = replace(planned, estimate=_estimate(pool, store, planned.samples, probe))
     return replace(planned, price_per_gpu_hour=price_per_gpu_hour) if isinstance(planned, Plan) else planned
 
 
@@ -147,22 +147,22 @@ def establish(manifest: Manifest, store: Store, pool: Pool, allow_drift: Collect
         DriftError: manifest, weights or index are not those of the run that stands there.
         SourceError, StorageError, WeightsError.
     """
-    run, weights = read_run(store), digests(manifest)
+    run, weights = read_run(store), weight_digests(manifest)
     if run is not None:
-        check_request(store, run, manifest, weights, allow_drift)
+        check_unchanged(store, run, manifest, weights, allow_drift)
         if store.exists(_last_file(manifest)):
             return _standing(manifest, store, run)
     else:
-        refuse_strangers(store)
+        require_empty(store)
     with _drafted(manifest, pool, samples_per_unit=run["planned"].get("samples_per_unit") if run else None) as draft:
         if run is None:
             store.check_writable()
             store.conditional = store.supports_create()
             commits = "workers" if store.conditional else "driver"
-            store.create(RUN, json.dumps(_record(draft, weights, commits), indent=2).encode())
+            store.create(RUN, json.dumps(_run_json(draft, weights, commits), indent=2).encode())
             run = read_run(store)  # ours, or that of a driver who was faster
             assert run is not None
-            check_request(store, run, manifest, weights)
+            check_unchanged(store, run, manifest, weights)
         if run["index_sha256"] != draft.built.sha256:
             raise DriftError(f"{store.url}: the source is not the one this run began with; choose another output.path")
         write_objects(store, draft.parts)
@@ -213,7 +213,7 @@ def _drafted(manifest: Manifest, pool: Pool, probe: int = 0, samples_per_unit: i
         assert isinstance(manifest, Dataset)
         output = manifest.output
         by_time = output.seconds_per_unit if samples_per_unit is None else None
-        estimate = _measure(pool, index, built.samples, max(probe, _PROBED if by_time else 0))
+        estimate = _estimate(pool, index, built.samples, max(probe, _PROBED if by_time else 0))
         if samples_per_unit is None:
             samples_per_unit = output.samples_per_unit
             if by_time and estimate:
@@ -251,10 +251,10 @@ def _heard(scanned: Iterable[Scanned], notices: list[str]) -> Iterator[Scanned]:
         yield part
 
 
-def _measure(pool: Pool, index: Store | Path, samples: int, wanted: int) -> Estimate | None:
+def _estimate(pool: Pool, index: Store | Path, samples: int, wanted: int) -> Estimate | None:
     """Try samples spread evenly over the source, so that one odd shard does not speak for all."""
     rows = sorted({samples * number // wanted for number in range(wanted)})
-    return pool.measure([entry for row in rows for entry in read_index(index, row, row + 1)]) if rows else None
+    return pool.estimate_cost([entry for row in rows for entry in read_index(index, row, row + 1)]) if rows else None
 
 
 def _standing(manifest: Manifest, store: Store, run: Mapping[str, Any]) -> Plan | TrainingPlan:
@@ -265,7 +265,7 @@ def _standing(manifest: Manifest, store: Store, run: Mapping[str, Any]) -> Plan 
     return Plan(manifest, planned["samples"], tuple(read_units(store)), notices, planned["bytes"])
 
 
-def _record(draft: _Draft, weights: Mapping[str, str], commits: str) -> dict[str, Any]:
+def _run_json(draft: _Draft, weights: Mapping[str, str], commits: str) -> dict[str, Any]:
     plan = draft.plan
     planned: dict[str, Any] = {"samples": plan.samples, "units": 0, "shards": 0, "bytes": plan.bytes_in}
     if isinstance(plan, Plan):
@@ -281,7 +281,7 @@ def _record(draft: _Draft, weights: Mapping[str, str], commits: str) -> dict[str
         "manifest": plan.manifest.dump(),
         "manifest_sha256": plan.manifest.identity,
         "weights": dict(weights),
-        **({"generator": about(plan.manifest)} if isinstance(plan.manifest, Stylize) else {}),
+        **({"generator": generator_about(plan.manifest)} if isinstance(plan.manifest, Stylize) else {}),
         "index_sha256": draft.built.sha256,
         "planned": planned,
         "commits": commits,  # by workers, or by the driver alone where the store has no create-only put

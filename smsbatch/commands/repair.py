@@ -13,15 +13,15 @@ from datetime import UTC, datetime
 from typing import Any
 
 from smsbatch.commands.run import run as drive
-from smsbatch.commands.verify import Audit, Verification
-from smsbatch.commands.weights import digests
+from smsbatch.commands.verify import Verification, Verifier
+from smsbatch.commands.weights import weight_digests
 from smsbatch.manifest import Errors, Manifest
 from smsbatch.report.write import write_report
-from smsbatch.runs.drift import check_request, inputs_changed
-from smsbatch.runs.heartbeat import _refuse_while_at_work
+from smsbatch.runs.drift import check_unchanged, inputs_changed
+from smsbatch.runs.heartbeat import require_idle
 from smsbatch.runs.layout import FOREIGN, SUCCESS, SUPERSEDED
 from smsbatch.runs.ledger import Ledger
-from smsbatch.runs.run_file import recorded, store_of
+from smsbatch.runs.run_file import manifest_at, store_of
 from smsbatch.runs.snapshot import Problem
 from smsbatch.runs.status import Status
 
@@ -88,28 +88,28 @@ def repair(
         RunError: computing an unfinished run, too many samples failed.
     """
     store = store_of(where)
-    audit = Audit(store)
-    before = audit.verify(full)
+    verifier = Verifier(store)
+    before = verifier.verify(full)
     if before.ok:
         return Repaired(before, (), None if dry_run else before)
     shards = {problem.shard for problem in before.problems if problem.shard is not None}
     # Whether an attempt can serve is known from its bytes alone.
-    known = before if full else audit.verify(True, only=sorted(shards))
-    work = _work(audit, known.problems)
+    known = before if full else verifier.verify(True, only=sorted(shards))
+    work = _work(verifier, known.problems)
     if dry_run:
         return Repaired(before, tuple(work.lines), None)
-    _refuse_while_at_work(store, "repair it then")
-    manifest = where if isinstance(where, Manifest) else recorded(store, audit.run)
+    require_idle(store, "repair it then")
+    manifest = where if isinstance(where, Manifest) else manifest_at(store, verifier.run)
     if work.plan or work.recompute:  # what cannot be computed must not be moved aside
-        check_request(store, audit.run, manifest, digests(manifest), allow_drift, note=False)
+        check_unchanged(store, verifier.run, manifest, weight_digests(manifest), allow_drift, note=False)
         if not work.plan:
             inputs_changed(store, manifest, allow_drift, note=False)
-    _do(audit, work, manifest, progress, allow_drift)
+    _do(verifier, work, manifest, progress, allow_drift)
     touched = None if work.plan else sorted(shards)
-    return Repaired(before, tuple(work.lines), Audit(store).verify(True, only=touched))
+    return Repaired(before, tuple(work.lines), Verifier(store).verify(True, only=touched))
 
 
-def _work(audit: Audit, problems: Iterable[Problem]) -> _Work:
+def _work(verifier: Verifier, problems: Iterable[Problem]) -> _Work:
     recompute: set[int] = set()
     publish: set[int] = set()
     aside: set[str] = set()
@@ -125,38 +125,38 @@ def _work(audit: Audit, problems: Iterable[Problem]) -> _Work:
             case "recompute" if problem.unit is not None:
                 recompute.add(problem.unit)
             case "recompute" if problem.shard is not None:
-                recompute |= {unit.id for unit in audit.shards[problem.shard]}
+                recompute |= {unit.id for unit in verifier.shards[problem.shard]}
             case "publish" if problem.shard is not None:
                 publish.add(problem.shard)
     for unit in recompute:
-        aside |= set(audit.commit_files.get(unit, ()))
-        publish.discard(audit.by_id[unit].shard)
+        aside |= set(verifier.commit_files.get(unit, ()))
+        publish.discard(verifier.by_id[unit].shard)
     if plan:
-        aside |= set(audit.store.list("plan"))
+        aside |= set(verifier.store.list("plan"))
     return _Work(plan, report, tuple(sorted(recompute)), tuple(sorted(publish)), tuple(sorted(aside)))
 
 
 def _do(
-    audit: Audit,
+    verifier: Verifier,
     work: _Work,
     manifest: Manifest,
     progress: Callable[[Status], None],
     allow_drift: Collection[str],
 ) -> None:
-    store, stamp = audit.store, f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{uuid.uuid4().hex[:6]}"
+    store, stamp = verifier.store, f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{uuid.uuid4().hex[:6]}"
     for place in work.aside:
         ours = place.startswith(("_smsbatch/", "plan/"))
         store.copy(place, f"{SUPERSEDED if ours else FOREIGN}/{stamp}/{place.removeprefix('_smsbatch/')}")
         store.delete(place)
-    ledger = Ledger(store, metrics=audit.run["manifest"]["metrics"])
+    ledger = Ledger(store, metrics=verifier.run["manifest"]["metrics"])
     for shard in work.publish:
-        ledger.publish(shard, audit.shards[shard], again=True)
+        ledger.publish(shard, verifier.shards[shard], again=True)
     if work.plan or work.recompute:
-        succeeded, finished = store.exists(SUCCESS), len(audit.commits) == len(audit.units)
+        succeeded, finished = store.exists(SUCCESS), len(verifier.commits) == len(verifier.units)
         # What failed in a finished run has been judged then, and is no reason to leave it in pieces now.
         errors = Errors(max_failed_fraction=1, max_failed_fraction_per_unit=1) if finished else manifest.errors
         drive(manifest.model_copy(update={"errors": errors}), progress, allow_drift=allow_drift)
         if finished and not succeeded:
             store.delete(SUCCESS)
-    elif audit.reported or work.report:
+    elif verifier.reported or work.report:
         write_report(store)  # its list of files has their digests

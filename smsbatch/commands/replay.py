@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from smsbatch.commands.weights import digests
+from smsbatch.commands.weights import weight_digests
 from smsbatch.data import pixels
 from smsbatch.data.index import UNITS, find_key, index_size, read_index, read_units
 from smsbatch.data.reader import Reader
@@ -29,7 +29,7 @@ from smsbatch.errors import RequestError, SampleError
 from smsbatch.manifest import Dataset, Manifest
 from smsbatch.runs.ledger import Ledger
 from smsbatch.runs.records import attempt_file
-from smsbatch.runs.run_file import dataset_of, store_of, the_run
+from smsbatch.runs.run_file import dataset_of, require_run, store_of
 from smsbatch.storage.store import Store, storage_errors
 from smsbatch.workers.worker import failed
 
@@ -81,7 +81,7 @@ def replay(where: str | Manifest, key: str, target: str | Path | None = None) ->
         StorageError: the run cannot be read, or the file not be written.
     """
     store = store_of(where)
-    run = the_run(store)
+    run = require_run(store)
     manifest = dataset_of(store, run)
     if not store.exists(UNITS):
         raise RequestError(f"{store.url}: the run here has no plan yet; `smsbatch run` goes on")
@@ -94,7 +94,7 @@ def replay(where: str | Manifest, key: str, target: str | Path | None = None) ->
 
     outcome = _again(store, manifest, row)
     unit = next(unit for unit in read_units(store) if unit.start <= row < unit.stop)
-    before, picture = _recorded(store, unit, key, manifest.output.format)
+    before, picture = _result_of_run(store, unit, key, manifest.output.format)
     stamped = {"unit", "shard", "generation", "attempt", "worker"}
     shown = {name: value for name, value in outcome.row(unit, "", "", manifest.metrics).items() if name not in stamped}
     if outcome.image is None:
@@ -122,7 +122,7 @@ def _again(store: Store, manifest: Dataset, row: int) -> Outcome:
     return outcome
 
 
-def _recorded(store: Store, unit: Unit, key: str, extension: str) -> tuple[dict[str, Any] | None, bytes | None]:
+def _result_of_run(store: Store, unit: Unit, key: str, extension: str) -> tuple[dict[str, Any] | None, bytes | None]:
     """Row and picture of a sample in the run: published, or else of its unit's attempt."""
     ledger = Ledger(store)
     commit = ledger.committed(unit.id)
@@ -158,7 +158,7 @@ def _changed(run: Mapping[str, Any], manifest: Dataset, before: Mapping[str, Any
     found = []
     if before.get("source_sha256") != now["source_sha256"]:
         found.append("the source picture is another")
-    weights = digests(manifest)
+    weights = weight_digests(manifest)
     found += [f"the file {name} is another" for name in weights if run["weights"].get(name) != weights[name]]
     for name, then in run["versions"].items():
         with suppress(PackageNotFoundError):

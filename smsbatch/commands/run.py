@@ -18,17 +18,17 @@ from smsbatch.manifest import Dataset, Distill, Errors, Manifest
 from smsbatch.report.model import Report
 from smsbatch.report.write import summarize, write_report
 from smsbatch.runs.drift import check_allowed, inputs_changed
-from smsbatch.runs.heartbeat import Heart, _others
+from smsbatch.runs.heartbeat import Heartbeat, other_drivers
 from smsbatch.runs.layout import INDEX, SUCCESS, is_reported
 from smsbatch.runs.ledger import Ledger
 from smsbatch.runs.records import Published
 from smsbatch.runs.run_file import store_of
-from smsbatch.runs.status import Status, Tally
+from smsbatch.runs.status import RunTally, Status
 from smsbatch.storage.store import Store
 from smsbatch.training.log import TrainingProgress
 from smsbatch.training.result import Distilled
 from smsbatch.workers.pool import Pool
-from smsbatch.workers.worker import Task
+from smsbatch.workers.worker import WorkItem
 
 __all__ = ["run"]
 
@@ -92,9 +92,9 @@ def run(
         store = store_of(manifest)
         plan = establish(manifest, store, pool, allow_drift)
         ledger = Ledger(store, metrics=manifest.metrics)
-        tally = Tally(manifest.name, plan.units, ledger.commits())
+        tally = RunTally(manifest.name, plan.units, ledger.commits())
         todo = _again(tally, codes) if retry_failed else []
-        undone = [Task(unit) for unit in plan.units if unit.id not in tally.commits]
+        undone = [WorkItem(unit) for unit in plan.units if unit.id not in tally.commits]
         if undone and not todo:
             _check_budget(manifest.errors, store, tally)
         todo += undone
@@ -102,7 +102,7 @@ def run(
         if todo:
             if inputs_changed(store, manifest, allow_drift):
                 relocate(manifest, store, pool)
-            with Heart(store, tally.status().beat()) as heart:
+            with Heartbeat(store, tally.status().beat()) as heart:
                 todo = _beside_others(todo, store, heart)
                 for name in (SUCCESS, INDEX):  # neither is true of what will be; the report is written anew at the end
                     store.delete(name)
@@ -131,27 +131,27 @@ def _check_codes(codes: Collection[str], retry_failed: bool) -> None:
         raise RequestError(f"--code {unknown[0]}: no such error code; there are {', '.join(ERROR_CODES)}")
 
 
-def _again(tally: Tally, codes: Collection[str]) -> list[Task]:
+def _again(tally: RunTally, codes: Collection[str]) -> list[WorkItem]:
     """What is to be tried again: units with failed samples, each as its next generation."""
-    tasks = []
+    items = []
     for commit in tally.commits.values():
         wanted = {code for code in commit.errors if not codes or code in codes}
         if wanted:
-            tasks.append(Task(tally.units[commit.unit], commit.generation + 1, tuple(sorted(wanted))))
+            items.append(WorkItem(tally.units[commit.unit], commit.generation + 1, tuple(sorted(wanted))))
             tally.retry(commit.unit, sum(commit.errors[code] for code in wanted))
-    if codes and not tasks:
+    if codes and not items:
         there = ", ".join(f"{count} {code}" for code, count in tally.errors.most_common()) or "none at all"
         raise RequestError(f"--code {', '.join(codes)}: no sample failed so; there are: {there}")
-    return tasks
+    return items
 
 
-def _beside_others(todo: list[Task], store: Store, heart: Heart) -> list[Task]:
+def _beside_others(todo: list[WorkItem], store: Store, heart: Heartbeat) -> list[WorkItem]:
     """What to do in which order, since another driver may be at work; ours can be seen already by the other.
 
     Raises:
         RequestError: one is, on a store where two must not be.
     """
-    others = _others(store, heart)
+    others = other_drivers(store, heart)
     if not others:
         return todo
     if not store.conditional:
@@ -166,12 +166,12 @@ def _work(
     manifest: Dataset,
     pool: Pool,
     ledger: Ledger,
-    tally: Tally,
-    todo: Sequence[Task],
-    heart: Heart,
+    tally: RunTally,
+    todo: Sequence[WorkItem],
+    heart: Heartbeat,
     progress: Callable[[Status], None],
 ) -> None:
-    store, retried = ledger.store, {task.unit.id for task in todo if task.generation}
+    store, retried = ledger.store, {item.unit.id for item in todo if item.generation}
     for commit in pool.work(todo):
         if commit is not None:
             if not store.conditional:
@@ -188,14 +188,14 @@ def _work(
         progress(now)
 
 
-def _shuffled(todo: Sequence[Task], seed: str) -> list[Task]:
+def _shuffled(todo: Sequence[WorkItem], seed: str) -> list[WorkItem]:
     """Another order than the driver has who is at work, shards by lot and each from its end: two meet seldom."""
-    shards = [list(tasks)[::-1] for _, tasks in groupby(todo, lambda task: task.unit.shard)]
+    shards = [list(items)[::-1] for _, items in groupby(todo, lambda item: item.unit.shard)]
     random.Random(seed).shuffle(shards)
-    return [task for tasks in shards for task in tasks]
+    return [item for items in shards for item in items]
 
 
-def _check_budget(errors: Errors, store: Store, tally: Tally) -> None:
+def _check_budget(errors: Errors, store: Store, tally: RunTally) -> None:
     """Stop a run that can no longer end well, or in which one unit failed as a whole: it would only cost more."""
     left = len(tally.units) - len(tally.commits)
     state = f"stopped, {left} of {len(tally.units)} units are not done" if left else "everything is written"
@@ -217,7 +217,7 @@ def _check_budget(errors: Errors, store: Store, tally: Tally) -> None:
         )
 
 
-def _publish(ledger: Ledger, tally: Tally) -> dict[int, Published] | None:
+def _publish(ledger: Ledger, tally: RunTally) -> dict[int, Published] | None:
     """Publish what no worker has: shards whose last unit was another's, or whose files are gone.
 
     Returns:

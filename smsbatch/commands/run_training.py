@@ -18,9 +18,9 @@ from smsbatch.errors import RequestError
 from smsbatch.manifest import Distill
 from smsbatch.runs.checkpoints import restore
 from smsbatch.runs.drift import check_allowed, inputs_changed
-from smsbatch.runs.heartbeat import Heart, _others
+from smsbatch.runs.heartbeat import Heartbeat, other_drivers
 from smsbatch.runs.layout import SUCCESS
-from smsbatch.runs.run_file import store_of, the_run
+from smsbatch.runs.run_file import require_run, store_of
 from smsbatch.storage.store import Store
 from smsbatch.training.log import TrainingProgress
 from smsbatch.training.result import Distilled
@@ -33,11 +33,11 @@ def _train(manifest: Distill, progress: Callable[[TrainingProgress], None], allo
     with pool_of(manifest) as pool:
         establish(manifest, store, pool, allow_drift)
         if store.exists(SUCCESS):
-            return Distilled.of(store, the_run(store))
+            return Distilled.of(store, require_run(store))
         if inputs_changed(store, manifest, allow_drift):
             relocate(manifest, store, pool)
     training = manifest.distill
-    with Heart(store) as heart, _asked_to_stop() as stop:
+    with Heartbeat(store) as heart, _asked_to_stop() as stop:
         _refuse_others(store, heart)
         first_step, notices = _to_go_on_from(store)
         progress(TrainingProgress(first_step, training.all_steps, training.phase(first_step), time=time.time()))
@@ -51,7 +51,7 @@ def _train(manifest: Distill, progress: Callable[[TrainingProgress], None], allo
             done = train_on_ray(manifest, store, stop.is_set, progress)
     if not done:
         raise KeyboardInterrupt
-    return Distilled.of(store, the_run(store), first_step, notices)
+    return Distilled.of(store, require_run(store), first_step, notices)
 
 
 def _to_go_on_from(store: Store) -> tuple[int, list[str]]:
@@ -61,9 +61,9 @@ def _to_go_on_from(store: Store) -> tuple[int, list[str]]:
     return (found.checkpoint.step if found.checkpoint else 0), found.notices
 
 
-def _refuse_others(store: Store, heart: Heart) -> None:
+def _refuse_others(store: Store, heart: Heartbeat) -> None:
     """Two trainings would write one generator."""
-    others = _others(store, heart)
+    others = other_drivers(store, heart)
     if others:
         raise RequestError(
             f"{store.url}: another driver, {others[0].name}, is at work (seen {others[0].age_s:.0f} s ago); stop it, "

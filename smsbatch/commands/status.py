@@ -11,10 +11,10 @@ from typing import Any, overload
 
 from smsbatch.manifest import Distill, Manifest
 from smsbatch.runs.checkpoints import latest
-from smsbatch.runs.heartbeat import DEAD_AFTER_S, Driver, _beats, _driver, drivers
+from smsbatch.runs.heartbeat import DEAD_AFTER_S, Driver, driver_name, drivers, read_beats
 from smsbatch.runs.layout import SUCCESS, is_reported
-from smsbatch.runs.run_file import manifest_of, trains
-from smsbatch.runs.snapshot import Look
+from smsbatch.runs.run_file import is_training, manifest_of
+from smsbatch.runs.snapshot import Snapshot
 from smsbatch.runs.status import Progress, Status, _at_work, over_budget
 from smsbatch.storage.store import Store
 from smsbatch.training.log import TrainingProgress, read_progress
@@ -27,15 +27,15 @@ QUIET_S = 60.0  # without a step or a word of its driver: nobody is at work on i
 @overload
 def status(where: Distill) -> TrainingStatus: ...
 @overload
-def status(where: str | Manifest | Look) -> Status | TrainingStatus: ...
-def status(where: str | Manifest | Look) -> Status | TrainingStatus:
+def status(where: str | Manifest | Snapshot) -> Status | TrainingStatus: ...
+def status(where: str | Manifest | Snapshot) -> Status | TrainingStatus:
     """How far a run is, from what is stored alone; of a manifest, an output path or URL, or as it was looked at.
 
     Raises:
         RequestError: no run stands there.
     """
-    look = where if isinstance(where, Look) else Look(where)
-    if trains(look.run):
+    look = where if isinstance(where, Snapshot) else Snapshot(where)
+    if is_training(look.run):
         return training_status(look.store, look.run, any(driver.alive for driver in drivers(look.store)))
     errors: Counter[str] = Counter()
     for counted in (
@@ -43,7 +43,7 @@ def status(where: str | Manifest | Look) -> Status | TrainingStatus:
         *(commit.errors for commit in look.commits.values()),
     ):
         errors.update(counted)
-    beats = _beats(look.store)
+    beats = read_beats(look.store)
     ages = {path: time.time() - beat["time"] for path, beat in beats.items()}
     # Of those who are not at work any more, what was in hand is lost, and there is no rate.
     alive = [beat for path, beat in beats.items() if ages[path] < DEAD_AFTER_S]
@@ -58,7 +58,7 @@ def status(where: str | Manifest | Look) -> Status | TrainingStatus:
         units_done=len(look.generations),
         samples=sum(map(len, look.units.values())),
         samples_done=sum(len(look.units[unit]) for unit in look.generations),
-        samples_under_way=sum(worker.worth for worker in workers),
+        samples_under_way=sum(worker.images_done for worker in workers),
         errors=dict(errors),
         finished=done and len(look.records) == len(look.shards) and is_reported(look.store),
     )
@@ -68,7 +68,7 @@ def status(where: str | Manifest | Look) -> Status | TrainingStatus:
     return replace(
         now,
         workers=workers,
-        drivers=tuple(Driver(_driver(path), age) for path, age in ages.items()),
+        drivers=tuple(Driver(driver_name(path), age) for path, age in ages.items()),
         rate=sum(beat["rate"] or 0.0 for beat in alive) or None,
         heartbeat_age_s=min(ages.values()),
         samples_retried=max((beat.get("samples_retried", 0) for beat in alive), default=0),
@@ -76,7 +76,7 @@ def status(where: str | Manifest | Look) -> Status | TrainingStatus:
     )
 
 
-def _note(look: Look, now: Status) -> str:
+def _note(look: Snapshot, now: Status) -> str:
     """Of a run that nobody works on."""
     over = over_budget(look.allowed, now.failed, now.samples, now.errors, look.worst())
     if over:

@@ -23,20 +23,20 @@ from smsbatch.errors import SampleError, StorageError
 from smsbatch.manifest import Manifest
 from smsbatch.runs.layout import REPORT, SUCCESS
 from smsbatch.runs.records import (
-    ILLEGIBLE,
     KINDS,
+    PARSE_ERRORS,
     Commit,
-    FileProof,
+    FileDigest,
     Published,
     attempt_file,
     commit_file,
     published_file,
 )
 from smsbatch.runs.run_file import store_of
-from smsbatch.runs.snapshot import Problem, Standing, one_line
+from smsbatch.runs.snapshot import Problem, StrictSnapshot, one_line
 from smsbatch.storage.store import storage_errors
 
-__all__ = ["Audit", "Verification", "verify"]
+__all__ = ["Verification", "Verifier", "verify"]
 
 THREADS = 4  # shards that are looked at together; each has its two files in scratch
 _TOLD = 3  # of many things wrong with one file so many are named
@@ -89,11 +89,11 @@ def verify(
         RequestError: no run stands there.
         StorageError: it cannot be read at all.
     """
-    return Audit(store_of(where)).verify(full, progress=progress)
+    return Verifier(store_of(where)).verify(full, progress=progress)
 
 
 @dataclass
-class _Found:
+class _Findings:
     """What was seen of one shard."""
 
     problems: list[Problem] = field(default_factory=list)
@@ -110,7 +110,7 @@ class _Found:
         return self.published and not self.problems
 
 
-class Audit(Standing):
+class Verifier(StrictSnapshot):
     """The standing of a run, held against its files."""
 
     def verify(
@@ -122,9 +122,11 @@ class Audit(Standing):
         """As `verify`; `only` some shards, if given."""
         numbers = list(self.shards if only is None else only)
         problems = list(self.damaged.values()) + self._strangers()
-        all_found: dict[int, _Found] = {}
+        all_found: dict[int, _Findings] = {}
         with ThreadPoolExecutor(THREADS, thread_name_prefix="smsbatch-verify") as threads:
-            for shard, found in zip(numbers, threads.map(lambda shard: self.look(shard, full), numbers), strict=True):
+            for shard, found in zip(
+                numbers, threads.map(lambda shard: self.check_shard(shard, full), numbers), strict=True
+            ):
                 all_found[shard] = found
                 progress(len(all_found), len(numbers))
         for found in all_found.values():
@@ -148,9 +150,9 @@ class Audit(Standing):
             pending=tuple(self._pending(all_found)),
         )
 
-    def look(self, shard: int, full: bool) -> _Found:
+    def check_shard(self, shard: int, full: bool) -> _Findings:
         """One shard: its record against its commits and files, and its units' attempts."""
-        units, record, found = self.shards[shard], self.records.get(shard), _Found()
+        units, record, found = self.shards[shard], self.records.get(shard), _Findings()
         place = published_file(shard)
         commits = [self.commits[unit.id] for unit in units if unit.id in self.commits]
         if record is not None or self.reported:
@@ -174,7 +176,7 @@ class Audit(Standing):
             found.problems += self._attempt(commit, shard, needed, full, found)
         return found
 
-    def _published(self, record: Published, commits: Sequence[Commit] | None, found: _Found) -> Iterator[Problem]:
+    def _published(self, record: Published, commits: Sequence[Commit] | None, found: _Findings) -> Iterator[Problem]:
         """Sizes and counts of a published shard; `commits` None if they are not those it was made of."""
         planned = sum(map(len, self.shards[record.shard]))
         counts = (record.samples, record.succeeded, record.failed)
@@ -206,7 +208,7 @@ class Audit(Standing):
                     what = f"has {found.rows} rows, planned are {planned}"
                     yield Problem(path, what, "publish", shard=record.shard)
 
-    def _attempt(self, commit: Commit, shard: int, needed: bool, full: bool, found: _Found) -> Iterator[Problem]:
+    def _attempt(self, commit: Commit, shard: int, needed: bool, full: bool, found: _Findings) -> Iterator[Problem]:
         """A winner's two files. Where the shard stands whole they are a reserve, and may be gone."""
         paths = {kind: attempt_file(commit.unit, commit.attempt, kind) for kind in KINDS}
         sizes = {kind: self.sizes.get(path) for kind, path in paths.items()}
@@ -235,8 +237,8 @@ class Audit(Standing):
             self.store.fetch(record.tar, tar)
             self.store.fetch(record.parquet, parquet)
             proven = {
-                "tar": FileProof.of(tar) == record.files["tar"],
-                "parquet": FileProof.of(parquet) == record.files["parquet"],
+                "tar": FileDigest.of(tar) == record.files["tar"],
+                "parquet": FileDigest.of(parquet) == record.files["parquet"],
             }
             wrong = self._compare(record.shard, tar, parquet)
             for kind, place in (("tar", record.tar), ("parquet", record.parquet)):
@@ -302,11 +304,11 @@ class Audit(Standing):
             return [Problem(name, "is gone", "report") for name in gone]
         try:
             listed = {
-                line[kind]["path"]: FileProof(line[kind]["sha256"], line[kind]["bytes"])
+                line[kind]["path"]: FileDigest(line[kind]["sha256"], line[kind]["bytes"])
                 for line in json.loads(self.store.read("index.json"))["shards"]
                 for kind in KINDS
             }
-        except ILLEGIBLE:
+        except PARSE_ERRORS:
             return [Problem("index.json", "is not as it was written", "report")]
         known = {
             path: record.files[kind]
@@ -327,7 +329,7 @@ class Audit(Standing):
             same = digest_index(path) == self.run["index_sha256"]
         return [] if same else [Problem(SAMPLES, "is not the index that was planned", "plan")]
 
-    def _pending(self, found: dict[int, _Found]) -> Iterator[str]:
+    def _pending(self, found: dict[int, _Findings]) -> Iterator[str]:
         if not self.units:
             if not self.damaged:
                 yield "the plan"

@@ -24,7 +24,7 @@ def check_weights(manifest: Manifest) -> list[str]:
     return []
 
 
-def digests(manifest: Manifest) -> dict[str, str]:
+def weight_digests(manifest: Manifest) -> dict[str, str]:
     """SHA-256 of every model file that results depend on, whatever the task, by a name that is the same on every
     machine.
 
@@ -33,6 +33,6 @@ def digests(manifest: Manifest) -> dict[str, str]:
         StorageError: the generator cannot be read.
     """
     if not isinstance(manifest, Stylize):
-        return weights.digests(manifest)
+        return weights.model_digests(manifest)
     files = read_generator(manifest.generator, manifest.storage)
     return {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}

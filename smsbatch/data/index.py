@@ -41,8 +41,8 @@ __all__ = [
     "index_size",
     "move_index",
     "read_index",
+    "read_index_table",
     "read_objects",
-    "read_table",
     "read_units",
     "to_table",
     "write_index",
@@ -184,10 +184,10 @@ def index_size(store: Store) -> int:
 
 def read_index(source: Store | Path, start: int = 0, stop: int | None = None) -> list[Entry]:
     """Entries [start, stop) of an index, stored or just built; only the row groups that hold them are read."""
-    return from_table(read_table(source, start, stop))
+    return from_table(read_index_table(source, start, stop))
 
 
-def read_table(source: Store | Path, start: int = 0, stop: int | None = None) -> pa.Table:
+def read_index_table(source: Store | Path, start: int = 0, stop: int | None = None) -> pa.Table:
     """The same as a table for `from_table`, whole or in parts: it holds many more rows in as much memory."""
     found = [_STORED_SCHEMA.empty_table()]
     with _opened(source, _latest(source, SAMPLES) if isinstance(source, Store) else SAMPLES) as file:

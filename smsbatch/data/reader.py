@@ -17,8 +17,8 @@ from typing import IO, NamedTuple
 from smsbatch.data.sample import Span
 from smsbatch.errors import SampleError, StorageError
 from smsbatch.manifest import Storage
-from smsbatch.storage.backend import RemoteError, TooLong, redact
-from smsbatch.storage.resolve import locate
+from smsbatch.storage.backend import RemoteError, TooLarge, redact
+from smsbatch.storage.resolve import resolve
 
 __all__ = ["Listed", "Reader", "Stat", "absolute", "expand", "list_files", "open_url", "public"]
 
@@ -47,8 +47,8 @@ def absolute(url: str, storage: Storage) -> str:
 
     `tiny:` names stay as they are, because the same run on another machine has the same ones.
     """
-    door, path = locate(url, storage)
-    return url if _tiny(url) else door.url_of(path)
+    backend, path = resolve(url, storage)
+    return url if _tiny(url) else backend.url_of(path)
 
 
 def expand(pattern: str, storage: Storage) -> list[tuple[str, Stat]]:
@@ -56,31 +56,31 @@ def expand(pattern: str, storage: Storage) -> list[tuple[str, Stat]]:
 
     It costs one look for the very name, and a listing for a pattern, however many objects that means.
     """
-    door, path = locate(pattern, storage)
-    found = door.find(path)
+    backend, path = resolve(pattern, storage)
+    found = backend.find(path)
     if found is not None:
         return [(absolute(pattern, storage), Stat(found.size, "" if _tiny(pattern) else found.etag))]
-    if door.is_web or not set("*?[") & set(path):
+    if backend.is_web or not set("*?[") & set(path):
         return []
-    return sorted((door.url_of(path), Stat(size, etag)) for path, size, etag in door.glob(path))
+    return sorted((backend.url_of(path), Stat(size, etag)) for path, size, etag in backend.glob(path))
 
 
 def list_files(folder: str, storage: Storage) -> Iterator[Listed]:
     """Every regular file below a folder, sorted by path; OSError if it is none."""
-    door, root = locate(folder, storage)
+    backend, root = resolve(folder, storage)
     prefix = absolute(folder, storage).rstrip("/")
     start = len(root.rstrip("/")) + 1
-    found = sorted(door.walk(root))
-    if not found and not door.is_folder(root):
-        raise (NotADirectoryError if door.find(root) else FileNotFoundError)(folder)
+    found = sorted(backend.walk(root))
+    if not found and not backend.is_folder(root):
+        raise (NotADirectoryError if backend.find(root) else FileNotFoundError)(folder)
     for path, size, etag in found:
         yield Listed(path[start:], f"{prefix}/{path[start:]}", size, "" if _tiny(folder) else etag)
 
 
 def open_url(url: str, storage: Storage) -> IO[bytes]:
     """The object as a seekable file, to be closed by the caller; a remote one is read ahead by 1 MiB."""
-    door, path = locate(url, storage)
-    return door.open(path)
+    backend, path = resolve(url, storage)
+    return backend.open(path)
 
 
 class Reader:
@@ -135,15 +135,15 @@ class Reader:
 
     def _read(self, span: Span, limit: int) -> bytes:
         name = redact(span.url)
-        door, path = locate(span.url, self.storage)
+        backend, path = resolve(span.url, self.storage)
         stop = None if span.length is None else span.offset + span.length
         try:
-            data, size, etag = door.get(path, span.offset, stop, limit)
-        except TooLong as error:
+            data, size, etag = backend.get(path, span.offset, stop, limit)
+        except TooLarge as error:
             raise self._too_large(name, error.size) from error
         except OSError as error:
             reason = redact(str(error.strerror or error))
-            if isinstance(error, RemoteError) and (error.fatal or (error.again and not door.is_web)):
+            if isinstance(error, RemoteError) and (error.fatal or (error.again and not backend.is_web)):
                 raise StorageError(f"cannot read {name}: {reason}; {error.advice}") from error
             slow = isinstance(error, TimeoutError)
             raise SampleError("timeout" if slow else "read_error", f"{name}: {reason}") from error

@@ -17,7 +17,7 @@ from typing import Any, Literal, NamedTuple
 
 from safetensors import SafetensorError, safe_open
 
-from smsbatch.diffusion.priors.files import locate, locate_lora, parameter_names
+from smsbatch.diffusion.priors.files import locate_lora, locate_model, parameter_names
 from smsbatch.errors import WeightsError
 from smsbatch.manifest import Styled
 
@@ -318,7 +318,7 @@ def check_style(manifest: Styled) -> list[str]:
             "objective.identity: latent_lpips is an extra: pip install elatentlpips 'setuptools<81', which is not for "
             "commercial use, or take spectral"
         )
-    locate(manifest.model)
+    locate_model(manifest.model)
     model, key = (style.model, "style.model") if style.model else (manifest.model, "model")
     names = {"unet": parameter_names(model, "unet", key), "text": parameter_names(model, "text_encoder", key)}
     layers = {part: {name.rpartition(".")[0] for name in found} for part, found in names.items() if found is not None}

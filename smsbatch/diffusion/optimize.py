@@ -12,7 +12,7 @@ from torch import Tensor
 from smsbatch.diffusion.fake import FakeScore
 from smsbatch.diffusion.objectives import OBJECTIVES
 from smsbatch.diffusion.priors.stable_diffusion import Prior
-from smsbatch.diffusion.scores import Models
+from smsbatch.diffusion.scores import ScoreModels
 from smsbatch.diffusion.timesteps import allowed, draw, to_device
 from smsbatch.manifest import Objective, Prompts
 
@@ -83,7 +83,7 @@ def optimize(
 
     objective = OBJECTIVES[config.name](config, prior.schedule, z_src)
     fake = FakeScore(prior, config.fake, generators) if objective.asks_fake else None
-    scores = Models(prior, style, fake, prompts, graph=fake is not None and config.fake.trains_on == "forward")
+    scores = ScoreModels(prior, style, fake, prompts, graph=fake is not None and config.fake.trains_on == "forward")
     if config.relevance != "off" and config.relevance_grid is not None:
         with torch.no_grad():
             objective.cache_maps(scores, noise)

@@ -16,9 +16,9 @@ from smsbatch.diffusion.fake import FakeScore
 from smsbatch.diffusion.priors.stable_diffusion import Prior
 from smsbatch.manifest import Prompts
 
-__all__ = ["Ask", "Model", "Models", "Scores", "Words"]
+__all__ = ["Ask", "ScoreModels", "ScoreName", "Scores", "Words"]
 
-Model = Literal["style", "fake", "real"]
+ScoreName = Literal["style", "fake", "real"]
 Words = Literal["target", "source", "edit", "null"]
 
 
@@ -26,7 +26,7 @@ class Ask(NamedTuple):
     """One noise prediction: e^g(z_t; y) = e(z_t; null) + g (e(z_t; y) - e(z_t; null)); g = 1 needs, and costs, y
     alone."""
 
-    model: Model
+    model: ScoreName
     z_t: Tensor
     words: Words
     guidance: float = 1.0
@@ -38,11 +38,11 @@ class Scores(Protocol):
     def __call__(self, t: Tensor, *asked: Ask) -> list[Tensor]:
         """The predictions [B, C, h, w] at `t` [B], one for each `asked`, without gradients."""
 
-    def features(self, model: Model, z_t: Tensor, t: Tensor, words: Words) -> list[Tensor]:
+    def features(self, model: ScoreName, z_t: Tensor, t: Tensor, words: Words) -> list[Tensor]:
         """What the self-attentions of the UNet's upper half put out, [B, tokens, channels], with gradients to `z_t`."""
 
 
-class Models:
+class ScoreModels:
     """The scores of B samples: `prior` bare (real) and with the LoRAs of `fake`, and `style`, each under its own text
     encoder.
 
@@ -65,7 +65,7 @@ class Models:
         self._texts: dict[tuple[int, Words], Tensor] = {}
         self.fake_prediction: Tensor | None = None
 
-    def text(self, model: Model, words: Words) -> Tensor:
+    def text(self, model: ScoreName, words: Words) -> Tensor:
         """Embeddings [B, L, D] of the samples' words by the model's own text encoder."""
         prior = self._style if model == "style" else self._prior
         known = (id(prior), words)
@@ -105,7 +105,7 @@ class Models:
             answers.append(e)
         return answers
 
-    def features(self, model: Model, z_t: Tensor, t: Tensor, words: Words) -> list[Tensor]:
+    def features(self, model: ScoreName, z_t: Tensor, t: Tensor, words: Words) -> list[Tensor]:
         """See `Scores`."""
         prior = self._style if model == "style" else self._prior
         return prior.features(z_t, t, self.text(model, words))

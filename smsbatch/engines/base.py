@@ -29,13 +29,13 @@ class Engine(Protocol):
 
     device: torch.device
     steps: int
-    if_diverged: str
-    if_too_large: str
+    diverged_hint: str
+    oom_hint: str
 
     def prompt(self, caption: str) -> str:
         """What the row says a picture with this caption was to become."""
 
-    def together(self, height: int, width: int) -> int:
+    def batch_size(self, height: int, width: int) -> int:
         """How many pictures of this size are best rendered at once."""
 
     def render(

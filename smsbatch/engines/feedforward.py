@@ -9,19 +9,19 @@ from torch import Tensor
 
 from smsbatch.diffusion.priors.stable_diffusion import DTYPES, GRAPHS
 from smsbatch.engines.base import Rendered, _finite
-from smsbatch.engines.memory import Fitting
+from smsbatch.engines.memory import BatchFitter
 from smsbatch.errors import WeightsError
 from smsbatch.generator.files import read_generator
 from smsbatch.generator.network import Generator
-from smsbatch.generator.tiles import Tiling, thumbnail
+from smsbatch.generator.tiles import Tiling, overview
 from smsbatch.manifest import Stylize
 
 
-class Feedforward:
+class GeneratorEngine:
     """Every picture in one pass of a generator; a large one tile by tile."""
 
-    if_diverged = "the result is not finite; set compute.precision to bf16 or fp32"
-    if_too_large = "lower image.resolution or tiles.size, or set metrics to []"
+    diverged_hint = "the result is not finite; set compute.precision to bf16 or fp32"
+    oom_hint = "lower image.resolution or tiles.size, or set metrics to []"
     steps = 1
 
     def __init__(self, manifest: Stylize, device: str) -> None:
@@ -41,12 +41,12 @@ class Feedforward:
         if compute.compile:
             torch._dynamo.config.cache_size_limit = max(torch._dynamo.config.cache_size_limit, GRAPHS)
         self._tiles, self._batch_size = manifest.tiles, compute.batch_size
-        self._fitting = Fitting()
+        self._fitting = BatchFitter()
 
     def prompt(self, caption: str) -> str:
         return str(self.generator.about.get("style", ""))
 
-    def together(self, height: int, width: int) -> int:
+    def batch_size(self, height: int, width: int) -> int:
         return 1 if max(height, width) > self._tiles.size else self._batch_size
 
     @torch.no_grad()
@@ -63,7 +63,7 @@ class Feedforward:
 
     def _tiled(self, image: Tensor, progress: Callable[[int], None]) -> Tensor:
         tiles = self._tiles
-        moments = self.generator.moments(thumbnail(image, tiles.thumbnail))
+        moments = self.generator.moments(overview(image, tiles.thumbnail))
         tiling = Tiling(image, tiles.size, tiles.overlap, self.generator.reach)
 
         def compute(chosen: slice) -> Tensor:

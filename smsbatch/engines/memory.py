@@ -11,16 +11,16 @@ import torch
 Result = TypeVar("Result")
 
 
-class Fitting:
+class BatchFitter:
     """How many things of a size fit the device's memory together, found out by trying."""
 
     def __init__(self) -> None:
         self._most: dict[int, int] = {}
 
     def each(
-        self, count: int, pixels: int, together: int, work: Callable[[slice], Result]
+        self, count: int, pixels: int, batch_size: int, work: Callable[[slice], Result]
     ) -> Iterator[tuple[slice, Result | None, str]]:
-        """Do `work` on `count` things of so many pixels, at most `together` at once; what does not fit is halved, and
+        """Do `work` on `count` things of so many pixels, at most `batch_size` at once; what does not fit is halved, and
         less is tried from then on.
 
         Yields:
@@ -28,7 +28,7 @@ class Fitting:
         """
         start = 0
         while start < count:
-            chosen = slice(start, min(count, start + min(together, self._most.get(pixels, together))))
+            chosen = slice(start, min(count, start + min(batch_size, self._most.get(pixels, batch_size))))
             result, error = None, ""
             try:
                 result = work(chosen)

@@ -16,11 +16,11 @@ from smsbatch.errors import WeightsError
 from smsbatch.manifest import Optimize, Styled
 
 
-class Optimizing:
+class OptimizeEngine:
     """Every picture on its own, by the scores (paper, Algorithm 1)."""
 
-    if_diverged = "the latent is not finite; lower objective.learning_rate"
-    if_too_large = "lower image.resolution"
+    diverged_hint = "the latent is not finite; lower objective.learning_rate"
+    oom_hint = "lower image.resolution"
 
     def __init__(self, manifest: Optimize, device: str) -> None:
         self.prior, self.style = load_models(manifest, device)
@@ -31,7 +31,7 @@ class Optimizing:
     def prompt(self, caption: str) -> str:
         return self.objective.prompts(self._words, caption).target
 
-    def together(self, height: int, width: int) -> int:
+    def batch_size(self, height: int, width: int) -> int:
         return self._batch_size
 
     def render(

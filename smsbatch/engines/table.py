@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from smsbatch.engines.base import Engine
-from smsbatch.engines.feedforward import Feedforward
-from smsbatch.engines.optimize import Optimizing
+from smsbatch.engines.feedforward import GeneratorEngine
+from smsbatch.engines.optimize import OptimizeEngine
 from smsbatch.manifest import Dataset, Optimize, Stylize
 
 
@@ -15,6 +15,6 @@ def engine_of(manifest: Dataset, device: str) -> Engine:
         WeightsError: a model, LoRA or generator is missing or not understood, or two models do not go together.
     """
     if isinstance(manifest, Stylize):
-        return Feedforward(manifest, device)
+        return GeneratorEngine(manifest, device)
     assert isinstance(manifest, Optimize), "a task that makes rows"
-    return Optimizing(manifest, device)
+    return OptimizeEngine(manifest, device)

@@ -14,7 +14,7 @@ from smsbatch.errors import WeightsError
 from smsbatch.manifest import Storage, Stylize
 from smsbatch.storage.store import Store
 
-__all__ = ["about", "read_generator"]
+__all__ = ["generator_about", "read_generator"]
 
 CONFIG, WEIGHTS = "generator.json", "generator.safetensors"
 _FORMAT, _VERSION = "smsbatch-generator", 1
@@ -41,7 +41,7 @@ def read_generator(where: str, storage: Storage) -> dict[str, bytes]:
     return {CONFIG: config, WEIGHTS: parameters}
 
 
-def about(manifest: Stylize) -> dict[str, Any]:
+def generator_about(manifest: Stylize) -> dict[str, Any]:
     """What the generator says of itself: `width`, `blocks`, and of its training `style`, `model`, figures ...
 
     Raises:

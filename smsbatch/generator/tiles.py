@@ -17,12 +17,12 @@ from torch import Tensor
 
 from smsbatch.generator.network import STRIDE
 
-__all__ = ["Tiling", "thumbnail"]
+__all__ = ["Tiling", "overview"]
 
 _SHORTEST = 16  # pixels of a side that a generator takes
 
 
-def thumbnail(image: Tensor, side: int) -> Tensor:
+def overview(image: Tensor, side: int) -> Tensor:
     """The image [1, 3, H, W] with a long side of `side` pixels, antialiased; itself if it is no larger."""
     scale = side / max(image.shape[-2:])
     if scale >= 1:

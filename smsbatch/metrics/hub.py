@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from smsbatch.errors import RequestError, WeightsError
 
-__all__ = ["MEASURES", "ArtInception", "Cfsd", "HpsV2", "PickScore", "fid", "locate", "missing"]
+__all__ = ["MEASURES", "ArtInception", "Cfsd", "HpsV2", "PickScore", "fid", "locate_weights", "missing"]
 
 MEASURES = {
     "CFSD": ("vgg19-dcbb9e9d.pth",),
@@ -34,7 +34,7 @@ MEASURES = {
 _ADVICE = "put it into a folder, and name that in the environment's SMSBATCH_WEIGHTS"
 
 
-def locate(name: str) -> Path | None:
+def locate_weights(name: str) -> Path | None:
     """Where `file` or `owner/repository[/file]` lies on this machine, None if it does not."""
     parts = name.split("/")
     candidates = [Path(os.environ["SMSBATCH_WEIGHTS"], parts[-1])] if "SMSBATCH_WEIGHTS" in os.environ else []
@@ -52,12 +52,12 @@ def missing(measure: str) -> str | None:
     """What `measure` lacks on this machine, in words; None if it can be had."""
     if measure == "HPSv2" and find_spec("open_clip") is None:
         return "open_clip is not installed; pip install open_clip_torch"
-    absent = [name for name in MEASURES[measure] if locate(name) is None]
+    absent = [name for name in MEASURES[measure] if locate_weights(name) is None]
     return f"{absent[0]} is not on this machine; {_ADVICE}" if absent else None
 
 
 def _found(name: str) -> Path:
-    path = locate(name)
+    path = locate_weights(name)
     if path is None:
         raise WeightsError(f"{name} is not on this machine; {_ADVICE}")
     return path

@@ -23,7 +23,7 @@ from smsbatch.report.model import SHOW_ALL, SHOW_SAMPLE, has_value
 from smsbatch.storage.store import Store, storage_errors
 
 if TYPE_CHECKING:
-    from smsbatch.report.model import Report, Tally
+    from smsbatch.report.model import Report, RowTally
 
 __all__ = ["Group", "Picture", "gallery"]
 
@@ -50,7 +50,7 @@ class Group:
     pictures: Sequence[Picture]
 
 
-def gallery(store: Store, report: Report, tally: Tally) -> list[Group]:
+def gallery(store: Store, report: Report, tally: RowTally) -> list[Group]:
     """What is shown of a run. The sources and tars are read several at a time."""
     chosen: dict[str, list[dict[str, Any]]]
     name = tally.metrics[0] if tally.metrics else ""

@@ -103,7 +103,7 @@ class Report:
 
 
 @dataclass(slots=True)
-class Tally:
+class RowTally:
     """What remains of the rows once their shard is out of memory: counts, values, and those that may be shown."""
 
     seed: int

@@ -30,13 +30,13 @@ from smsbatch.errors import RunError
 from smsbatch.parallel import started_ahead
 from smsbatch.report.card import card
 from smsbatch.report.gallery import gallery
-from smsbatch.report.model import Distribution, Failure, Report, Tally
+from smsbatch.report.model import Distribution, Failure, Report, RowTally
 from smsbatch.report.page import render
 from smsbatch.runs.drift import allowed_drift
 from smsbatch.runs.layout import INDEX
 from smsbatch.runs.ledger import Ledger
-from smsbatch.runs.records import ILLEGIBLE, Commit, Published
-from smsbatch.runs.run_file import check_dataset, the_run
+from smsbatch.runs.records import PARSE_ERRORS, Commit, Published
+from smsbatch.runs.run_file import check_dataset, require_run
 from smsbatch.storage.store import Store, storage_errors
 
 __all__ = ["summarize", "write_report"]
@@ -57,7 +57,7 @@ def summarize(
         RequestError: there is no run, or one that makes no dataset.
         RunError: a planned sample has no row, or a shard is not published.
     """
-    run = the_run(store)
+    run = require_run(store)
     check_dataset(store, run)
     published = Ledger(store).publications() if published is None else published
     return _recall(store, run, published) or _count(store, run, commits, published)[0]
@@ -67,7 +67,7 @@ def write_report(
     store: Store, commits: Mapping[int, Commit] | None = None, published: Mapping[int, Published] | None = None
 ) -> Report:
     """Write README.md, report.html and index.json; returns the numbers. Arguments and errors as of `summarize`."""
-    run = the_run(store)
+    run = require_run(store)
     check_dataset(store, run)
     published = Ledger(store).publications() if published is None else published
     report, tally = _count(store, run, commits, published)
@@ -104,7 +104,7 @@ def _recall(store: Store, run: Mapping[str, Any], published: Mapping[int, Publis
             return None
         failures = [Failure(**one) for one in numbers["failures"]]
         metrics = {name: Distribution(**one) for name, one in numbers["metrics"].items()}
-    except ILLEGIBLE:
+    except PARSE_ERRORS:
         return None
     return Report(**numbers | {"failures": failures, "metrics": metrics}, **_circumstances(store, run))
 
@@ -137,8 +137,8 @@ def _circumstances(store: Store, run: Mapping[str, Any]) -> dict[str, Any]:
 
 def _count(
     store: Store, run: Mapping[str, Any], commits: Mapping[int, Commit] | None, published: Mapping[int, Published]
-) -> tuple[Report, Tally]:
-    tally = Tally(seed=run["manifest"]["seed"], metrics=run["manifest"]["metrics"])
+) -> tuple[Report, RowTally]:
+    tally = RowTally(seed=run["manifest"]["seed"], metrics=run["manifest"]["metrics"])
     units = read_units(store)
     planned_in = {shard: sum(map(len, members)) for shard, members in groupby(units, lambda unit: unit.shard)}
     missing = [shard for shard in planned_in if shard not in published]

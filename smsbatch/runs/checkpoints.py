@@ -20,7 +20,7 @@ from typing import Any
 
 from smsbatch.errors import StorageError
 from smsbatch.runs.layout import CHECKPOINTS
-from smsbatch.runs.records import ILLEGIBLE, FileProof, new_attempt
+from smsbatch.runs.records import PARSE_ERRORS, FileDigest, new_attempt
 from smsbatch.storage.store import Store
 
 __all__ = ["Checkpoint", "Restored", "latest", "prune", "read", "restore", "write"]
@@ -60,7 +60,7 @@ def write(store: Store, step: int, data: bytes, about: Mapping[str, Any] | None 
     Raises:
         StorageError: it cannot be stored. The earlier ones are as they were.
     """
-    name, proof = f"{CHECKPOINTS}/{step:08d}-{new_attempt()}.safetensors", FileProof.of(data)
+    name, proof = f"{CHECKPOINTS}/{step:08d}-{new_attempt()}.safetensors", FileDigest.of(data)
     store.put(name, data)
     now = datetime.now(UTC).isoformat(timespec="seconds")
     ours = Checkpoint(step, name, proof.sha256, proof.bytes, now, dict(about or {}))
@@ -148,5 +148,5 @@ def _records(sizes: Iterable[str]) -> list[tuple[int, str]]:
 def _parse(store: Store, record: str) -> Checkpoint:
     try:
         return Checkpoint(**json.loads(store.read(record)))
-    except ILLEGIBLE as error:
+    except PARSE_ERRORS as error:
         raise StorageError(f"{store.locate(record)} is not a checkpoint's record") from error

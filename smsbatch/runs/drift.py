@@ -22,7 +22,7 @@ from smsbatch.data.sources import parts
 from smsbatch.errors import DriftError, RequestError, StorageError
 from smsbatch.manifest import HOUSEKEEPING, Manifest, Storage
 from smsbatch.runs.layout import CHECKPOINTS, COMMITS
-from smsbatch.runs.run_file import manifest_of, trains
+from smsbatch.runs.run_file import is_training, manifest_of
 from smsbatch.storage.store import Store
 
 DRIFT = "_smsbatch/drift"
@@ -55,7 +55,7 @@ class Change:
         return cls(key, then, now, f"{key} ({repr(then)} then, {repr(now)} now)")
 
 
-def check_request(
+def check_unchanged(
     store: Store,
     run: Mapping[str, Any],
     manifest: Manifest,
@@ -88,7 +88,7 @@ def check_request(
         for name in sorted(run["weights"].keys() | weights.keys())
         if run["weights"].get(name) != weights.get(name)
     ]
-    _settle(store, changes, allow, note, _NEVER_IN_TRAINING if trains(run) else _NEVER)
+    _resolve_drift(store, changes, allow, note, _NEVER_IN_TRAINING if is_training(run) else _NEVER)
 
 
 def inputs_changed(store: Store, manifest: Manifest, allow: Collection[str] = (), note: bool = True) -> bool:
@@ -108,7 +108,7 @@ def inputs_changed(store: Store, manifest: Manifest, allow: Collection[str] = ()
         told += files or [f"{part.url} was changed"]
     if told:
         some = "; ".join(sorted(told)[:_NAMED]) + ("; and more" if len(told) > _NAMED else "")
-        _settle(store, [Change(INPUTS, _digest(planned), _digest(present), f"{INPUTS}: {some}")], allow, note)
+        _resolve_drift(store, [Change(INPUTS, _digest(planned), _digest(present), f"{INPUTS}: {some}")], allow, note)
     return bool(told)
 
 
@@ -137,7 +137,7 @@ def allowed_drift(store: Store) -> list[dict[str, Any]]:
     return sorted(notes, key=lambda note: str(note["time"]))
 
 
-def _settle(
+def _resolve_drift(
     store: Store,
     changes: Iterable[Change],
     allow: Collection[str],

@@ -23,14 +23,14 @@ from typing import Any, Self
 from smsbatch.errors import RequestError, StorageError
 from smsbatch.storage.store import Store
 
-__all__ = ["Driver", "Heart", "drivers", "process_table"]
+__all__ = ["Driver", "Heartbeat", "drivers", "process_table"]
 
 HEARTBEATS = "_smsbatch/heartbeats"
 BEAT_S = 10.0
 DEAD_AFTER_S = 6 * BEAT_S
 
 
-class Heart:
+class Heartbeat:
     """Beats at once when entered and then every few seconds, telling of `now`; whoever leaves in order takes it back.
 
     A training tells of itself in its own files: there `now` is None.
@@ -66,9 +66,9 @@ class Heart:
         self._store.put(self._path, json.dumps(beat).encode())
 
 
-def _others(store: Store, own: Heart) -> list[Driver]:
+def other_drivers(store: Store, own: Heartbeat) -> list[Driver]:
     """The other drivers at work; what is left of dead ones is removed."""
-    return [driver for driver in drivers(store, bury=True) if driver.alive and driver.name != own.name]
+    return [driver for driver in drivers(store, remove_stale=True) if driver.alive and driver.name != own.name]
 
 
 @dataclass(frozen=True)
@@ -112,19 +112,19 @@ def process_table() -> str:
         return ""
 
 
-def drivers(store: Store, bury: bool = False) -> list[Driver]:
+def drivers(store: Store, remove_stale: bool = False) -> list[Driver]:
     """The drivers whose heartbeats are there; those of the dead are removed if asked."""
     found = []
-    for path, beat in _beats(store).items():
-        driver = Driver(_driver(path), time.time() - beat["time"], beat.get("processes", ""))
-        if bury and not driver.alive:
+    for path, beat in read_beats(store).items():
+        driver = Driver(driver_name(path), time.time() - beat["time"], beat.get("processes", ""))
+        if remove_stale and not driver.alive:
             store.delete(path)
         else:
             found.append(driver)
     return found
 
 
-def _beats(store: Store) -> dict[str, dict[str, Any]]:
+def read_beats(store: Store) -> dict[str, dict[str, Any]]:
     beats = {}
     for path, beat in store.read_all(store.list(HEARTBEATS)).items():
         with suppress(ValueError):  # a torn one is as good as none
@@ -132,11 +132,11 @@ def _beats(store: Store) -> dict[str, dict[str, Any]]:
     return beats
 
 
-def _driver(path: str) -> str:
+def driver_name(path: str) -> str:
     return path.rpartition("/")[2].removesuffix(".json")
 
 
-def _refuse_while_at_work(store: Store, advice: str) -> None:
+def require_idle(store: Store, advice: str) -> None:
     alive = [driver for driver in drivers(store) if driver.alive]
     if alive:
         raise RequestError(

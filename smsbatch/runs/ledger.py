@@ -33,10 +33,10 @@ from smsbatch.data.sample import Outcome, Unit
 from smsbatch.errors import StorageError
 from smsbatch.runs.layout import COMMITS, GENERATIONS, PUBLISHED
 from smsbatch.runs.records import (
-    ILLEGIBLE,
     KINDS,
+    PARSE_ERRORS,
     Commit,
-    FileProof,
+    FileDigest,
     Published,
     attempt_file,
     commit_file,
@@ -87,7 +87,7 @@ class Ledger:
                 name = attempt_file(unit.id, attempt, kind)
                 if not self.store.create(name, path):
                     raise StorageError(f"{self.store.locate(name)} exists; an attempt's name must be new")
-            files = {kind: FileProof.of(path) for kind, path in built.items()}
+            files = {kind: FileDigest.of(path) for kind, path in built.items()}
         errors = Counter(outcome.error_code for outcome in outcomes if outcome.error_code is not None)
         return Commit(
             unit=unit.id,
@@ -219,7 +219,7 @@ class Ledger:
             failed=sum(commit.failed for commit in commits),
             errors=dict(sorted(errors.items())),
             seconds=sum(commit.seconds for commit in commits),
-            files={kind: FileProof.of(path) for kind, path in built.items()},
+            files={kind: FileDigest.of(path) for kind, path in built.items()},
         )
         return record, built
 
@@ -252,7 +252,7 @@ class Ledger:
 
     def _settle(self, name: str, source: bytes | Path, folder: Path, overtaken: Callable[[], bool]) -> bool:
         """Have just these bytes under a final name, whatever was there; False if newer commits came in between."""
-        while not (self.store.create(name, source) or self._holds(name, FileProof.of(source), folder / "there")):
+        while not (self.store.create(name, source) or self._holds(name, FileDigest.of(source), folder / "there")):
             if overtaken():
                 return False
             self.store.delete(name)
@@ -352,7 +352,7 @@ class Ledger:
             raise StorageError(f"{place} is not what was committed; {self._repair}")
         raise StorageError(f"{place} is gone, deleted or collected by `gc --attempts`; {if_gone or self._repair}")
 
-    def _holds(self, name: str, proof: FileProof, target: Path) -> bool:
+    def _holds(self, name: str, proof: FileDigest, target: Path) -> bool:
         """Whether just these bytes are stored there; `target` then has them."""
         if self.store.size(name) != proof.bytes:
             return False
@@ -362,12 +362,12 @@ class Ledger:
             if self.store.exists(name):
                 raise
             return False  # deleted just now, by somebody who replaces it
-        return FileProof.of(target) == proof
+        return FileDigest.of(target) == proof
 
     def _parse(self, name: str, data: bytes) -> Commit:
         try:
             return Commit.from_json(data)
-        except ILLEGIBLE as error:
+        except PARSE_ERRORS as error:
             wrong = f"is empty, cut or of another version ({error})"
             raise StorageError(f"{self.store.locate(name)} {wrong}; {self._repair}") from error
 
@@ -379,7 +379,7 @@ class Ledger:
 def _legible(data: bytes) -> Published | None:
     try:
         return Published.from_json(data)
-    except ILLEGIBLE:
+    except PARSE_ERRORS:
         return None  # all it says follows from the commits
 
 

@@ -19,7 +19,7 @@ from smsbatch.runs.layout import ATTEMPTS, COMMITS, PUBLISHED
 
 KINDS = ("tar", "parquet")
 
-ILLEGIBLE = (ValueError, KeyError, TypeError, AttributeError)
+PARSE_ERRORS = (ValueError, KeyError, TypeError, AttributeError)
 
 _COMMIT_FILE = re.compile(rf"{COMMITS}/(\d{{6,}})(?:\.g([1-9]\d*))?\.json")
 
@@ -33,12 +33,12 @@ def new_attempt() -> str:
 
 
 @dataclass(frozen=True, slots=True)
-class FileProof:
+class FileDigest:
     sha256: str
     bytes: int
 
     @classmethod
-    def of(cls, source: Content) -> FileProof:
+    def of(cls, source: Content) -> FileDigest:
         if isinstance(source, bytes):
             return cls(hashlib.sha256(source).hexdigest(), len(source))
         return cls(digest(source), source.stat().st_size)
@@ -55,7 +55,7 @@ class _Record:
     @classmethod
     def from_json(cls, data: bytes) -> Self:
         values = json.loads(data)
-        return cls(**values | {"files": {kind: FileProof(**proof) for kind, proof in values["files"].items()}})
+        return cls(**values | {"files": {kind: FileDigest(**proof) for kind, proof in values["files"].items()}})
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +75,7 @@ class Commit(_Record):
     errors: Mapping[str, int]
     seconds: float
     finished: str  # UTC, ISO 8601
-    files: Mapping[str, FileProof]  # tar, parquet
+    files: Mapping[str, FileDigest]  # tar, parquet
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +95,7 @@ class Published(_Record):
     failed: int
     errors: Mapping[str, int]
     seconds: float
-    files: Mapping[str, FileProof]
+    files: Mapping[str, FileDigest]
 
     @property
     def tar(self) -> str:

@@ -14,14 +14,14 @@ from smsbatch.storage.store import Store
 __all__ = [
     "check_dataset",
     "dataset_of",
+    "is_training",
+    "manifest_at",
     "manifest_of",
     "of_output",
     "read_run",
-    "recorded",
-    "refuse_strangers",
+    "require_empty",
+    "require_run",
     "store_of",
-    "the_run",
-    "trains",
 ]
 
 _RENAMED = {"objective": {"spectral_weight": "identity_weight"}}  # keys of older versions
@@ -58,7 +58,7 @@ def read_run(store: Store) -> dict[str, Any] | None:
     return run
 
 
-def the_run(store: Store) -> dict[str, Any]:
+def require_run(store: Store) -> dict[str, Any]:
     """`run.json` of the run that stands there.
 
     Raises:
@@ -72,7 +72,7 @@ def the_run(store: Store) -> dict[str, Any]:
     return run
 
 
-def trains(run: Mapping[str, Any]) -> bool:
+def is_training(run: Mapping[str, Any]) -> bool:
     """Whether a run makes a generator, and no dataset."""
     return bool(run["manifest"].get("task") == "distill")  # manifests of older versions name no task
 
@@ -83,7 +83,7 @@ def check_dataset(store: Store, run: Mapping[str, Any]) -> None:
     Raises:
         RequestError: it makes a generator.
     """
-    if trains(run):
+    if is_training(run):
         raise RequestError(
             f"{store.url}: this run distills a generator and makes no dataset; `smsbatch status` says how far it is, "
             "and a manifest of task stylize makes a dataset with its generator"
@@ -118,7 +118,7 @@ def manifest_of(run: Mapping[str, Any]) -> Manifest:
         ) from error
 
 
-def refuse_strangers(store: Store) -> None:
+def require_empty(store: Store) -> None:
     """A run writes under plain names, and would replace what somebody else has under the same: sources, perhaps.
 
     Raises:
@@ -143,10 +143,10 @@ def of_output(output: str, options: Mapping[str, str]) -> Manifest:
         named = "; ".join(f"storage.{name}={value}" for name, value in options.items())
         raise RequestError(f"--set {named}: not understood; `smsbatch schema` has the keys of storage") from error
     store = Store(output, storage)
-    return recorded(store, the_run(store)).model_copy(update={"storage": storage})
+    return manifest_at(store, require_run(store)).model_copy(update={"storage": storage})
 
 
-def recorded(store: Store, run: Mapping[str, Any]) -> Manifest:
+def manifest_at(store: Store, run: Mapping[str, Any]) -> Manifest:
     """The manifest of a run, wherever its output has been moved since."""
     manifest = manifest_of(run)
     return manifest.model_copy(update={"output": manifest.output.model_copy(update={"path": store.url})})

@@ -12,11 +12,11 @@ from smsbatch.errors import StorageError
 from smsbatch.manifest import Errors, Manifest
 from smsbatch.runs.layout import ATTEMPTS, COMMITS, PUBLISHED, is_reported
 from smsbatch.runs.ledger import Ledger
-from smsbatch.runs.records import ILLEGIBLE, Commit, Published, parse_commit_file, published_file
-from smsbatch.runs.run_file import check_dataset, store_of, the_run
+from smsbatch.runs.records import PARSE_ERRORS, Commit, Published, parse_commit_file, published_file
+from smsbatch.runs.run_file import check_dataset, require_run, store_of
 from smsbatch.storage.store import Store
 
-__all__ = ["Look", "Problem", "Remedy", "Standing", "one_line"]
+__all__ = ["Problem", "Remedy", "Snapshot", "StrictSnapshot", "one_line"]
 
 Remedy = Literal["plan", "publish", "recompute", "aside", "report"]
 _DO: dict[Remedy, str] = {
@@ -28,7 +28,7 @@ _DO: dict[Remedy, str] = {
 }
 
 
-class Look:
+class Snapshot:
     """What the ledger of a run says, from as little as that takes: `renew` reads only what has come since.
 
     Where a shard is published its record is enough. Commits are never changed, so none is read twice.
@@ -45,7 +45,7 @@ class Look:
 
     def __init__(self, where: str | Manifest) -> None:
         self.store = store_of(where)
-        self.run = the_run(self.store)
+        self.run = require_run(self.store)
         self.units: dict[int, Unit] = {}
         self.shards: dict[int, list[Unit]] = {}
         self.generations: dict[int, int] = {}
@@ -133,7 +133,7 @@ class Look:
 def _legible(data: bytes) -> Published | None:
     try:
         return Published.from_json(data)
-    except ILLEGIBLE:
+    except PARSE_ERRORS:
         return None  # all it says follows from the commits
 
 
@@ -163,7 +163,7 @@ class Problem:
         return f"{self.place}: {self.what}; {self.do}"
 
 
-class Standing:
+class StrictSnapshot:
     """What a run's storage claims, read once: its plan, its newest commits, its records and the sizes of its files.
 
     Attributes:
@@ -177,7 +177,7 @@ class Standing:
     """
 
     def __init__(self, store: Store) -> None:
-        self.store, self.run = store, the_run(store)
+        self.store, self.run = store, require_run(store)
         check_dataset(store, self.run)
         self.damaged: dict[str, Problem] = {}
         self.units = self._plan()
@@ -225,7 +225,7 @@ class Standing:
             shard = self.by_id[unit].shard
             try:
                 commit = Commit.from_json(data)
-            except ILLEGIBLE as error:
+            except PARSE_ERRORS as error:
                 what = f"is no record of this version ({one_line(error)})"
                 self.damaged[name] = Problem(name, what, "recompute", unit, shard)
                 continue
@@ -247,7 +247,7 @@ class Standing:
             shard = int(number)
             try:
                 record = Published.from_json(data)
-            except ILLEGIBLE as error:
+            except PARSE_ERRORS as error:
                 what = f"is no record of this version ({one_line(error)})"
                 self.damaged[name] = Problem(name, what, "publish", shard=shard)
                 continue

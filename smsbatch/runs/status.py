@@ -19,8 +19,8 @@ from smsbatch.runs.records import Commit
 class Progress:
     """Where a worker is: `done` of `samples` in its unit, `step` of `steps` of the `batch` it computes now.
 
-    `seen` is when that was so, in seconds since 1970 by the worker's clock: a step that hangs grows old. `waited` is
-    the part of the time from its first batch to its last in which its device had nothing to do.
+    `seen` is when that was so, in seconds since 1970 by the worker's clock: a step that hangs grows old.
+    `idle_fraction` is the part of the time from its first batch to its last in which its device had nothing to do.
     """
 
     worker: str
@@ -32,10 +32,10 @@ class Progress:
     steps: int = 0
     generation: int = 0
     seen: float | None = None
-    waited: float | None = None
+    idle_fraction: float | None = None
 
     @property
-    def worth(self) -> float:
+    def images_done(self) -> float:
         """Images' worth of work in a unit that is not finished: whole ones, and the steps of the batch in hand."""
         return self.done + (self.batch * self.step / self.steps if self.steps else 0.0)
 
@@ -99,7 +99,7 @@ def age_s(worker: Progress) -> float | None:
     return None if worker.seen is None else max(0.0, time.time() - worker.seen)
 
 
-class Tally:
+class RunTally:
     """The driver's own count of a run, kept as commits come in."""
 
     def __init__(self, name: str, units: Iterable[Unit], commits: Mapping[int, Commit]) -> None:
@@ -157,7 +157,7 @@ class Tally:
 
     def status(self, workers: Iterable[Progress] = (), finished: bool = False) -> Status:
         workers = _at_work(workers, self._generation)
-        under_way = sum(worker.worth for worker in workers)
+        under_way = sum(worker.images_done for worker in workers)
         fresh = self._fresh + under_way
         if not self._began and any(worker.unit for worker in workers):
             self._began = monotonic()  # the rate is that of the work, not of loading the models

@@ -1,10 +1,10 @@
-"""A `Door` for every kind of address, found by `locate`, with one policy of retries for all that are not disks.
+"""A `Backend` for every kind of address, found by `resolve`, with one policy of retries for all that are not disks.
 
-What goes wrong behind a door comes out as an OSError: FileNotFoundError, PermissionError, FileExistsError as on disk,
-and `RemoteError` for what disks do not have. Throttling, server errors, broken and stalled connections and bodies cut
-short are tried `storage.retries` more times; for S3 and the web the drivers' own retries are off, so that policies do
-not multiply, other drivers keep theirs. A door serves all threads of one process; ask `locate` for it each time, and it
-is right after a fork too.
+Every failure is raised as an OSError: FileNotFoundError, PermissionError, FileExistsError as on disk, and `RemoteError`
+for what disks do not have. Throttling, server errors, broken and stalled connections and truncated bodies are tried
+`storage.retries` more times. For S3 and http the retries of the drivers are off, so that two policies do not multiply;
+other drivers keep theirs. A backend serves all threads of one process. Ask `resolve` for it each time: connections do
+not survive a fork, and after one `resolve` makes a new backend.
 """
 
 from __future__ import annotations
@@ -26,7 +26,17 @@ from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_rand
 
 from smsbatch.manifest import SECRET, Storage
 
-__all__ = ["Door", "Found", "Got", "RemoteError", "TooLong", "bare", "byte_range", "inside", "redact"]
+__all__ = [
+    "Backend",
+    "Fetched",
+    "ObjectInfo",
+    "RemoteError",
+    "TooLarge",
+    "byte_range",
+    "folder_prefix",
+    "redact",
+    "strip_etag",
+]
 
 T = TypeVar("T")
 
@@ -37,7 +47,7 @@ _BUGS = (TypeError, KeyError, AttributeError, MemoryError, AssertionError)
 
 
 def redact(text: str) -> str:
-    """One line, with `***` for what opens a door, as `manifest.SECRET` defines it."""
+    """One line, with `***` for every secret, as `manifest.SECRET` defines it."""
     return SECRET.sub(lambda secret: f"{secret['shown'] or ''}***", " ".join(text.split()))
 
 
@@ -53,7 +63,7 @@ class RemoteError(OSError):
         self.advice, self.again, self.fatal = advice, again, fatal
 
 
-class TooLong(Exception):
+class TooLarge(Exception):
     """More bytes than the caller takes; they were not read. `size` is what is known of it, at least."""
 
     def __init__(self, size: int) -> None:
@@ -61,15 +71,15 @@ class TooLong(Exception):
         self.size = size
 
 
-class Found(NamedTuple):
-    """An object: its full path at its door, bytes, and what its version is called ('' where nobody says)."""
+class ObjectInfo(NamedTuple):
+    """An object: its full path, its size in bytes, and its etag ('' where the store has none)."""
 
     path: str
     size: int
     etag: str
 
 
-class Got(NamedTuple):
+class Fetched(NamedTuple):
     """Bytes of an object, with the size of the whole (None if nobody says) and what its version is called."""
 
     data: bytes
@@ -77,7 +87,7 @@ class Got(NamedTuple):
     etag: str
 
 
-class Door:
+class Backend:
     """Objects of one kind of address, by paths without the scheme. This class is for any driver of fsspec."""
 
     is_local = False
@@ -99,14 +109,14 @@ class Door:
     def url_of(self, path: str) -> str:
         return str(self.fs.unstrip_protocol(path))
 
-    def get(self, path: str, start: int = 0, stop: int | None = None, limit: int | None = None) -> Got:
+    def get(self, path: str, start: int = 0, stop: int | None = None, limit: int | None = None) -> Fetched:
         """Bytes [start, stop), stop None to the end, fewer if there are no more. TooLong: more than `limit`."""
-        return self._persist(self._get, path, start, stop, limit)
+        return self._with_retries(self._get, path, start, stop, limit)
 
-    def find(self, path: str) -> Found | None:
+    def find(self, path: str) -> ObjectInfo | None:
         """The object of exactly that path."""
         try:
-            return self._persist(self._find, path)
+            return self._with_retries(self._find, path)
         except (FileNotFoundError, NotADirectoryError):
             return None
 
@@ -121,42 +131,42 @@ class Door:
         """Also of an empty one, where there are such."""
         return bool(self.names(path))
 
-    def walk(self, folder: str) -> Iterator[Found]:
+    def walk(self, folder: str) -> Iterator[ObjectInfo]:
         """All objects below, in no order; none where there is no such folder."""
-        for path, info in self._persist(self.fs.find, folder, detail=True).items():
-            found = self._found(path, info) if path.startswith(inside(folder)) else None
+        for path, info in self._with_retries(self.fs.find, folder, detail=True).items():
+            found = self._found(path, info) if path.startswith(folder_prefix(folder)) else None
             if found is not None:
                 yield found
 
     def names(self, folder: str) -> list[str]:
         """The names right below a folder, in no order; none where there is no such folder."""
         try:
-            paths = self._persist(self.fs.ls, folder, detail=False)
+            paths = self._with_retries(self.fs.ls, folder, detail=False)
         except (FileNotFoundError, NotADirectoryError):
             return []
-        return [path.rstrip("/").rpartition("/")[2] for path in paths if path.startswith(inside(folder))]
+        return [path.rstrip("/").rpartition("/")[2] for path in paths if path.startswith(folder_prefix(folder))]
 
-    def glob(self, pattern: str) -> list[Found]:
+    def glob(self, pattern: str) -> list[ObjectInfo]:
         """The objects that a pattern with `*`, `?`, `[]` means, in no order."""
-        paths: dict[str, dict[str, Any]] = self._persist(self.fs.glob, pattern, detail=True)
+        paths: dict[str, dict[str, Any]] = self._with_retries(self.fs.glob, pattern, detail=True)
         return [found for path, info in paths.items() if (found := self._found(path, info)) is not None]
 
     def upload(self, path: str, source: bytes | Path, *, create: bool = False) -> None:
         """Write the whole object. FileExistsError: `create`, and there is one already."""
-        self._persist(self._upload, path, source, create)
+        self._with_retries(self._upload, path, source, create)
 
     def copy(self, path: str, target: str) -> None:
         """Without passing the bytes through here, where the store can."""
-        self._persist(self.fs.cp_file, path, target)
+        self._with_retries(self.fs.cp_file, path, target)
 
     def delete(self, path: str) -> None:
         """It is no error if it is gone already."""
         try:
-            self._persist(self.fs.rm_file, path)
+            self._with_retries(self.fs.rm_file, path)
         except FileNotFoundError:
             return
 
-    def _persist(self, action: Callable[..., T], *args: Any, **options: Any) -> T:
+    def _with_retries(self, action: Callable[..., T], *args: Any, **options: Any) -> T:
         """Do it, again where that may help. What it raises is an OSError or TooLong, or else a bug."""
 
         def once() -> T:
@@ -183,30 +193,30 @@ class Door:
         if isinstance(error, ConnectionError | TimeoutError | FSTimeoutError):
             reason = redact(str(error)) or "no answer in time"
             return RemoteError(reason, "check the network; what is committed is kept, run again", again=True)
-        if isinstance(error, OSError | TooLong):
+        if isinstance(error, OSError | TooLarge):
             return error
         return OSError(errno.EIO, redact(f"{type(error).__name__}: {error}"))
 
     def _wait(self, coroutine: Callable[..., Any], *args: Any, **options: Any) -> Any:
         return fsspec.asyn.sync(self.fs.loop, coroutine, *args, **options)
 
-    def _get(self, path: str, start: int, stop: int | None, limit: int | None) -> Got:
+    def _get(self, path: str, start: int, stop: int | None, limit: int | None) -> Fetched:
         found = self._find(path)
         if found is None:
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), path)
         end = found.size if stop is None else min(stop, found.size)
         if limit is not None and end - start > limit:
-            raise TooLong(end - start)
+            raise TooLarge(end - start)
         data: bytes = self.fs.cat_file(path, start=start, end=end) if end > start else b""
-        return Got(data, found.size, found.etag)
+        return Fetched(data, found.size, found.etag)
 
-    def _find(self, path: str) -> Found | None:
+    def _find(self, path: str) -> ObjectInfo | None:
         return self._found(path, self.fs.info(path))
 
-    def _found(self, path: str, info: dict[str, Any]) -> Found | None:
+    def _found(self, path: str, info: dict[str, Any]) -> ObjectInfo | None:
         if info["type"] != "file" or path.endswith("/"):
             return None
-        return Found(path, int(info["size"]), bare(info.get("ETag") or info.get("etag")))
+        return ObjectInfo(path, int(info["size"]), strip_etag(info.get("ETag") or info.get("etag")))
 
     def _upload(self, path: str, source: bytes | Path, create: bool) -> None:
         with _LOCK if self.scheme == "memory" else nullcontext():  # there, the look and the write are one step
@@ -219,15 +229,15 @@ class Door:
 
     def modified(self, path: str) -> datetime:
         """When the object was written."""
-        when: datetime = self._persist(self.fs.modified, path)
+        when: datetime = self._with_retries(self.fs.modified, path)
         return when if when.tzinfo else when.replace(tzinfo=UTC)
 
 
 class _Ranges(io.RawIOBase):
-    """A file of which every read is a request, with the retries of its door."""
+    """A file of which every read is a request, with the retries of its backend."""
 
-    def __init__(self, door: Door, found: Found) -> None:
-        self.door, self.found, self.at = door, found, 0
+    def __init__(self, backend: Backend, found: ObjectInfo) -> None:
+        self.backend, self.found, self.at = backend, found, 0
 
     def readable(self) -> bool:
         return True
@@ -247,7 +257,7 @@ class _Ranges(io.RawIOBase):
         stop = min(self.at + len(buffer), size)
         if stop <= self.at:
             return 0
-        got = self.door.get(path, self.at, stop)
+        got = self.backend.get(path, self.at, stop)
         if got.etag != etag or len(got.data) != stop - self.at:
             raise OSError(errno.EIO, "it was replaced while it was read", path)
         buffer[: len(got.data)] = got.data
@@ -260,11 +270,11 @@ def byte_range(start: int, stop: int | None) -> str:
     return f"bytes={start}-{'' if stop is None else stop - 1}"
 
 
-def inside(folder: str) -> str:
+def folder_prefix(folder: str) -> str:
     """What the paths of everything in a folder begin with."""
     return f"{folder.rstrip('/')}/" if folder else ""
 
 
-def bare(etag: Any) -> str:
+def strip_etag(etag: Any) -> str:
     """An ETag without its quotes, '' for none."""
     return str(etag or "").strip('"')

@@ -1,4 +1,4 @@
-"""The local disk as a `Door`."""
+"""The local disk as a `Backend`."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from pathlib import Path
 from stat import S_ISREG
 from typing import IO, Any
 
-from smsbatch.storage.backend import Door, Found, Got, T, TooLong
+from smsbatch.storage.backend import Backend, Fetched, ObjectInfo, T, TooLarge
 
 
-class Disk(Door):
+class Disk(Backend):
     """Files. Nothing is tried again here: a disk that fails once has failed. Writing them durably is the store's."""
 
     is_local = True
@@ -34,25 +34,25 @@ class Disk(Door):
     def is_folder(self, path: str) -> bool:
         return Path(path).is_dir()
 
-    def _persist(self, action: Callable[..., T], *args: Any, **options: Any) -> T:
+    def _with_retries(self, action: Callable[..., T], *args: Any, **options: Any) -> T:
         return action(*args, **options)
 
-    def _get(self, path: str, start: int, stop: int | None, limit: int | None) -> Got:
+    def _get(self, path: str, start: int, stop: int | None, limit: int | None) -> Fetched:
         if self._find(path) is None:  # to open a pipe would wait for its writer
             raise IsADirectoryError(errno.EISDIR, "a folder or no regular file", path)
         with Path(path).open("rb") as file:
             stat = os.fstat(file.fileno())
             end = stat.st_size if stop is None else stop
             if limit is not None and end - start > limit:
-                raise TooLong(end - start)
+                raise TooLarge(end - start)
             file.seek(start)
-            return Got(file.read(max(0, end - start)), stat.st_size, _version(stat))
+            return Fetched(file.read(max(0, end - start)), stat.st_size, _version(stat))
 
-    def _find(self, path: str) -> Found | None:
+    def _find(self, path: str) -> ObjectInfo | None:
         stat = Path(path).stat()
-        return Found(path, stat.st_size, _version(stat)) if S_ISREG(stat.st_mode) else None
+        return ObjectInfo(path, stat.st_size, _version(stat)) if S_ISREG(stat.st_mode) else None
 
-    def _found(self, path: str, info: dict[str, Any]) -> Found | None:
+    def _found(self, path: str, info: dict[str, Any]) -> ObjectInfo | None:
         # fsspec calls a link "other", and also a pipe, whose reading would never end; what a link means may be gone.
         return self.find(path)
 

@@ -1,4 +1,4 @@
-"""The door to web servers: pictures and tars at http(s) URLs, read only.
+"""The backend of web servers: pictures and tars at http(s) URLs, read only.
 
 A request may take `storage.timeout_s` in all, and what was too slow is not asked for again. No body is read beyond the
 limit of the caller, whether the server tells its length, knows ranges, or neither.
@@ -16,16 +16,16 @@ import aiohttp
 from yarl import URL
 
 from smsbatch.manifest import Storage
-from smsbatch.storage.backend import Door, Found, Got, RemoteError, TooLong, bare, byte_range, redact
+from smsbatch.storage.backend import Backend, Fetched, ObjectInfo, RemoteError, TooLarge, byte_range, redact, strip_etag
 
 __all__ = ["Web"]
 
 _NUMBERS = {401: errno.EACCES, 403: errno.EACCES, 404: errno.ENOENT, 410: errno.ENOENT}
 _PASSING = {408, 425, 429}
-_HOPELESS = (aiohttp.ClientSSLError, aiohttp.ClientConnectorCertificateError, aiohttp.InvalidURL)
+_PERMANENT = (aiohttp.ClientSSLError, aiohttp.ClientConnectorCertificateError, aiohttp.InvalidURL)
 
 
-class Web(Door):
+class Web(Backend):
     """Paths are URLs."""
 
     is_web = True
@@ -40,34 +40,34 @@ class Web(Door):
     def url_of(self, path: str) -> str:
         return path
 
-    def walk(self, folder: str) -> Iterator[Found]:
+    def walk(self, folder: str) -> Iterator[ObjectInfo]:
         raise NotADirectoryError(errno.ENOTDIR, "folders of a web server cannot be listed", redact(folder))
 
     def _upload(self, path: str, source: bytes | Path, create: bool) -> NoReturn:
         raise OSError(errno.EROFS, "a web server is only read")
 
-    def _find(self, path: str) -> Found:
+    def _find(self, path: str) -> ObjectInfo:
         got = self._get(path, 0, 1, None)  # signed URLs allow no HEAD
         if got.size is None:
             raise OSError(errno.EIO, "its server does not tell how long it is; download it first")
-        return Found(path, got.size, got.etag)
+        return ObjectInfo(path, got.size, got.etag)
 
-    def _get(self, path: str, start: int, stop: int | None, limit: int | None) -> Got:
-        got: Got = self._wait(self._download, path, start, stop, limit)
+    def _get(self, path: str, start: int, stop: int | None, limit: int | None) -> Fetched:
+        got: Fetched = self._wait(self._download, path, start, stop, limit)
         return got
 
-    async def _download(self, url: str, start: int, stop: int | None, limit: int | None) -> Got:
+    async def _download(self, url: str, start: int, stop: int | None, limit: int | None) -> Fetched:
         session: aiohttp.ClientSession = await self.fs.set_session()
         headers = {"Accept-Encoding": "identity"}
         if start or stop is not None:
             headers["Range"] = byte_range(start, max(start + 1, stop) if stop is not None else None)
         as_it_is = url.isascii() and " " not in url  # quoted by its owner already, and perhaps signed
         async with session.get(URL(url, encoded=as_it_is), headers=headers) as answer:
-            etag = bare(answer.headers.get("ETag") or answer.headers.get("Last-Modified"))
+            etag = strip_etag(answer.headers.get("ETag") or answer.headers.get("Last-Modified"))
             whole = answer.headers.get("Content-Range", "").rpartition("/")[2]
             size = int(whole) if whole.isdigit() else None
             if answer.status == 416:
-                return Got(b"", size, etag)
+                return Fetched(b"", size, etag)
             answer.raise_for_status()
             if answer.status not in {200, 206}:
                 raise OSError(errno.EIO, f"HTTP {answer.status} is no file")
@@ -79,15 +79,15 @@ class Web(Door):
                 raise OSError(errno.EIO, "its server sends no parts of files; download it first")
             expected = end if end is not None else answer.content_length or 0
             if limit is not None and expected > limit:
-                raise TooLong(expected)
+                raise TooLarge(expected)
             data = bytearray()
             async for chunk in answer.content.iter_any():
                 data += chunk
                 if end is not None and len(data) >= end:
                     break
                 if limit is not None and len(data) > limit:
-                    raise TooLong(len(data))
-            return Got(bytes(data[skip:end]), size, etag)
+                    raise TooLarge(len(data))
+            return Fetched(bytes(data[skip:end]), size, etag)
 
     def _translate(self, error: Exception) -> Exception:
         if isinstance(error, TimeoutError):
@@ -98,7 +98,7 @@ class Web(Door):
                 return RemoteError(text, "try again later", again=True)
             return OSError(_NUMBERS.get(error.status, errno.EIO), redact(text))
         unknown = isinstance(error, aiohttp.ClientConnectorDNSError) and _is_unknown(error.os_error)
-        if isinstance(error, aiohttp.ClientError) and not unknown and not isinstance(error, _HOPELESS):
+        if isinstance(error, aiohttp.ClientError) and not unknown and not isinstance(error, _PERMANENT):
             return RemoteError(str(error), "check the network and the URL", again=True)
         if isinstance(error, aiohttp.ClientError | ValueError):
             return OSError(errno.EIO, redact(f"{error}"))

@@ -1,4 +1,4 @@
-"""The door to a path or URL."""
+"""Which backend serves a path or URL."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ import fsspec
 from smsbatch import tiny
 from smsbatch.errors import RequestError
 from smsbatch.manifest import Storage
-from smsbatch.storage.backend import _LOCK, Door, redact
+from smsbatch.storage.backend import _LOCK, Backend, redact
 from smsbatch.storage.disk import Disk
 
 
-def locate(url: str | Path, storage: Storage) -> tuple[Door, str]:
-    """The door to a path, a URL or a `tiny:` name, and its path there. RequestError: no driver for it."""
+def resolve(url: str | Path, storage: Storage) -> tuple[Backend, str]:
+    """The backend of a path, a URL or a `tiny:` name, and its path there. RequestError: no driver for it."""
     text = tiny.resolve(os.fspath(url))
     scheme, found, _ = text.partition("://")
     scheme = scheme.lower() if found and scheme != "local" else "file"
     # What a driver says to an address that it has no use for is anything: a row of a table may hold any.
     try:
-        with _LOCK:  # else every thread of a starting pool makes a door of its own
-            door = _door(scheme, os.getpid(), storage)
-        return door, door.path_of(text)
+        with _LOCK:  # else every thread of a starting pool makes a backend of its own
+            backend = _backend(scheme, os.getpid(), storage)
+        return backend, backend.path_of(text)
     except ImportError as error:
         raise RequestError(f"{scheme}://: its driver is not installed ({redact(str(error))})") from error
     except (TypeError, ValueError, OSError, AttributeError, RuntimeError) as error:
@@ -33,8 +33,8 @@ def locate(url: str | Path, storage: Storage) -> tuple[Door, str]:
 
 
 @functools.lru_cache(maxsize=64)
-def _door(scheme: str, pid: int, storage: Storage) -> Door:
-    """One door for all threads of a process; `pid` because connections do not survive a fork."""
+def _backend(scheme: str, pid: int, storage: Storage) -> Backend:
+    """One backend for all threads of a process; `pid` because connections do not survive a fork."""
     try:
         driver, kind = fsspec.get_filesystem_class(scheme), _kind(scheme)
     except ValueError as error:
@@ -44,7 +44,7 @@ def _door(scheme: str, pid: int, storage: Storage) -> Door:
     return kind(driver(**options), scheme, storage)
 
 
-def _kind(scheme: str) -> type[Door]:
+def _kind(scheme: str) -> type[Backend]:
     """Libraries of S3 and of the web are loaded by those who go there."""
     if scheme in {"s3", "s3a"}:
         from smsbatch.storage.s3 import S3
@@ -54,4 +54,4 @@ def _kind(scheme: str) -> type[Door]:
         from smsbatch.storage.http import Web
 
         return Web
-    return Disk if scheme == "file" else Door
+    return Disk if scheme == "file" else Backend

@@ -1,4 +1,4 @@
-"""The door to Amazon S3 and to what speaks like it; `create` is `If-None-Match: *`.
+"""The backend of Amazon S3 and of servers that speak its protocol; `create` is `If-None-Match: *`.
 
 Credentials are found as every AWS tool finds them; an endpoint, a profile and a region are the manifest's. Requests are
 botocore's, only uploads and copies in parts are left to s3fs.
@@ -18,7 +18,17 @@ import botocore.exceptions as boto
 from botocore.parsers import ResponseParserError
 
 from smsbatch.manifest import Storage
-from smsbatch.storage.backend import Door, Found, Got, RemoteError, TooLong, bare, byte_range, inside, redact
+from smsbatch.storage.backend import (
+    Backend,
+    Fetched,
+    ObjectInfo,
+    RemoteError,
+    TooLarge,
+    byte_range,
+    folder_prefix,
+    redact,
+    strip_etag,
+)
 
 __all__ = ["S3"]
 
@@ -62,7 +72,7 @@ _REFUSED = (
 )
 
 
-class S3(Door):
+class S3(Backend):
     can_create = True
 
     def __init__(self, fs: Any, scheme: str, storage: Storage) -> None:
@@ -91,16 +101,16 @@ class S3(Door):
     def url_of(self, path: str) -> str:
         return f"s3://{path}"
 
-    def walk(self, folder: str) -> Iterator[Found]:
+    def walk(self, folder: str) -> Iterator[ObjectInfo]:
         bucket, key = self._split(folder)
-        for page in self._pages(Bucket=bucket, Prefix=inside(key)):
+        for page in self._pages(Bucket=bucket, Prefix=folder_prefix(key)):
             for item in page.get("Contents", ()):
                 if not item["Key"].endswith("/"):  # what consoles make of a folder
-                    yield Found(f"{bucket}/{item['Key']}", item["Size"], bare(item.get("ETag")))
+                    yield ObjectInfo(f"{bucket}/{item['Key']}", item["Size"], strip_etag(item.get("ETag")))
 
     def names(self, folder: str) -> list[str]:
         bucket, key = self._split(folder)
-        prefix = inside(key)
+        prefix = folder_prefix(key)
         names: list[str] = []
         for page in self._pages(Bucket=bucket, Prefix=prefix, Delimiter="/"):
             names += [item["Key"] for item in page.get("Contents", ())]
@@ -109,15 +119,15 @@ class S3(Door):
 
     def delete(self, path: str) -> None:
         bucket, key = self._split(path)
-        self._persist(self._call, "delete_object", Bucket=bucket, Key=key)
+        self._with_retries(self._call, "delete_object", Bucket=bucket, Key=key)
 
     def modified(self, path: str) -> datetime:
-        when: datetime = self._persist(self._head, path)["LastModified"]
+        when: datetime = self._with_retries(self._head, path)["LastModified"]
         return when
 
     def _pages(self, **request: str) -> Iterator[dict[str, Any]]:
         while True:  # each page has its own retries
-            page = self._persist(self._call, "list_objects_v2", **request)
+            page = self._with_retries(self._call, "list_objects_v2", **request)
             yield page
             if not page.get("IsTruncated"):
                 return
@@ -129,47 +139,47 @@ class S3(Door):
             raise FileNotFoundError(errno.ENOENT, "a bucket, not an object", path)
         return self._call("head_object", Bucket=bucket, Key=key)
 
-    def _find(self, path: str) -> Found:
+    def _find(self, path: str) -> ObjectInfo:
         head = self._head(path)
-        return Found(path, head["ContentLength"], bare(head.get("ETag")))
+        return ObjectInfo(path, head["ContentLength"], strip_etag(head.get("ETag")))
 
-    def _get(self, path: str, start: int, stop: int | None, limit: int | None) -> Got:
+    def _get(self, path: str, start: int, stop: int | None, limit: int | None) -> Fetched:
         bucket, key = self._split(path)
         request = {"Bucket": bucket, "Key": key}
         if start or stop is not None:
             request["Range"] = byte_range(start, stop)
         if stop is None or stop > start:
             try:
-                got: Got = self._call(self._download, request, limit)
+                got: Fetched = self._call(self._download, request, limit)
                 return got
             except boto.ClientError as error:
                 if error.response["ResponseMetadata"]["HTTPStatusCode"] != 416:
                     raise
         _, size, etag = self._find(path)  # nothing was asked for, or the object ends before `start`
-        return Got(b"", size, etag)
+        return Fetched(b"", size, etag)
 
-    async def _download(self, request: dict[str, str], limit: int | None) -> Got:
+    async def _download(self, request: dict[str, str], limit: int | None) -> Fetched:
         answer = await self.fs.s3.get_object(**request)
         async with answer["Body"] as body:
             length = answer["ContentLength"]
             if limit is not None and length > limit:
-                raise TooLong(length)
+                raise TooLarge(length)
             data = await body.read()
         whole = answer.get("ContentRange", "").rpartition("/")[2]
-        return Got(data, int(whole) if whole.isdigit() else length, bare(answer.get("ETag")))
+        return Fetched(data, int(whole) if whole.isdigit() else length, strip_etag(answer.get("ETag")))
 
     def upload(self, path: str, source: bytes | Path, *, create: bool = False) -> None:
         if not create:
-            self._persist(self._upload, path, source)
+            self._with_retries(self._upload, path, source)
             return
         # An upload may arrive and its answer not, and be sent again, by us or by the HTTP client: then what exists is
         # its own, which the same bytes would not prove.
         mark = uuid.uuid4().hex
         try:
-            self._persist(self._upload, path, source, mode="create", Metadata={MARK: mark})
+            self._with_retries(self._upload, path, source, mode="create", Metadata={MARK: mark})
         except FileExistsError:
             try:
-                is_ours = self._persist(self._head, path)["Metadata"].get(MARK) == mark
+                is_ours = self._with_retries(self._head, path)["Metadata"].get(MARK) == mark
             except FileNotFoundError:  # deleted just now, by somebody who publishes anew
                 is_ours = False
             if not is_ours:

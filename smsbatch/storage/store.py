@@ -23,8 +23,8 @@ from typing import IO
 
 from smsbatch.errors import RequestError, StorageError
 from smsbatch.manifest import Storage
-from smsbatch.storage.backend import Door, RemoteError, redact
-from smsbatch.storage.resolve import locate
+from smsbatch.storage.backend import Backend, RemoteError, redact
+from smsbatch.storage.resolve import resolve
 
 __all__ = ["Store", "storage_errors"]
 
@@ -66,12 +66,12 @@ class Store:
     def __init__(self, url: str | Path, storage: Storage | None = None, *, conditional: bool = True) -> None:
         self.storage = storage or Storage()
         self.conditional = conditional
-        door, root = locate(url, self.storage)
-        self.is_local = door.is_local
-        if door.is_web:
+        backend, root = resolve(url, self.storage)
+        self.is_local = backend.is_local
+        if backend.is_web:
             raise RequestError(f"{redact(str(url))}: web servers are only read; choose a folder or s3://bucket/prefix")
-        self.root: str = root.rstrip("/") or ("/" if door.is_local else "")
-        self.url: str = door.url_of(self.root)
+        self.root: str = root.rstrip("/") or ("/" if backend.is_local else "")
+        self.url: str = backend.url_of(self.root)
 
     def __repr__(self) -> str:
         return f"Store({self.url!r})"
@@ -83,16 +83,16 @@ class Store:
     def open_read(self, path: str) -> IO[bytes]:
         """The object as a seekable file, to be closed by the caller. Its reads raise OSErrors."""
         with storage_errors("read", self.locate(path)):
-            return self._door.open(self._full(path))
+            return self._backend.open(self._full(path))
 
     def read(self, path: str) -> bytes:
         with storage_errors("read", self.locate(path)):
-            return self._door.get(self._full(path)).data
+            return self._backend.get(self._full(path)).data
 
     def read_range(self, path: str, start: int, stop: int) -> bytes:
         """Bytes [start, stop), fewer if the object ends before."""
         with storage_errors("read", self.locate(path)):
-            return self._door.get(self._full(path), start, stop).data
+            return self._backend.get(self._full(path), start, stop).data
 
     def read_all(self, paths: Iterable[str]) -> dict[str, bytes]:
         """Whole objects by path, in the order asked, read in parallel; absent ones are left out."""
@@ -119,7 +119,7 @@ class Store:
             if self.is_local:
                 self._replace(path, source)
                 return
-            self._door.upload(self._full(path), source)
+            self._backend.upload(self._full(path), source)
 
     def create(self, path: str, source: bytes | Path) -> bool:
         """Write the whole object only if there is none: True for the one writer who did, False for all others."""
@@ -133,12 +133,12 @@ class Store:
                         return False
                     _fsync(target.parent)
                 return True
-            door = self._door
-            atomic = self.conditional and door.can_create
-            if not atomic and door.find(self._full(path)):
+            backend = self._backend
+            atomic = self.conditional and backend.can_create
+            if not atomic and backend.find(self._full(path)):
                 return False
             try:
-                door.upload(self._full(path), source, create=atomic)
+                backend.upload(self._full(path), source, create=atomic)
             except FileExistsError:
                 return False
             return True
@@ -149,12 +149,12 @@ class Store:
             if self.is_local:
                 self._replace(target, Path(self._full(path)))
             else:
-                self._door.copy(self._full(path), self._full(target))
+                self._backend.copy(self._full(path), self._full(target))
 
     def entries(self) -> list[str]:
         """The names right below the root, sorted; none if it does not exist."""
         with storage_errors("list", self.url):
-            return sorted(self._door.names(self.root))
+            return sorted(self._backend.names(self.root))
 
     def list(self, prefix: str = "") -> builtins.list[str]:
         """All objects below a folder, sorted; none if it does not exist."""
@@ -164,12 +164,12 @@ class Store:
         """All objects below a folder by path, sorted, with their bytes: one listing."""
         with storage_errors("list", self.locate(prefix)):
             start = len(self.root.rstrip("/")) + 1
-            return dict(sorted((found.path[start:], found.size) for found in self._door.walk(self._full(prefix))))
+            return dict(sorted((found.path[start:], found.size) for found in self._backend.walk(self._full(prefix))))
 
     def size(self, path: str) -> int | None:
         """The object's size in bytes, None if there is none."""
         with storage_errors("read", self.locate(path)):
-            found = self._door.find(self._full(path))
+            found = self._backend.find(self._full(path))
             return None if found is None else found.size
 
     def exists(self, path: str) -> bool:
@@ -178,12 +178,12 @@ class Store:
     def modified(self, path: str) -> datetime:
         """When the object was written, by the clock of the store, in UTC."""
         with storage_errors("read", self.locate(path)):
-            return self._door.modified(self._full(path))
+            return self._backend.modified(self._full(path))
 
     def delete(self, path: str) -> None:
         """Remove an object; it is no error if it is gone already."""
         with storage_errors("delete", self.locate(path)):
-            self._door.delete(self._full(path))
+            self._backend.delete(self._full(path))
 
     def check_writable(self) -> None:
         """Put and delete a probe, as the ledger will: a StorageError now and not after the first hour of work."""
@@ -192,7 +192,7 @@ class Store:
 
     def supports_create(self) -> bool:
         """Whether the store keeps `create`'s promise, by trying: the second one of a name must fail."""
-        if not self._door.can_create:
+        if not self._backend.can_create:
             return False
         with self._probe() as probe:
             try:
@@ -203,8 +203,8 @@ class Store:
                 raise
 
     @property
-    def _door(self) -> Door:
-        return locate(self.url, self.storage)[0]  # not kept: a store travels to other processes
+    def _backend(self) -> Backend:
+        return resolve(self.url, self.storage)[0]  # not kept: a store travels to other processes
 
     def _full(self, path: str) -> str:
         return f"{self.root.rstrip('/')}/{path}" if path else self.root
@@ -212,7 +212,7 @@ class Store:
     def _read_if_there(self, path: str) -> bytes | None:
         with storage_errors("read", self.locate(path)):
             try:
-                return self._door.get(self._full(path)).data
+                return self._backend.get(self._full(path)).data
             except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
                 return None
 

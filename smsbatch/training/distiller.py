@@ -21,15 +21,15 @@ from torch import Tensor
 from smsbatch.diffusion.fake import FakeScore
 from smsbatch.diffusion.objectives import OBJECTIVES
 from smsbatch.diffusion.priors.stable_diffusion import Prior
-from smsbatch.diffusion.scores import Models
+from smsbatch.diffusion.scores import ScoreModels
 from smsbatch.diffusion.timesteps import allowed, draw, to_device
 from smsbatch.generator.network import Generator
 from smsbatch.manifest import Distill, Prompts, Training
 
-__all__ = ["Distiller", "learning_rate"]
+__all__ = ["Distiller", "generator_learning_rate"]
 
 
-def learning_rate(step: int, training: Training) -> float:
+def generator_learning_rate(step: int, training: Training) -> float:
     """Constant, then linear to zero over the last fraction `decay` of the objective's steps (as arXiv 1703.10593)."""
     left, falling = training.all_steps - step, training.decay * training.steps
     return training.learning_rate * min(1.0, left / falling if falling else 1.0)
@@ -101,7 +101,7 @@ class Distiller:
         else:
             losses = self._distill(images, prompts, [torch.Generator().manual_seed(seed) for seed in seeds])
         self._average([*(p.grad for p in self._parameters if p.grad is not None), *losses.values()])
-        self._optimizer.param_groups[0]["lr"] = learning_rate(self.step, self.training)
+        self._optimizer.param_groups[0]["lr"] = generator_learning_rate(self.step, self.training)
         self._optimizer.step()
         self._optimizer.zero_grad()
         self.step += 1
@@ -146,11 +146,11 @@ class Distiller:
                 z_src = self._prior.encode(x)
             objective = OBJECTIVES[config.name](config, self._prior.schedule, z_src.repeat_interleave(repeats, dim=0))
             learns_here = self._fake is not None and config.fake.trains_on == "forward"
-            scores = Models(self._prior, self._style, self._fake, rows_prompts, graph=learns_here)
+            scores = ScoreModels(self._prior, self._style, self._fake, rows_prompts, graph=learns_here)
             z_rows = z.detach().repeat_interleave(repeats, dim=0)
             with torch.no_grad():
                 if config.relevance != "off" and config.relevance_grid is not None:
-                    of_pictures = Models(self._prior, self._style, None, prompts[chunk])
+                    of_pictures = ScoreModels(self._prior, self._style, None, prompts[chunk])
                     objective.cache_maps(of_pictures, partial(_noise, its_draws, z, 1), repeats)
                 t, eps = _times(its_draws, choices, repeats, device), _noise(its_draws, z, repeats)
                 gradient, loss = objective.gradient(z_rows, t, eps, scores)

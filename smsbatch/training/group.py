@@ -15,7 +15,7 @@ from smsbatch.errors import SmsbatchError
 _Shared = TypeVar("_Shared")
 
 
-class Team:
+class WorkerGroup:
     """The workers of a training. `rank` is this one's number; where there are several, a process group is set up.
 
     Attributes:
@@ -38,7 +38,7 @@ class Team:
             tensor.copy_(mean.view(tensor.shape))
 
     @contextmanager
-    def apart(self) -> Iterator[None]:
+    def defer_errors(self) -> Iterator[None]:
         """What a worker does on its own: an error of ours inside is raised by all at the next `agree`, and only then.
 
         Raised by one alone, it would leave the others waiting for that one.
@@ -49,9 +49,9 @@ class Team:
             self._own = error
 
     @contextmanager
-    def together(self) -> Iterator[None]:
-        """What all workers do at this place, each its own: `apart`, and at once agreed upon. Raises as `agree`."""
-        with self.apart():
+    def collective(self) -> Iterator[None]:
+        """What all workers do here, each on its own: `defer_errors`, followed by `agree`, whose errors it raises."""
+        with self.defer_errors():
             yield
         self.agree()
 
@@ -81,7 +81,7 @@ class Team:
         self.agree()
         raise AssertionError("agree() raises it")
 
-    def of_first(self, value: _Shared) -> _Shared:
+    def broadcast(self, value: _Shared) -> _Shared:
         """The value that worker 0 has."""
         values = [value]
         if self.size > 1:

@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from smsbatch.data import pixels
-from smsbatch.data.index import from_table, read_table
+from smsbatch.data.index import from_table, read_index_table
 from smsbatch.data.reader import Reader
 from smsbatch.data.sample import Entry
 from smsbatch.data.sources import load_sample
@@ -28,19 +28,19 @@ from smsbatch.errors import RunError, SampleError
 from smsbatch.manifest import Distill
 from smsbatch.storage.store import Store
 
-__all__ = ["Batch", "Feed", "Order", "seed_of"]
+__all__ = ["Batch", "SampleOrder", "TrainingLoader", "position_seed"]
 
 # Rows that are read together, the groups of the index: another number is another order. Rows that are shuffled together
 # are a pool: enough for those of one tar not to meet, few enough for every worker to hold their entries (21 MB, of tars
 # with three fields a sample). Smaller sources are shuffled as a whole.
-BLOCK = 8192
-POOL = 8 * BLOCK
+GROUP_ROWS = 8192
+SHUFFLE_ROWS = 8 * GROUP_ROWS
 TRIES = 16  # samples in a row that cannot be had before the source as a whole is not to be trusted
 THREADS = 8  # they wait for storage, or decode without Python's lock
 AHEAD = 16  # pictures that wait decoded, at least; and two steps
 
 
-def seed_of(run_seed: int, position: int) -> int:
+def position_seed(run_seed: int, position: int) -> int:
     """The seed of all that is random about a position, 63 bits of SHA-256 over it and the run's seed."""
     return _hashed(f"{run_seed}:position:{position}")
 
@@ -54,15 +54,15 @@ def _draws(seed: int, number: int) -> NDArray[np.uint64]:
     return np.random.PCG64(seed).random_raw(number)
 
 
-class Pool(NamedTuple):
-    """Rows of the index that stand at the positions from `start`, in their order; `blocks` are where they lie."""
+class ShuffleBlock(NamedTuple):
+    """Rows of the index that stand at the positions from `start`, in their order; `groups` are where they lie."""
 
     start: int
     rows: NDArray[np.int64]
-    blocks: list[int]
+    groups: list[int]
 
 
-class Order:
+class SampleOrder:
     """Positions to rows of the index: epoch after epoch, each of which has every row once.
 
     A pure function of both arguments, with the cost of a pool for any position. In every epoch blocks of rows are
@@ -73,34 +73,40 @@ class Order:
         if samples < 1:
             raise ValueError("no samples to put in order")
         self.samples, self.seed = samples, seed
-        self._last: Pool | None = None
+        self._last: ShuffleBlock | None = None
 
     def rows(self, start: int, stop: int) -> list[int]:
         """The rows at positions [start, stop)."""
         found: list[int] = []
         while start < stop:
-            pool = self.pool(start)
-            found += pool.rows[start - pool.start : stop - pool.start].tolist()
-            start = pool.start + len(pool.rows)
+            shuffle_block = self.shuffle_block(start)
+            found += shuffle_block.rows[start - shuffle_block.start : stop - shuffle_block.start].tolist()
+            start = shuffle_block.start + len(shuffle_block.rows)
         return found
 
-    def pool(self, position: int) -> Pool:
+    def shuffle_block(self, position: int) -> ShuffleBlock:
         """The pool that has this position."""
         last = self._last
         if last is None or not last.start <= position < last.start + len(last.rows):
             self._last = last = self._shuffled(*divmod(position, self.samples))
         return last
 
-    def _shuffled(self, epoch: int, place: int) -> Pool:
-        blocks = self._permutation(f"epoch:{epoch}", -(-self.samples // BLOCK))
-        sizes = np.minimum(BLOCK, self.samples - blocks * BLOCK)
+    def _shuffled(self, epoch: int, place: int) -> ShuffleBlock:
+        groups = self._permutation(f"epoch:{epoch}", -(-self.samples // GROUP_ROWS))
+        sizes = np.minimum(GROUP_ROWS, self.samples - groups * GROUP_ROWS)
         ends = np.cumsum(sizes)  # only one of the blocks is shorter, but nobody knows where it is
-        first = int(np.searchsorted(ends, place, side="right")) // (POOL // BLOCK) * (POOL // BLOCK)
-        chosen = slice(first, first + POOL // BLOCK)
-        ordered = np.add.outer(blocks[chosen] * BLOCK, np.arange(BLOCK)).ravel()
+        first = (
+            int(np.searchsorted(ends, place, side="right"))
+            // (SHUFFLE_ROWS // GROUP_ROWS)
+            * (SHUFFLE_ROWS // GROUP_ROWS)
+        )
+        chosen = slice(first, first + SHUFFLE_ROWS // GROUP_ROWS)
+        ordered = np.add.outer(groups[chosen] * GROUP_ROWS, np.arange(GROUP_ROWS)).ravel()
         ordered = ordered[ordered < self.samples]
         start = epoch * self.samples + int(ends[first] - sizes[first])
-        return Pool(start, ordered[self._permutation(f"epoch:{epoch}:{first}", len(ordered))], blocks[chosen].tolist())
+        return ShuffleBlock(
+            start, ordered[self._permutation(f"epoch:{epoch}:{first}", len(ordered))], groups[chosen].tolist()
+        )
 
     def _permutation(self, name: str, length: int) -> NDArray[np.int64]:
         return np.argsort(_draws(_hashed(f"{self.seed}:{name}"), length), kind="stable")
@@ -113,7 +119,7 @@ class Batch:
     Attributes:
         images: [n, resolution, resolution, 3] uint8.
         rows: of the index; those of substitutes where samples failed.
-        seeds: `seed_of` the positions.
+        seeds: `position_seed` the positions.
         failed: key, error code and message of the samples that could not be had, and were replaced by others.
     """
 
@@ -129,11 +135,11 @@ class Batch:
 class _Opened(NamedTuple):
     """A pool and its entries, as tables by block."""
 
-    pool: Pool
-    blocks: dict[int, Future[Any]]
+    shuffle_block: ShuffleBlock
+    groups: dict[int, Future[Any]]
 
     def entry(self, row: int) -> Entry:
-        return from_table(self.blocks[row // BLOCK].result().slice(row % BLOCK, 1))[0]
+        return from_table(self.groups[row // GROUP_ROWS].result().slice(row % GROUP_ROWS, 1))[0]
 
 
 class _Picture(NamedTuple):
@@ -147,7 +153,7 @@ class _Picture(NamedTuple):
     failed: list[tuple[str, str, str]]
 
 
-class Feed:
+class TrainingLoader:
     """The batches of worker `rank` of `workers`, from `first_step` to the last one of `manifest.distill`.
 
     A context manager: reading stops when it is left. In memory are one pool's entries, two at its end, and the pictures
@@ -167,7 +173,7 @@ class Feed:
         self._manifest, self._store, self._first_step = manifest, store, first_step
         self._own = range(rank * images // workers, (rank + 1) * images // workers)
         self._reader = Reader(manifest.storage, manifest.source.max_bytes)
-        self._order = Order(samples, manifest.seed)
+        self._order = SampleOrder(samples, manifest.seed)
         self._opened: _Opened | None = None
         self._closed = threading.Event()
         self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="smsbatch-feed")
@@ -191,19 +197,21 @@ class Feed:
             yield _batch(*waiting.popleft())
 
     def _begin(self, position: int) -> Future[_Picture]:
-        pool = self._order.pool(position)
-        if self._opened is None or self._opened.pool.start != pool.start:
+        shuffle_block = self._order.shuffle_block(position)
+        if self._opened is None or self._opened.shuffle_block.start != shuffle_block.start:
             # Before the pictures that wait for them: a thread that waits leaves the reading to an earlier one.
-            known = self._opened.blocks if self._opened else {}
-            blocks = {block: known.get(block) or self._threads.submit(self._read, block) for block in pool.blocks}
-            self._opened = _Opened(pool, blocks)
+            known = self._opened.groups if self._opened else {}
+            groups = {
+                group: known.get(group) or self._threads.submit(self._read, group) for group in shuffle_block.groups
+            }
+            self._opened = _Opened(shuffle_block, groups)
         return self._threads.submit(self._picture, position, self._opened)
 
-    def _read(self, block: int) -> Any:
-        return read_table(self._store, block * BLOCK, (block + 1) * BLOCK)
+    def _read(self, group: int) -> Any:
+        return read_index_table(self._store, group * GROUP_ROWS, (group + 1) * GROUP_ROWS)
 
     def _picture(self, position: int, opened: _Opened) -> _Picture:
-        seed, (start, rows, _) = seed_of(self._manifest.seed, position), opened.pool
+        seed, (start, rows, _) = position_seed(self._manifest.seed, position), opened.shuffle_block
         failed: list[tuple[str, str, str]] = []
         while len(failed) < TRIES:
             if self._closed.is_set():

@@ -28,7 +28,7 @@ import numpy as np
 from smsbatch.data.pixels import Pixels, encode
 from smsbatch.errors import StorageError
 from smsbatch.manifest import Distill
-from smsbatch.runs.records import ILLEGIBLE, new_attempt
+from smsbatch.runs.records import PARSE_ERRORS, new_attempt
 from smsbatch.storage.store import Store
 
 __all__ = ["GRIDS", "TRAINING", "TrainingLog", "TrainingProgress", "read_log", "read_progress"]
@@ -253,7 +253,7 @@ def read_log(store: Store) -> list[dict[str, Any]]:
         try:
             lines = [json.loads(line) for line in data.splitlines()]
             attempts.append((lines[0]["attempt"], lines[0]["time"], int(path.removeprefix(ATTEMPTS)[:8]), lines))
-        except (*ILLEGIBLE, IndexError) as error:
+        except (*PARSE_ERRORS, IndexError) as error:
             raise StorageError(f"{store.locate(path)} is not a training's log; delete it") from error
     merged: list[dict[str, Any]] = []
     for _, _, first_step, lines in sorted(attempts, key=lambda attempt: attempt[:2]):
@@ -268,7 +268,7 @@ def read_progress(store: Store) -> TrainingProgress | None:
         return None
     try:
         return TrainingProgress(**json.loads(data))
-    except ILLEGIBLE as error:
+    except PARSE_ERRORS as error:
         raise StorageError(f"{store.locate(PROGRESS)} is not a training's progress; delete it") from error
 
 

@@ -23,13 +23,13 @@ from smsbatch.errors import RunError
 from smsbatch.manifest import Distill
 from smsbatch.runs.checkpoints import Checkpoint, Restored, prune, read, restore, write
 from smsbatch.runs.layout import SUCCESS
-from smsbatch.runs.run_file import store_of, the_run
+from smsbatch.runs.run_file import require_run, store_of
 from smsbatch.storage.store import Store
-from smsbatch.training.distiller import Distiller, learning_rate
-from smsbatch.training.group import Team
-from smsbatch.training.loader import Batch, Feed
+from smsbatch.training.distiller import Distiller, generator_learning_rate
+from smsbatch.training.group import WorkerGroup
+from smsbatch.training.loader import Batch, TrainingLoader
 from smsbatch.training.log import TrainingLog, TrainingProgress
-from smsbatch.training.result import about, model_card
+from smsbatch.training.result import describe_generator, model_card
 
 __all__ = ["train_here", "train_loop"]
 
@@ -38,15 +38,15 @@ _SHOWN = 8  # pictures in a grid
 
 def train_here(manifest: Distill, stop: Callable[[], bool], progress: Callable[[TrainingProgress], None]) -> bool:
     """`train_loop` in this process, on a GPU if there is one."""
-    return train_loop(manifest, Team(device="cuda" if torch.cuda.is_available() else "cpu"), stop, progress)
+    return train_loop(manifest, WorkerGroup(device="cuda" if torch.cuda.is_available() else "cpu"), stop, progress)
 
 
 def train_loop(
     manifest: Distill,
-    team: Team,
+    group: WorkerGroup,
     stop: Callable[[], bool],
     progress: Callable[[TrainingProgress], None] = lambda now: None,
-    doomed: Callable[[], bool] = lambda: False,
+    preempted: Callable[[], bool] = lambda: False,
 ) -> bool:
     """Train what stands planned at `output.path`, from its newest checkpoint to its generator.
 
@@ -66,38 +66,38 @@ def train_loop(
     if isinstance(manifest.compute.threads, int):
         torch.set_num_threads(manifest.compute.threads)
     found: Restored | None = None
-    records: _Records | None = None
-    with team.together():
-        distiller = Distiller(*load_models(manifest, team.device), manifest, team.average)
+    writer: TrainingWriter | None = None
+    with group.collective():
+        distiller = Distiller(*load_models(manifest, group.device), manifest, group.average)
         samples = index_size(store)
-        found = restore(store) if team.rank == 0 else None
-    checkpoint = team.of_first(found.checkpoint if found else None)
-    with team.together():
+        found = restore(store) if group.rank == 0 else None
+    checkpoint = group.broadcast(found.checkpoint if found else None)
+    with group.collective():
         if checkpoint is not None:
             distiller.restore(found.data if found else read(store, checkpoint))
 
     saved, warned, failures = distiller.step, False, checkpoint.about["failed"] if checkpoint else 0
     with ExitStack() as stack:
-        feed = stack.enter_context(Feed(manifest, store, samples, team.rank, team.size, distiller.step))
-        with team.together():
-            if team.rank == 0:
-                records = stack.enter_context(_Records(store, manifest, distiller, checkpoint))
+        feed = stack.enter_context(TrainingLoader(manifest, store, samples, group.rank, group.size, distiller.step))
+        with group.collective():
+            if group.rank == 0:
+                writer = stack.enter_context(TrainingWriter(store, manifest, distiller, checkpoint))
         batches, recent, waited, began = iter(feed), list[dict[str, Tensor]](), 0.0, monotonic()
         while distiller.step < training.all_steps:
             batch, asked = None, monotonic()
-            with team.apart():
+            with group.defer_errors():
                 batch = next(batches)
             waited += monotonic() - asked
-            stopping, failed = team.agree(int(stop()), len(batch.failed) if batch else 0)
+            stopping, failed = group.agree(int(stop()), len(batch.failed) if batch else 0)
             if stopping:
                 break
             assert batch is not None, "agree() raises what came instead"
             failures += failed
             taken = max(samples, (distiller.step + 1) * training.images_per_step)
             if failures > manifest.errors.max_failed_fraction * taken:
-                team.fail(_too_many(failures, taken, batch, distiller.step, manifest))
+                group.fail(_too_many(failures, taken, batch, distiller.step, manifest))
 
-            images = torch.from_numpy(batch.images).to(team.device).permute(0, 3, 1, 2).float() / 255
+            images = torch.from_numpy(batch.images).to(group.device).permute(0, 3, 1, 2).float() / 255
             recent.append(_step(distiller, images, batch, manifest))
             step = distiller.step
             last = step == training.all_steps
@@ -107,32 +107,32 @@ def train_loop(
             if logs or saves:
                 wrong = _not_finite(distiller, recent)
                 if wrong:
-                    team.fail(RunError(f"{wrong}; {_advice(saved)}"))
+                    group.fail(RunError(f"{wrong}; {_advice(saved)}"))
                 losses = _means(recent)
-            if logs and doomed():
+            if logs and preempted():
                 saves, warned = saves or not warned, True
-            with team.apart():
-                if records is not None:
-                    progress(records.log.step(step, failed))
+            with group.defer_errors():
+                if writer is not None:
+                    progress(writer.log.step(step, failed))
                     if logs:
-                        others = {"learning_rate": learning_rate(step - 1, training)}
-                        others["waited"] = waited / (monotonic() - began)
-                        records.log.scalars(step, losses | others, losses.keys())
+                        others = {"learning_rate": generator_learning_rate(step - 1, training)}
+                        others["idle_fraction"] = waited / (monotonic() - began)
+                        writer.log.scalars(step, losses | others, losses.keys())
                     if last or step % training.grid_every == 0:
-                        records.grid(images)
+                        writer.grid(images)
                     if saves:
-                        records.save(failures, losses)
+                        writer.save(failures, losses)
             if logs:
                 recent, waited, began = [], 0.0, monotonic()
             if saves:
                 saved = step
-        with team.together():
-            if records is not None:
-                records.finish(failures, stopped=distiller.step < training.all_steps)
+        with group.collective():
+            if writer is not None:
+                writer.finish(failures, stopped=distiller.step < training.all_steps)
     return distiller.step == training.all_steps
 
 
-class _Records:
+class TrainingWriter:
     """What worker 0 writes: log, grids, checkpoints, and in the end the generator.
 
     A checkpoint is taken at once and stored by a thread, while the training goes on; an error there is raised by the
@@ -186,8 +186,8 @@ class _Records:
         self.log.close(finished=not stopped)
         if stopped:
             return
-        generator, run = self._distiller.ema, the_run(self._store)
-        generator.about = about(run, self._about)
+        generator, run = self._distiller.ema, require_run(self._store)
+        generator.about = describe_generator(run, self._about)
         files = generator.files()
         for name, data in files.items():
             self._store.put(f"generator/{name}", data)

@@ -11,10 +11,10 @@ from typing import Any
 from smsbatch.errors import StorageError
 from smsbatch.manifest import Training
 from smsbatch.runs.layout import SUCCESS
-from smsbatch.runs.records import ILLEGIBLE
+from smsbatch.runs.records import PARSE_ERRORS
 from smsbatch.storage.store import Store
 
-__all__ = ["Distilled", "about", "model_card"]
+__all__ = ["Distilled", "describe_generator", "model_card"]
 
 GENERATOR = "generator/generator.json"
 
@@ -66,7 +66,7 @@ class Distilled:
                 resumed_from=resumed_from,
                 **training,
             )
-        except ILLEGIBLE as error:
+        except PARSE_ERRORS as error:
             where = store.locate(GENERATOR)
             raise StorageError(f"{where} is damaged; delete it and {SUCCESS}, and run again") from error
 
@@ -74,7 +74,7 @@ class Distilled:
         return asdict(self)
 
 
-def about(run: Mapping[str, Any], checkpoint: Mapping[str, Any]) -> dict[str, Any]:
+def describe_generator(run: Mapping[str, Any], checkpoint: Mapping[str, Any]) -> dict[str, Any]:
     """What a generator says of itself, of the run's record and of what its last checkpoint says: always the same."""
     manifest, planned = run["manifest"], run["planned"]
     training, style = Training.model_validate(manifest["distill"]), manifest["style"]
@@ -147,9 +147,9 @@ A picture, in Python:
 
 ```python
 import torch
-from smsbatch.diffusion.generator import Generator
+import smsbatch as sb
 
-generator = Generator.load(".")
+generator = sb.Generator.load(".")
 images = torch.rand(1, 3, 512, 512)  # RGB in [0, 1], any height and width from 16
 results = generator(images)
 ```

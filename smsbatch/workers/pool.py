@@ -20,7 +20,7 @@ from smsbatch.parallel import Item, Result, started_ahead
 from smsbatch.runs.plan import Estimate
 from smsbatch.runs.records import Commit
 from smsbatch.runs.status import Progress
-from smsbatch.workers.worker import Task, Worker
+from smsbatch.workers.worker import Worker, WorkItem
 
 __all__ = ["LocalPool", "Pool", "in_flight"]
 
@@ -35,7 +35,7 @@ class Pool(AbstractContextManager["Pool"], ABC):
         self.manifest = manifest
 
     @abstractmethod
-    def work(self, tasks: Iterable[Task]) -> Iterator[Commit | None]:
+    def work(self, items: Iterable[WorkItem]) -> Iterator[Commit | None]:
         """Do all tasks; leaving the iterator early, or the pool's context, drops what is in hand."""
 
     @abstractmethod
@@ -43,7 +43,7 @@ class Pool(AbstractContextManager["Pool"], ABC):
         """What every worker does now."""
 
     @abstractmethod
-    def measure(self, entries: Sequence[Entry]) -> Estimate:
+    def estimate_cost(self, entries: Sequence[Entry]) -> Estimate:
         """What samples cost on one worker; SampleError if none could be stylized."""
 
     def map(self, function: Callable[[Item], Result], items: Sequence[Item]) -> Generator[Result, None, None]:
@@ -78,13 +78,13 @@ class LocalPool(Pool):
             self._worker.cancel()
         self._threads.shutdown(cancel_futures=True)
 
-    def work(self, tasks: Iterable[Task]) -> Iterator[Commit | None]:
+    def work(self, items: Iterable[WorkItem]) -> Iterator[Commit | None]:
         worker = self._ready()
-        remaining = iter(tasks)
+        remaining = iter(items)
         running: set[Future[Commit]] = set()
         while True:
-            for task in islice(remaining, self._in_flight - len(running)):
-                running.add(self._threads.submit(worker.process, task))
+            for item in islice(remaining, self._in_flight - len(running)):
+                running.add(self._threads.submit(worker.process, item))
             if not running:
                 return
             finished, running = wait(running, timeout=TICK_S, return_when=FIRST_COMPLETED)
@@ -95,8 +95,8 @@ class LocalPool(Pool):
     def progress(self) -> list[Progress]:
         return [] if self._worker is None else [self._worker.progress()]
 
-    def measure(self, entries: Sequence[Entry]) -> Estimate:
-        return self._ready().measure(entries)
+    def estimate_cost(self, entries: Sequence[Entry]) -> Estimate:
+        return self._ready().estimate_cost(entries)
 
     def _ready(self) -> Worker:
         if self._worker is None:

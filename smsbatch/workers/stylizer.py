@@ -27,7 +27,7 @@ from torch import Tensor
 
 from smsbatch.data import pixels
 from smsbatch.data.sample import Outcome, Sample, Unit
-from smsbatch.engines.memory import Fitting
+from smsbatch.engines.memory import BatchFitter
 from smsbatch.engines.table import engine_of
 from smsbatch.errors import RequestError, SampleError
 from smsbatch.manifest import Dataset, Manifest
@@ -140,13 +140,13 @@ class Stylizer:
         self._decoders = ThreadPoolExecutor(self._threads, thread_name_prefix="smsbatch-decode")
         self._encoders = ThreadPoolExecutor(self._threads, thread_name_prefix="smsbatch-encode")
         self._turn = threading.Lock()
-        self._fitting = Fitting()
+        self._fitting = BatchFitter()
         self._last: _Moment | None = None
         self._busy_s = 0.0
         self._idle_s: float | None = None
 
     @property
-    def waited(self) -> float | None:
+    def idle_fraction(self) -> float | None:
         """Which part of the time from its first batch to its last the device had nothing to do; None before two."""
         return None if self._idle_s is None else self._idle_s / (self._idle_s + self._busy_s)
 
@@ -235,7 +235,7 @@ class Stylizer:
 
         # By the sizes they came to have: a header may be mistaken.
         for (height, width, _), group in groupby(decoded(), key=lambda item: item[2].shape):
-            while batch := list(islice(group, self.engine.together(height, width))):
+            while batch := list(islice(group, self.engine.batch_size(height, width))):
                 places, known, pictures = zip(*batch, strict=True)
                 stacked = torch.from_numpy(np.stack(pictures))
                 yield _Batch(places, known, stacked.pin_memory() if self._on_cuda else stacked)
@@ -284,7 +284,7 @@ class Stylizer:
             launch = partial(self._launch, batch, call)
             for chosen, launched, _ in self._fitting.each(len(batch.places), height * width, len(batch.places), launch):
                 if launched is None:
-                    message = f"{width}x{height} does not fit the device's memory; {self.engine.if_too_large}"
+                    message = f"{width}x{height} does not fit the device's memory; {self.engine.oom_hint}"
                     known = batch.outcomes[chosen.start]
                     call.outcomes[batch.places[chosen.start]] = _failed(known, SampleError("oom", message))
                 elif self._on_cuda:
@@ -337,7 +337,7 @@ class Stylizer:
         picture = launched.pictures[index].numpy()
         try:
             if not launched.finite[index]:
-                raise SampleError("diverged", self.engine.if_diverged)
+                raise SampleError("diverged", self.engine.diverged_hint)
             data = pixels.encode(picture, output.format, output.quality)
         except SampleError as error:
             return _failed(known, error)

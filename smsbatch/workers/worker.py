@@ -29,7 +29,7 @@ from smsbatch.storage.store import Store
 if TYPE_CHECKING:
     from smsbatch.workers.stylizer import Stylizer
 
-__all__ = ["Cancelled", "Task", "Worker", "failed"]
+__all__ = ["Cancelled", "WorkItem", "Worker", "failed"]
 
 _READERS = 16  # threads that wait for a store or a web server
 
@@ -39,7 +39,7 @@ class Cancelled(Exception):
 
 
 @dataclass(frozen=True)
-class Task:
+class WorkItem:
     """A unit to be done. As `generation` 0 all of it; as a later one only what failed with one of the `codes`."""
 
     unit: Unit
@@ -70,44 +70,44 @@ class Worker:
         self._stylizer = Stylizer(self.manifest, self._device)
 
     def progress(self) -> Progress:
-        waited = self._stylizer.waited if self._stylizer is not None else None
-        now = replace(self._progress, waited=waited)
+        idle_fraction = self._stylizer.idle_fraction if self._stylizer is not None else None
+        now = replace(self._progress, idle_fraction=idle_fraction)
         return now if now.unit else replace(now, seen=time.time())
 
     def cancel(self) -> None:
         """Make `process` raise Cancelled at its next step; what is committed stays."""
         self._cancelled.set()
 
-    def process(self, task: Task, lost: Collection[int] = (), deaths: int = 0) -> Commit:
+    def process(self, item: WorkItem, lost: Collection[int] = (), deaths: int = 0) -> Commit:
         """Stylize and commit a unit, and publish its shard if that was the last one missing.
 
         Args:
             lost: index rows that killed their workers; they become failed rows without being touched.
-            deaths: how many workers have died over this task.
+            deaths: how many workers have died over this item.
 
         Returns:
             The commit that stands, which is another worker's if that was faster; where only the driver may commit, one
             that the driver has yet to decide.
         """
-        unit = task.unit
+        unit = item.unit
         stands = self._ledger.committed(unit.id)
-        if stands is not None and stands.generation >= task.generation:
+        if stands is not None and stands.generation >= item.generation:
             return stands
         started = perf_counter()
-        outcomes = self._outcomes(task, range(unit.start, unit.stop), lost, deaths)
+        outcomes = self._outcomes(item, range(unit.start, unit.stop), lost, deaths)
         seconds = perf_counter() - started + (stands.seconds if stands is not None else 0.0)  # of all generations
-        commit = self._ledger.attempt(unit, outcomes, worker=self.name, seconds=seconds, generation=task.generation)
+        commit = self._ledger.attempt(unit, outcomes, worker=self.name, seconds=seconds, generation=item.generation)
         if not self._store.conditional:
             return commit
         commit = self._ledger.decide(commit)
         self._ledger.publish(unit.shard, self._shards[unit.shard])  # None while another unit is missing
         return commit
 
-    def probe(self, task: Task, rows: range) -> None:
+    def probe(self, item: WorkItem, rows: range) -> None:
         """Do the work on some rows of a unit and throw it away: to see whether they kill the worker."""
-        self._outcomes(task, rows)
+        self._outcomes(item, rows)
 
-    def measure(self, entries: Sequence[Entry]) -> Estimate:
+    def estimate_cost(self, entries: Sequence[Entry]) -> Estimate:
         """Stylize some samples, throw the results away and say what they cost.
 
         Raises:
@@ -128,16 +128,16 @@ class Worker:
             device=self._stylizer.engine.device.type,
         )
 
-    def _outcomes(self, task: Task, rows: range, lost: Collection[int] = (), deaths: int = 0) -> list[Outcome]:
+    def _outcomes(self, item: WorkItem, rows: range, lost: Collection[int] = (), deaths: int = 0) -> list[Outcome]:
         """What becomes of some rows of a unit; of a later generation, most of them are what they were."""
-        known = self._known(task)
-        kept = {row for row in rows if row in known and known[row].error_code not in task.codes}
-        items: dict[int, Sample | Outcome] = {row: known[row] for row in kept}
+        known = self._known(item)
+        kept = {row for row in rows if row in known and known[row].error_code not in item.codes}
+        read: dict[int, Sample | Outcome] = {row: known[row] for row in kept}
         entries = dict(zip(rows, read_index(self._store, rows.start, rows.stop), strict=True))
-        items |= {row: self._lost(entry) for row, entry in entries.items() if row in lost and row not in kept}
-        todo = {row: entry for row, entry in entries.items() if row not in items}
-        items |= zip(todo, self._readers.map(self._reading(), todo.values()), strict=True)
-        outcomes = self._stylize(task, [items[row] for row in rows])
+        read |= {row: self._lost(entry) for row, entry in entries.items() if row in lost and row not in kept}
+        todo = {row: entry for row, entry in entries.items() if row not in read}
+        read |= zip(todo, self._readers.map(self._reading(), todo.values()), strict=True)
+        outcomes = self._stylize(item, [read[row] for row in rows])
         return [
             outcome
             if row in kept
@@ -145,29 +145,29 @@ class Worker:
             for row, outcome in zip(rows, outcomes, strict=True)
         ]
 
-    def _known(self, task: Task) -> dict[int, Outcome]:
+    def _known(self, item: WorkItem) -> dict[int, Outcome]:
         """Row by row what the generation before has made of a unit."""
-        stands = self._ledger.committed(task.unit.id) if task.generation else None
+        stands = self._ledger.committed(item.unit.id) if item.generation else None
         if stands is None:
             return {}
-        return dict(zip(range(task.unit.start, task.unit.stop), self._ledger.outcomes(stands), strict=True))
+        return dict(zip(range(item.unit.start, item.unit.stop), self._ledger.outcomes(stands), strict=True))
 
-    def _stylize(self, task: Task | None, items: Sequence[Sample | Outcome]) -> list[Outcome]:
-        samples = [item for item in items if isinstance(item, Sample)]
+    def _stylize(self, item: WorkItem | None, read: Sequence[Sample | Outcome]) -> list[Outcome]:
+        samples = [one for one in read if isinstance(one, Sample)]
         assert self._stylizer is not None, "setup() first"
-        stylized = iter(self._stylizer.stylize(samples, partial(self._show, task, len(samples))))
+        stylized = iter(self._stylizer.stylize(samples, partial(self._show, item, len(samples))))
         with self._showing:
-            if self._progress.unit == _name(task):  # else the next one computes already
+            if self._progress.unit == _name(item):  # else the next one computes already
                 self._progress = Progress(self.name, None)
-        return [next(stylized) if isinstance(item, Sample) else item for item in items]
+        return [next(stylized) if isinstance(one, Sample) else one for one in read]
 
-    def _show(self, task: Task | None, samples: int, done: int, batch: int, step: int) -> None:
+    def _show(self, item: WorkItem | None, samples: int, done: int, batch: int, step: int) -> None:
         self._check()
         assert self._stylizer is not None
-        unit, generation, steps = _name(task), task.generation if task else 0, self._stylizer.engine.steps
+        unit, generation, steps = _name(item), item.generation if item else 0, self._stylizer.engine.steps
         shown = Progress(self.name, unit, done, samples, batch, step, steps, generation, time.time())
         with self._showing:
-            if self._progress.unit == unit and self._progress.worth > shown.worth:
+            if self._progress.unit == unit and self._progress.images_done > shown.images_done:
                 shown = replace(self._progress, seen=shown.seen)  # a batch that begins anew with fewer samples
             self._progress = shown
 
@@ -203,8 +203,8 @@ class Worker:
         return {shard: list(units) for shard, units in groupby(read_units(self._store), lambda unit: unit.shard)}
 
 
-def _name(task: Task | None) -> str:
-    return "probe" if task is None else task.unit.name
+def _name(item: WorkItem | None) -> str:
+    return "probe" if item is None else item.unit.name
 
 
 def failed(entry: Entry, code: str, message: str) -> Outcome:

@@ -20,9 +20,9 @@ from support.jobs import commits, make_generator, make_photos, pictures, rows, t
 
 import smsbatch as sb
 from smsbatch.cluster import ray_pool
-from smsbatch.cluster.retries import Job
+from smsbatch.cluster.retries import UnitRetry
 from smsbatch.data.sample import Unit
-from smsbatch.workers.worker import Task
+from smsbatch.workers.worker import WorkItem
 
 
 @pytest.fixture(scope="module")
@@ -120,19 +120,19 @@ class TestRayPool:
             sb.run(manifest)
 
 
-def _search(killers: set[int], retries: int = 2) -> tuple[Job, int]:
+def _search(killers: set[int], retries: int = 2) -> tuple[UnitRetry, int]:
     """Drive a job by hand: a try dies if it holds a killer. Returns the job and the number of tries."""
-    job, tries = Job(Task(Unit(0, 0, 10, 26))), 0
+    job, tries = UnitRetry(WorkItem(Unit(0, 0, 10, 26))), 0
     while True:
         tries += 1
         assert tries < 200
         if job.suspects:
             if killers & set(job.suspects[0]):
-                assert job.died(retries)
+                assert job.worker_died(retries)
             else:
                 job.suspects.popleft()
         elif killers - set(job.lost):
-            if not job.died(retries):
+            if not job.worker_died(retries):
                 return job, tries
         else:
             return job, tries
@@ -146,10 +146,10 @@ def test_the_search_finds_exactly_the_killers(killers: set[int]) -> None:
 
 
 def test_a_unit_that_dies_after_its_search_is_given_up() -> None:
-    job = Job(Task(Unit(0, 0, 0, 1)))
-    assert job.died(0)
+    job = UnitRetry(WorkItem(Unit(0, 0, 0, 1)))
+    assert job.worker_died(0)
     job.suspects.popleft()  # alone, it went well
-    assert not job.died(0)
+    assert not job.worker_died(0)
 
 
 @pytest.fixture

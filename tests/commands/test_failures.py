@@ -12,7 +12,7 @@ import smsbatch as sb
 from smsbatch.commands.failures import failures
 from smsbatch.data.index import read_units
 from smsbatch.runs.ledger import Ledger
-from smsbatch.runs.snapshot import Look
+from smsbatch.runs.snapshot import Snapshot
 from smsbatch.storage.store import Store
 
 FAILED = ["p001", "p009", "p010"]
@@ -66,7 +66,7 @@ def test_no_commit_is_read_twice_nor_one_whose_shard_is_published(
     read: list[str] = []
     read_one = Store._read_if_there
     monkeypatch.setattr(Store, "_read_if_there", lambda self, path: (read.append(path), read_one(self, path))[1])
-    look = Look(store.url)
+    look = Snapshot(store.url)
     assert [row["key"] for row in failures(look)] == FAILED
     assert sb.status(look).failed == 3
     look.renew()

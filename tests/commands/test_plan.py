@@ -303,12 +303,12 @@ class TestMap:
     def test_keeps_the_order_and_runs_in_parallel(self, job: Path) -> None:
         meet = threading.Barrier(4)
 
-        def together(item: int) -> int:
+        def batch_size(item: int) -> int:
             meet.wait(10)
             return item * item
 
         with LocalPool(sb.load(job)) as pool:
-            assert list(pool.map(together, range(8))) == [item * item for item in range(8)]
+            assert list(pool.map(batch_size, range(8))) == [item * item for item in range(8)]
 
     def test_closing_it_early_starts_no_more(self, job: Path) -> None:
         started = []

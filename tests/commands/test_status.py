@@ -18,8 +18,8 @@ from smsbatch.data.index import read_units
 from smsbatch.report.write import write_report
 from smsbatch.runs.heartbeat import HEARTBEATS
 from smsbatch.runs.ledger import Ledger
-from smsbatch.runs.snapshot import Look
-from smsbatch.runs.status import Progress, Tally
+from smsbatch.runs.snapshot import Snapshot
+from smsbatch.runs.status import Progress, RunTally
 from smsbatch.storage.store import Store
 
 LENIENT = {"errors": {"max_failed_fraction": 0.5}}
@@ -53,7 +53,7 @@ def test_published_shards_are_counted_by_their_records(store: Store) -> None:
 
 @pytest.mark.parametrize("publish", [True, False])
 def test_the_newest_generation_counts_published_or_not(publish: bool, store: Store) -> None:
-    look = Look(store.url)
+    look = Snapshot(store.url)
     retry(store, 0, publish=publish)
     assert sb.status(look).failed == 3
     look.renew()
@@ -66,14 +66,14 @@ def test_a_record_that_lags_behind_its_own_generation(store: Store) -> None:
     retry(store, 1)
     record = json.loads(store.read("_smsbatch/published/000000.json"))
     assert record["generation"] == 1
-    look = Look(store.url)
+    look = Snapshot(store.url)
     assert 0 not in look.records
     assert set(look.commits) == {0, 1}
     assert sb.status(look).failed == 2
 
 
 def test_a_unit_that_is_not_done_any_more(store: Store) -> None:
-    look = Look(store.url)
+    look = Snapshot(store.url)
     store.delete("_smsbatch/commits/000002.json")
     look.renew()
     assert (sb.status(look).samples_done, sb.status(look).errors) == (8, {"decode_error": 1})
@@ -96,7 +96,7 @@ def test_what_was_kept_of_a_unit_tried_again_says_nothing_about_the_rate(
     clock: Iterator[float] = iter([100.0, 101.0, 110.0])
     monkeypatch.setattr(status_module, "monotonic", lambda: next(clock))
     before = ledger.commits()
-    tally = Tally("x", units, before)
+    tally = RunTally("x", units, before)
     tally.retry(0, 1)
     tally.retry(2, 2)
     busy = Progress("w", "000000", 0, 1, 1, 1, 2, generation=1)

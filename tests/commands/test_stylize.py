@@ -28,9 +28,9 @@ from torch import Tensor
 import smsbatch as sb
 from smsbatch.data import pixels
 from smsbatch.data.sample import Sample
-from smsbatch.engines.feedforward import Feedforward
+from smsbatch.engines.feedforward import GeneratorEngine
 from smsbatch.generator.network import Generator
-from smsbatch.generator.tiles import Tiling, thumbnail
+from smsbatch.generator.tiles import Tiling, overview
 from smsbatch.storage.store import Store
 from smsbatch.workers import stylizer
 from smsbatch.workers.stylizer import sample_seed
@@ -210,7 +210,7 @@ class TestResults:
     def test_with_channels_last(self, manifest: Callable[..., sb.Manifest]) -> None:
         images = torch.cat([tensor(picture(number)) for number in range(2)])
         plain, other = (
-            Feedforward(manifest(f"compute.channels_last={on}"), "cpu").render(images, ["", ""], [0, 0], print)
+            GeneratorEngine(manifest(f"compute.channels_last={on}"), "cpu").render(images, ["", ""], [0, 0], print)
             for on in ("false", "true")
         )
         assert other.images.is_contiguous(memory_format=torch.channels_last)
@@ -223,7 +223,9 @@ class TestResults:
         tiles = ("tiles.size=64", "tiles.overlap=32", "compute.batch_size=3")
         for options in ((), tiles):
             plain, compiled = (
-                Feedforward(manifest(f"compute.compile={on}", *options), "cpu").render(images, ["", ""], [0, 0], print)
+                GeneratorEngine(manifest(f"compute.compile={on}", *options), "cpu").render(
+                    images, ["", ""], [0, 0], print
+                )
                 for on in ("false", "true")
             )
             assert (plain.images - compiled.images).abs().max() < 1e-4
@@ -270,8 +272,8 @@ class TestPipeline:
         monkeypatch.setattr(pixels, "encode", encode_and_tell)
         monkeypatch.setattr(one.engine, "render", wait_for_the_first)
         assert all(outcome.succeeded for outcome in one.stylize(work))
-        assert one.waited is not None
-        assert 0 < one.waited < 1
+        assert one.idle_fraction is not None
+        assert 0 < one.idle_fraction < 1
 
     def test_the_next_call_decodes_before_its_turn(
         self, manifest: Callable[..., sb.Manifest], monkeypatch: pytest.MonkeyPatch
@@ -384,7 +386,7 @@ class TestTiles:
     @pytest.mark.parametrize(("height", "width"), [(203, 331), (128, 130), (90, 400)])
     def test_that_share_twice_the_reach_make_the_whole_picture(self, generator: Path, height: int, width: int) -> None:
         one, image = Generator.load(generator), tensor(picture(3, height, width))
-        moments = one.moments(thumbnail(image, 160))
+        moments = one.moments(overview(image, 160))
         with torch.no_grad():
             whole = one(image, moments)
         assert one.reach == 29
@@ -413,7 +415,7 @@ class TestTiles:
                     [torch.cat([one(tile) for tile in row.split(size, -1)], -1) for row in image.split(size, -2)], -2
                 ),
             )
-        ours = self.tiled(one, image, size, 32, one.moments(thumbnail(image, 96)))
+        ours = self.tiled(one, image, size, 32, one.moments(overview(image, 96)))
 
         def seam(result: Tensor, edges: Sequence[int]) -> float:
             """How far columns at an edge are from going on as their neighbours do."""
@@ -446,7 +448,7 @@ class TestTiles:
         found = pictures(tmp_path / "out")
         one, source = Generator.load(generator), tensor(large)
         with torch.no_grad():
-            whole = one(source, one.moments(thumbnail(source, 96)))
+            whole = one(source, one.moments(overview(source, 96)))
         expected = (whole * 255).round().byte()[0].permute(1, 2, 0).numpy()
         assert apart({"large": expected}, {"large": found["large"]}) <= 1
         assert {key: row["batch_size"] for key, row in rows(tmp_path / "out").items()} == {"large": 1, "small": 1}
@@ -461,7 +463,7 @@ class TestTiles:
             "metrics=[]", "image.resolution=130", "tiles.size=64", "tiles.overlap=32", "compute.batch_size=5"
         )
         one, fits, tried = sb.Stylizer(asked), 2, []
-        assert isinstance(one.engine, Feedforward)
+        assert isinstance(one.engine, GeneratorEngine)
         forward = one.engine.generator.forward
 
         def in_little_memory(images: Tensor, *moments: Any) -> Tensor:

@@ -195,9 +195,9 @@ def test_rows_of_other_samples_are_named(out: Path) -> None:
     forged = table.set_column(0, table.schema.field("key"), keys)
     pq.write_table(forged, out / PARQUET)
     record = json.loads((out / RECORD).read_text())
-    from smsbatch.runs.records import FileProof
+    from smsbatch.runs.records import FileDigest
 
-    proof = FileProof.of(out / PARQUET)
+    proof = FileDigest.of(out / PARQUET)
     record["files"]["parquet"] = {"sha256": proof.sha256, "bytes": proof.bytes}
     (out / RECORD).write_text(json.dumps(record))
     (out / "index.json").unlink()

@@ -431,10 +431,10 @@ def test_a_bug_is_no_samples_fault(bug: type[Exception], reader: Reader, monkeyp
     def broken(*args: object) -> None:
         raise bug("x")
 
-    monkeypatch.setattr(remote.Door, "_get", broken)
+    monkeypatch.setattr(remote.Backend, "_get", broken)
     with pytest.raises(bug, match="x"):
         reader.read(Span("memory://x"))
-    monkeypatch.setattr(remote.Door, "_get", lambda *args: [][0])
+    monkeypatch.setattr(remote.Backend, "_get", lambda *args: [][0])
     assert failure(reader, Span("memory://x")) == ("read_error", "memory://x: IndexError: list index out of range")
 
 

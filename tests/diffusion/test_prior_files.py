@@ -17,10 +17,10 @@ from safetensors.torch import load_file, save_file
 from support.models import save_single_file
 
 from smsbatch.diffusion.priors.files import (
-    digests,
-    locate,
     locate_config,
     locate_lora,
+    locate_model,
+    model_digests,
     parameter_names,
     part_file,
     variant,
@@ -50,15 +50,15 @@ def edit(file: Path, **changes: Any) -> None:
 
 
 def test_a_folder_is_itself(model: Path) -> None:
-    assert locate(Model(path=str(model))) == locate_config(Model(path=str(model))) == model
-    assert locate(Model(path="tiny")).name == "model"
+    assert locate_model(Model(path=str(model))) == locate_config(Model(path=str(model))) == model
+    assert locate_model(Model(path="tiny")).name == "model"
 
 
 def test_what_is_not_there_is_named() -> None:
     with pytest.raises(WeightsError, match=r"model\.path: /nowhere is neither a folder"):
-        locate(Model(path="/nowhere"))
+        locate_model(Model(path="/nowhere"))
     with pytest.raises(WeightsError, match=r"style\.model\.path: nobody/nothing .* the hub did not give it"):
-        locate(Model(path="nobody/nothing"), "style.model")  # offline in tests
+        locate_model(Model(path="nobody/nothing"), "style.model")  # offline in tests
     with pytest.raises(WeightsError, match=r"style\.lora: no such file /nowhere\.safetensors"):
         locate_lora("/nowhere.safetensors")
 
@@ -67,7 +67,7 @@ def test_what_is_not_there_is_named() -> None:
 def test_pickles_are_refused_by_name(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_bytes(b"")
     with pytest.raises(WeightsError, match=rf"{name} is a pickle, which can run code"):
-        locate(Model(path=str(tmp_path / name)))
+        locate_model(Model(path=str(tmp_path / name)))
     with pytest.raises(WeightsError, match=rf"{name} is a pickle, which can run code"):
         locate_lora(str(tmp_path / name))
 
@@ -75,7 +75,7 @@ def test_pickles_are_refused_by_name(tmp_path: Path, name: str) -> None:
 def test_another_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "model.gguf").write_bytes(b"")
     with pytest.raises(WeightsError, match=r"model\.gguf is no \.safetensors file"):
-        locate(Model(path=str(tmp_path / "model.gguf")))
+        locate_model(Model(path=str(tmp_path / "model.gguf")))
 
 
 def test_a_folder_of_pickles_is_refused(configured: Path) -> None:
@@ -83,14 +83,14 @@ def test_a_folder_of_pickles_is_refused(configured: Path) -> None:
     with pytest.raises(
         WeightsError, match=r"has no text_encoder/model\.safetensors; save the pipeline with safe_serial"
     ):
-        locate(Model(path=str(configured)))
+        locate_model(Model(path=str(configured)))
 
 
 def test_parts_in_several_files_are_refused(copied: Path) -> None:
     (copied / UNET).rename(copied / "unet/diffusion_pytorch_model-00001-of-00002.safetensors")
     (copied / f"{UNET}.index.json").write_text("{}")
     with pytest.raises(WeightsError, match="has its unet in several files; save it with max_shard_size"):
-        locate(Model(path=str(copied)))
+        locate_model(Model(path=str(copied)))
 
 
 @pytest.mark.parametrize(
@@ -116,16 +116,16 @@ def test_models_of_another_kind_are_refused_by_it(
 ) -> None:
     edit(configured / file, **changes)
     with pytest.raises(WeightsError, match=rf"{words}.* known are Stable Diffusion 1\.x and 2\.x that predict epsilon"):
-        locate(Model(path=str(configured)))
+        locate_model(Model(path=str(configured)))
 
 
 def test_a_folder_with_half_a_configuration_is_refused(configured: Path) -> None:
     (configured / "unet/config.json").write_text("{")
     with pytest.raises(WeightsError, match=r"cannot read .*/unet/config\.json"):
-        locate(Model(path=str(configured)))
+        locate_model(Model(path=str(configured)))
     (configured / "unet/config.json").unlink()
     with pytest.raises(WeightsError, match=r"has no unet/config\.json"):
-        locate(Model(path=str(configured)))
+        locate_model(Model(path=str(configured)))
 
 
 def test_half_precision_files_are_taken_where_there_are_no_others(copied: Path) -> None:
@@ -161,20 +161,20 @@ def test_a_hub_id_is_fetched_with_half_precision_where_there_is_no_other(
 
     kept = (copied / UNET).rename(copied.parent / "kept")
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
-    assert locate(Model(path="somebody/something", revision="v2")) == copied
+    assert locate_model(Model(path="somebody/something", revision="v2")) == copied
     assert [UNET in patterns for patterns in asked] == [True, False]
-    assert locate(Model(path="somebody/something", revision="v2")) == copied
+    assert locate_model(Model(path="somebody/something", revision="v2")) == copied
     assert len(asked) == 3
     assert not any(pattern.endswith((".bin", ".ckpt")) or "*" in pattern for patterns in asked for pattern in patterns)
 
 
 def test_a_single_file_takes_its_configuration_from_where_it_is_told(single: Path, model: Path) -> None:
     section = Model(path=str(single), config=str(model))
-    assert locate(section) == single
+    assert locate_model(section) == single
     assert locate_config(section) == model
     assert parameter_names(section, "unet") is None
     with pytest.raises(WeightsError, match=r"model\.config: is of a checkpoint in one file, and .* is none"):
-        locate(Model(path=str(model), config=str(model)))
+        locate_model(Model(path=str(model), config=str(model)))
 
 
 def test_a_single_file_of_an_unknown_width_needs_its_configuration_named(single: Path) -> None:
@@ -243,7 +243,7 @@ def manifest(model: Model, style: dict[str, Any]) -> Manifest:
 
 
 def test_every_file_that_results_depend_on_is_digested(model: Path, single: Path, lora: Path) -> None:
-    found = digests(
+    found = model_digests(
         manifest(
             Model(path=str(model)),
             {
@@ -267,19 +267,19 @@ def test_peft_s_configuration_decides_alpha_and_is_digested(model: Path, lora: P
     file = tmp_path / "adapter_model.safetensors"
     shutil.copyfile(lora, file)
     wanted = manifest(Model(path=str(model)), {"lora": str(file)})
-    alone = digests(wanted)
+    alone = model_digests(wanted)
     (tmp_path / "adapter_config.json").write_text('{"lora_alpha": 4}')
-    beside = digests(wanted)
+    beside = model_digests(wanted)
     assert set(beside) - set(alone) == {f"{file} (adapter_config.json)"}
     (tmp_path / "adapter_config.json").write_text('{"lora_alpha": 8}')
-    assert digests(wanted) != beside
+    assert model_digests(wanted) != beside
 
 
 def test_a_driver_needs_no_torch_for_any_of_it(model: Path, single: Path) -> None:
     code = (
         "import sys; from smsbatch.diffusion.priors.files import *; from smsbatch.manifest import Model\n"
         f"section = Model(path={str(single)!r}, config={str(model)!r})\n"
-        "locate(section), locate_config(section), parameter_names(Model(path=section.config), 'unet')\n"
+        "locate_model(section), locate_config(section), parameter_names(Model(path=section.config), 'unet')\n"
         "print('torch' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -11,7 +11,7 @@ from torch import Tensor
 from smsbatch.diffusion.fake import FakeScore
 from smsbatch.diffusion.lora import read_style
 from smsbatch.diffusion.priors.stable_diffusion import Prior
-from smsbatch.diffusion.scores import Ask, Models
+from smsbatch.diffusion.scores import Ask, ScoreModels
 from smsbatch.manifest import Fake, Model, Prompts, Style
 
 PROMPTS = [Prompts("oil, a fox", "a fox", "Turn into oil"), Prompts("oil, a lake", "", "Turn into oil")]
@@ -66,7 +66,7 @@ def test_together_is_one_by_one(
         Ask("real", z_src, "edit"),
         Ask("real", z_src, "null"),
     ]
-    models = Models(prior, used, fake, PROMPTS, graph=graph)
+    models = ScoreModels(prior, used, fake, PROMPTS, graph=graph)
     answers = models(T, *asked)
     words = {
         "target": [p.target for p in PROMPTS],
@@ -93,7 +93,7 @@ def test_together_is_one_by_one(
 
 
 def test_each_model_reads_the_words_with_its_own_text_encoder(prior: Prior, style: Prior, fake: FakeScore) -> None:
-    models = Models(prior, style, fake, PROMPTS)
+    models = ScoreModels(prior, style, fake, PROMPTS)
     target = [p.target for p in PROMPTS]
     torch.testing.assert_close(models.text("style", "target"), style.embed(target))
     torch.testing.assert_close(models.text("real", "target"), prior.embed(target))
@@ -104,7 +104,7 @@ def test_each_model_reads_the_words_with_its_own_text_encoder(prior: Prior, styl
 def test_features_are_those_of_the_model_with_gradients_to_where_it_is_asked(
     prior: Prior, style: Prior, fake: FakeScore
 ) -> None:
-    models, z = Models(prior, style, fake, PROMPTS), points()[0].requires_grad_()
+    models, z = ScoreModels(prior, style, fake, PROMPTS), points()[0].requires_grad_()
     found = models.features("style", z, T, "target")
     expected = style.features(z, T, style.embed([p.target for p in PROMPTS]))
     bare = prior.features(z, T, prior.embed([p.target for p in PROMPTS]))

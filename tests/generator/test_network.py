@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import smsbatch as sb
 from smsbatch.errors import WeightsError
 from smsbatch.generator.network import CONFIG, WEIGHTS, Generator
 
@@ -266,12 +267,18 @@ def test_loading_one_needs_no_diffusion_model(tmp_path: Path) -> None:
     lively().save(tmp_path)
     heavy = "{'diffusers', 'transformers', 'ray', 'torchvision', 'pyarrow', 'pydantic', 'fsspec', 'PIL'}"
     code = (
-        "import sys, torch; from smsbatch.generator.network import Generator;"
-        f"made = Generator.load({str(tmp_path)!r})(torch.zeros(1, 3, 16, 16));"
+        "import sys, torch; import smsbatch as sb;"
+        f"made = sb.Generator.load({str(tmp_path)!r})(torch.zeros(1, 3, 16, 16));"
         f"print(sorted({heavy} & set(sys.modules)), tuple(made.shape))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[] (1, 3, 16, 16)"
+
+
+def test_the_import_path_that_older_cards_name_still_works() -> None:
+    from smsbatch.diffusion.generator import Generator as Named
+
+    assert Named is sb.Generator is Generator
 
 
 # ------------------------------------------------------------------------------------------------------------ initial

@@ -195,10 +195,10 @@ def test_weights_are_found_in_the_folder_and_in_both_caches(weights: Path, tmp_p
     }
     for name, paths in places.items():
         for path in reversed(paths):
-            assert hub.locate(name) != path
+            assert hub.locate_weights(name) != path
             path.parent.mkdir(parents=True, exist_ok=True)
             path.touch()
-            assert hub.locate(name) == path
+            assert hub.locate_weights(name) == path
             if name == repository:
                 path.unlink()
                 path.mkdir()

@@ -32,7 +32,7 @@ from smsbatch.data.sample import Outcome, Unit
 from smsbatch.data.shards import read_rows, read_tar, write_tar
 from smsbatch.errors import StorageError
 from smsbatch.runs.ledger import Ledger
-from smsbatch.runs.records import Commit, FileProof, Published, new_attempt
+from smsbatch.runs.records import Commit, FileDigest, Published, new_attempt
 from smsbatch.storage.store import Store
 
 
@@ -72,7 +72,7 @@ def check_published(store: Store, units: list[Unit]) -> None:
         assert sum(commits[unit.id].failed for unit in its) == record.failed
         for path, proof in ((record.tar, record.files["tar"]), (record.parquet, record.files["parquet"])):
             data = store.read(path)
-            assert FileProof(hashlib.sha256(data).hexdigest(), len(data)) == proof
+            assert FileDigest(hashlib.sha256(data).hexdigest(), len(data)) == proof
 
 
 # --- the plain way ---
@@ -101,7 +101,7 @@ def test_commit_and_publish(tmp_path: Path) -> None:
 
 
 def test_records_survive_json() -> None:
-    files = {"tar": FileProof("ab", 1), "parquet": FileProof("cd", 2)}
+    files = {"tar": FileDigest("ab", 1), "parquet": FileDigest("cd", 2)}
     commit = Commit(1, 2, "a", "wörker", 3, 1, 2, {"oom": 2}, 1.5, "2026-01-01T00:00:00+00:00", files)
     assert Commit.from_json(commit.to_json()) == commit
     published = Published(1, 2, ["a", "b"], 3, 1, 2, {"oom": 2}, 1.5, files)

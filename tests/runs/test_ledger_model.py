@@ -32,7 +32,7 @@ from smsbatch.data.shards import read_rows, read_tar
 from smsbatch.errors import StorageError
 from smsbatch.runs.layout import COMMITS, GENERATIONS
 from smsbatch.runs.ledger import Ledger
-from smsbatch.runs.records import Commit, FileProof, Published, commit_file, published_file
+from smsbatch.runs.records import Commit, FileDigest, Published, commit_file, published_file
 from smsbatch.storage.store import Store
 
 if TYPE_CHECKING:
@@ -274,7 +274,7 @@ class Play:
             if record is not None and record.made_of(its):
                 for path, file in self.store.read_all(record.paths.values()).items():
                     kind = "tar" if path == record.tar else "parquet"
-                    proof = FileProof.of(file)
+                    proof = FileDigest.of(file)
                     if proof.bytes == record.files[kind].bytes:
                         assert proof == record.files[kind], f"{path} is not what its record says"
 
@@ -316,7 +316,7 @@ def check_files(
     """Every key once, in order; tar and Parquet of one another; both as the record says."""
     paths = {kind: f"{root}/{path}".lstrip("/") for kind, path in record.paths.items()}
     for kind, path in paths.items():
-        assert FileProof.of(store.read(path)) == record.files[kind], path
+        assert FileDigest.of(store.read(path)) == record.files[kind], path
     with store.open_read(paths["parquet"]) as file:
         rows = read_rows(file)
     with store.open_read(paths["tar"]) as file:

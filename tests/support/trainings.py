@@ -83,10 +83,10 @@ def train_together(job: Path, workers: int, folder: Path) -> None:
 def _train(job: Path, rank: int, workers: int, folder: Path) -> None:
     import smsbatch as sb
     from smsbatch.manifest import Distill
-    from smsbatch.training.group import Team
+    from smsbatch.training.group import WorkerGroup
     from smsbatch.training.loop import train_loop
 
-    class Watched(Team):
+    class Watched(WorkerGroup):
         calls = 0
 
         def average(self, tensors: list[torch.Tensor]) -> None:

@@ -28,7 +28,7 @@ from smsbatch.errors import RunError, SampleError, StorageError
 from smsbatch.manifest import Distill, Manifest
 from smsbatch.storage.store import Store
 from smsbatch.training import loader as module
-from smsbatch.training.loader import Batch, Feed, Order, seed_of
+from smsbatch.training.loader import Batch, SampleOrder, TrainingLoader, position_seed
 
 KEYS = [f"photo-{number:02d}" for number in range(11)]
 
@@ -85,7 +85,7 @@ def source_of(format: str, photos: Path) -> dict[str, Any]:
 def batches(
     manifest: Distill, store: Store, samples: int, rank: int = 0, workers: int = 1, first: int = 0
 ) -> list[Batch]:
-    with Feed(manifest, store, samples, rank, workers, first) as feed:
+    with TrainingLoader(manifest, store, samples, rank, workers, first) as feed:
         return list(feed)
 
 
@@ -114,8 +114,8 @@ def union(shares: Sequence[Sequence[Batch]]) -> list[Batch]:
 @pytest.fixture
 def small_pools(monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks of three rows, pools of two blocks."""
-    monkeypatch.setattr(module, "BLOCK", 3)
-    monkeypatch.setattr(module, "POOL", 6)
+    monkeypatch.setattr(module, "GROUP_ROWS", 3)
+    monkeypatch.setattr(module, "SHUFFLE_ROWS", 6)
 
 
 @settings(max_examples=100, deadline=None)
@@ -128,22 +128,22 @@ def test_every_epoch_has_every_row_once_and_any_position_can_be_asked(
     samples: int, seed: int, start: int, length: int
 ) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "BLOCK", 3)
-        patch.setattr(module, "POOL", 6)
-        everything = Order(samples, seed).rows(0, 7 * max(samples, 60))
+        patch.setattr(module, "GROUP_ROWS", 3)
+        patch.setattr(module, "SHUFFLE_ROWS", 6)
+        everything = SampleOrder(samples, seed).rows(0, 7 * max(samples, 60))
         for epoch in range(7):
             assert sorted(everything[epoch * samples : (epoch + 1) * samples]) == list(range(samples))
-        assert Order(samples, seed).rows(start, start + length) == everything[start : start + length]
+        assert SampleOrder(samples, seed).rows(start, start + length) == everything[start : start + length]
 
 
 def test_epochs_and_seeds_differ_and_versions_do_not() -> None:
-    order = Order(9, 3)
+    order = SampleOrder(9, 3)
     first, second = order.rows(0, 9), order.rows(9, 18)
     assert first != second
-    assert Order(9, 4).rows(0, 9) != first
+    assert SampleOrder(9, 4).rows(0, 9) != first
     # Written down: a training goes on under another release of numpy, on another machine.
     assert (first, second) == FIRST_EPOCHS
-    assert seed_of(3, 17) == SEED
+    assert position_seed(3, 17) == SEED
 
 
 FIRST_EPOCHS = ([0, 2, 7, 3, 4, 5, 8, 6, 1], [3, 0, 1, 6, 7, 8, 2, 5, 4])
@@ -152,21 +152,21 @@ SEED = 8691311320777202560
 
 def test_ten_million_samples_are_shuffled_in_little_memory_from_anywhere() -> None:
     samples, position = 10_000_003, 72_345_678
-    rows = Order(samples, 1).rows(position, position + 1000)
-    order = Order(samples, 1)
-    pool = order.pool(position)
-    assert len(pool.rows) <= module.POOL
-    assert set(pool.rows // module.BLOCK) == set(pool.blocks)
-    assert len(pool.blocks) <= module.POOL // module.BLOCK
+    rows = SampleOrder(samples, 1).rows(position, position + 1000)
+    order = SampleOrder(samples, 1)
+    shuffle_block = order.shuffle_block(position)
+    assert len(shuffle_block.rows) <= module.SHUFFLE_ROWS
+    assert set(shuffle_block.rows // module.GROUP_ROWS) == set(shuffle_block.groups)
+    assert len(shuffle_block.groups) <= module.SHUFFLE_ROWS // module.GROUP_ROWS
     assert rows == order.rows(position - 100_000, position + 1000)[-1000:]
     # Neighbours in the source, as the samples of one tar, do not meet: of 1000 samples hardly any two adjoin.
     assert len(set(rows)) == 1000
     assert sum(row + 1 in rows for row in rows) < 100
-    assert min(Counter(row // module.BLOCK for row in rows).values()) > 50
+    assert min(Counter(row // module.GROUP_ROWS for row in rows).values()) > 50
 
 
 def test_seeds_are_of_63_bits_and_all_different() -> None:
-    seeds = [seed_of(run, position) for run in range(10) for position in range(1000)]
+    seeds = [position_seed(run, position) for run in range(10) for position in range(1000)]
     assert len(set(seeds)) == len(seeds)
     assert 0 <= min(seeds) < 2**58
     assert 2**62 < max(seeds) < 2**63
@@ -183,11 +183,11 @@ def test_workers_share_a_step_and_together_have_what_one_alone_would(source: dic
     for workers in (2, 4):
         shares = [batches(manifest, store, samples, rank, workers) for rank in range(workers)]
         assert contents(union(shares)) == contents(alone)
-    order = Order(samples, manifest.seed)
+    order = SampleOrder(samples, manifest.seed)
     for batch in alone:
         assert (batch.images.shape, batch.images.dtype) == ((4, 32, 32, 3), np.uint8)
         assert batch.rows == order.rows(4 * batch.step, 4 * batch.step + 4)
-        assert batch.seeds == [seed_of(manifest.seed, 4 * batch.step + i) for i in range(4)]
+        assert batch.seeds == [position_seed(manifest.seed, 4 * batch.step + i) for i in range(4)]
         assert batch.failed == []
     captions = {key: caption for batch in alone for key, caption in zip(batch.keys, batch.captions, strict=True)}
     if source["format"] == "table":
@@ -235,17 +235,17 @@ def test_each_worker_reads_its_own_samples_and_the_index_once(tmp_path: Path, mo
         loaded[entry.key] += 1
         return load_sample(entry, *rest)
 
-    def read_table(*where: Any) -> Any:
+    def read_index_table(*where: Any) -> Any:
         tables.append(where[1:])
         return original(*where)
 
-    original = module.read_table
+    original = module.read_index_table
     monkeypatch.setattr(module, "load_sample", load)
-    monkeypatch.setattr(module, "read_table", read_table)
+    monkeypatch.setattr(module, "read_index_table", read_index_table)
     own = batches(manifest, store, samples, rank=1, workers=4)
     assert loaded == Counter(key for batch in own for key in batch.keys)
     assert loaded.total() == 12
-    assert tables == [(0, module.BLOCK)]
+    assert tables == [(0, module.GROUP_ROWS)]
 
 
 # --- squares ---
@@ -291,7 +291,7 @@ def test_others_stand_for_samples_that_fail_whoever_reads_them(tmp_path: Path) -
     store, samples = planned(manifest, tmp_path)
     alone = batches(manifest, store, samples)
     bad = {KEYS[number] for number in (1, 4, 5)}
-    whole = Order(samples, manifest.seed)
+    whole = SampleOrder(samples, manifest.seed)
     for batch in alone:
         rows = whole.rows(4 * batch.step, 4 * batch.step + 4)
         for row, asked, key in zip(batch.rows, rows, batch.keys, strict=True):
@@ -324,7 +324,7 @@ def test_an_index_that_is_gone_is_an_error_of_storage(tmp_path: Path) -> None:
 
 def test_a_step_is_divided_evenly_or_not_at_all(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="4 images of a step cannot be divided among 3 workers"):
-        Feed(distill({"format": "folder", "urls": "tiny:photos"}), Store(tmp_path), 13, 0, 3)
+        TrainingLoader(distill({"format": "folder", "urls": "tiny:photos"}), Store(tmp_path), 13, 0, 3)
 
 
 # --- threads ---
@@ -350,7 +350,7 @@ def test_reading_is_ahead_by_a_few_pictures_and_ends_when_it_is_left(
         return sample
 
     monkeypatch.setattr(module, "load_sample", load)
-    with Feed(manifest, store, samples) as feed:
+    with TrainingLoader(manifest, store, samples) as feed:
         stream: Iterator[Batch] = iter(feed)
         assert len(list(islice(stream, 10))) == 10
         for _ in range(10 * 4 + module.AHEAD):

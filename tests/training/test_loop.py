@@ -30,7 +30,7 @@ from smsbatch.commands.status import TrainingStatus
 from smsbatch.generator.network import Generator
 from smsbatch.manifest import Distill
 from smsbatch.storage.store import Store
-from smsbatch.training.group import Team
+from smsbatch.training.group import WorkerGroup
 from smsbatch.training.log import TrainingProgress
 from smsbatch.training.loop import train_loop
 
@@ -76,7 +76,7 @@ def test_from_manifest_to_generator(whole: tuple[Path, sb.Distilled, list[sb.Tra
     assert [now.step for now in seen] == list(range(13))
     assert [now.phase for now in seen] == ["warm-up"] * 3 + ["distillation"] * 10
     assert steps(out) == list(range(1, 13))
-    assert all(0 <= line["waited"] <= 1 for line in log(out))
+    assert all(0 <= line["idle_fraction"] <= 1 for line in log(out))
     assert checkpoints(out) == [2, 4, 6, 8, 10, 12]
     assert {file.name for file in (out / "grids").iterdir()} == {"00000006.jpg", "00000012.jpg"}
     assert (out / "_SUCCESS").exists()
@@ -172,7 +172,7 @@ def test_a_notice_of_preemption_is_worth_one_checkpoint(job: Path) -> None:
     manifest, asked = sb.load(job, [f"distill.{override}" for override in overrides]), list[int]()
     assert isinstance(manifest, Distill)
     plan_only(job, *(f"distill.{override}" for override in overrides))
-    assert train_loop(manifest, Team(), stop=lambda: False, doomed=lambda: not asked.append(1))
+    assert train_loop(manifest, WorkerGroup(), stop=lambda: False, preempted=lambda: not asked.append(1))
     assert checkpoints(job.parent / "out") == [2, 6]
     assert len(asked) == 3, "it is a meeting of all workers, which nobody may leave out"
 
@@ -183,13 +183,13 @@ def test_what_worker_0_meets_before_the_first_step_is_met_by_all(job: Path, monk
     def full(*_: Any) -> None:
         raise sb.StorageError("no space")
 
-    manifest, team = sb.load(job), Team()
+    manifest, group = sb.load(job), WorkerGroup()
     assert isinstance(manifest, Distill)
     plan_only(job)
     monkeypatch.setattr("smsbatch.training.loop.TrainingLog", full)
     with pytest.raises(sb.StorageError, match="no space") as caught:
-        train_loop(manifest, team, stop=lambda: False)
-    assert team.error is caught.value
+        train_loop(manifest, group, stop=lambda: False)
+    assert group.error is caught.value
 
 
 def test_two_workers_do_the_step_of_one_with_as_many_pictures(tmp_path: Path, model: Path, lora: Path) -> None:

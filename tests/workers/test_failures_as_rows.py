@@ -18,7 +18,7 @@ from smsbatch.data.index import read_units
 from smsbatch.engines import base as engines
 from smsbatch.errors import ERROR_CODES
 from smsbatch.runs.run_file import store_of
-from smsbatch.workers.worker import Task, Worker
+from smsbatch.workers.worker import Worker, WorkItem
 
 
 @pytest.fixture
@@ -233,7 +233,7 @@ def test_a_retry_that_dies_does_not_cost_what_had_succeeded(job: Path, tmp_path:
     worker = Worker(sb.load(job), "w")
     worker.setup()
     unit = read_units(store_of(sb.load(job)))[0]
-    task = Task(unit, 1, ("decode_error",))
+    task = WorkItem(unit, 1, ("decode_error",))
     worker.probe(task, range(unit.start, unit.stop))
     commit = worker.process(task, lost=tuple(range(unit.start, unit.stop)), deaths=3)
     assert commit.errors == {"worker_lost": 1}

@@ -20,7 +20,7 @@ from smsbatch.data.sample import Sample, Unit
 from smsbatch.diffusion.optimize import Optimized
 from smsbatch.engines import base as engines
 from smsbatch.manifest import Prompts
-from smsbatch.workers.worker import Task, Worker
+from smsbatch.workers.worker import Worker, WorkItem
 
 Manifest = Callable[..., sb.Manifest]
 
@@ -135,11 +135,11 @@ def test_the_display_does_not_run_backwards(manifest: Manifest, monkeypatch: pyt
 
     monkeypatch.setattr(engines, "optimize", Watched(fits=2, at_step=7))
     worker.setup()
-    worker._stylize(Task(Unit(0, 0, 0, 5)), samples(5))
-    worth = [progress.worth for progress in seen]
-    assert worth == sorted(worth)
-    assert worth[5] == 5 * 6 / 8, "where the first try failed"
-    assert worth[-1] == 5
+    worker._stylize(WorkItem(Unit(0, 0, 0, 5)), samples(5))
+    images_done = [progress.images_done for progress in seen]
+    assert images_done == sorted(images_done)
+    assert images_done[5] == 5 * 6 / 8, "where the first try failed"
+    assert images_done[-1] == 5
     times = [progress.seen for progress in seen]
     assert times == sorted(set(times)), "but it is alive at every step"
 

@@ -18,7 +18,7 @@ from smsbatch import tiny
 from smsbatch.errors import WeightsError
 from smsbatch.manifest import Manifest, Model, Styled
 
-__all__ = ["digests", "locate", "locate_config", "locate_lora", "parameter_names", "part_file", "variant"]
+__all__ = ["locate_config", "locate_lora", "locate_model", "model_digests", "parameter_names", "part_file", "variant"]
 
 # What is read of a pipeline folder, and so decides results: not the pickles, variants and safety checkers beside it.
 _CONFIG = (
@@ -64,7 +64,7 @@ _SD1_TEXT_WIDTH = 768
 _SD1 = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 
 
-def locate(model: Model, key: str = "model") -> Path:
+def locate_model(model: Model, key: str = "model") -> Path:
     """The local folder of a model, or its single file; a hub id is downloaded into the hub's cache when absent.
 
     Args:
@@ -109,9 +109,9 @@ def locate_config(model: Model, key: str = "model") -> Path:
     models that predict epsilon and models that predict v with the same keys, so that one has to be named.
 
     Raises:
-        WeightsError: as `locate`.
+        WeightsError: as `locate_model`.
     """
-    path = locate(model, key)
+    path = locate_model(model, key)
     if path.is_dir():
         return path
     name = _config_name(model, path, key)
@@ -153,15 +153,15 @@ def parameter_names(model: Model, part: str, key: str = "model") -> list[str] | 
     """The names of a part's parameters as `Prior` has them; None of a single file, which has others until it is loaded.
 
     Raises:
-        WeightsError: as `locate`, or the file is damaged.
+        WeightsError: as `locate_model`, or the file is damaged.
     """
-    folder = locate(model, key)
+    folder = locate_model(model, key)
     if folder.is_file():
         return None
     return [name.removeprefix("text_model.") for name in _shapes(part_file(folder, part), f"{key}.path")]
 
 
-def digests(manifest: Manifest) -> dict[str, str]:
+def model_digests(manifest: Manifest) -> dict[str, str]:
     """SHA-256 of every model file that the scores depend on, by a name that is the same on every machine; none of a
     task that asks no scores."""
     files: dict[str, Path] = {}
@@ -170,7 +170,7 @@ def digests(manifest: Manifest) -> dict[str, str]:
     for key, model in (("model", manifest.model), ("style.model", manifest.style.model)):
         if model is None:
             continue
-        path, config = locate(model, key), locate_config(model, key)
+        path, config = locate_model(model, key), locate_config(model, key)
         name = model.path
         if path.is_file():
             files[model.path] = path

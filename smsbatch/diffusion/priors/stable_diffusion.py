@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from smsbatch.diffusion.priors.adapter import Adapter, _Adapted
-from smsbatch.diffusion.priors.files import locate, locate_config, variant
+from smsbatch.diffusion.priors.files import locate_config, locate_model, variant
 from smsbatch.diffusion.schedule import Schedule
 from smsbatch.errors import WeightsError
 from smsbatch.manifest import Model
@@ -108,7 +108,7 @@ class Prior:
         from transformers import CLIPTokenizer
 
         model = Model(path=model) if isinstance(model, str) else model
-        path, config = locate(model, key), locate_config(model, key)
+        path, config = locate_model(model, key), locate_config(model, key)
         if precision == "auto":
             precision = "bf16" if device.startswith("cuda") else "fp32"
         dtype = DTYPES[precision]
