@@ -103,7 +103,7 @@ class Recorded:
 
 
 @pytest.fixture
-def manifest_at() -> Iterator[Recorded]:
+def recorded() -> Iterator[Recorded]:
     record = Recorded()
 
     def recording(kind: type) -> type:
@@ -172,7 +172,7 @@ def naive_gradient(
     prior: Prior,
     style: Prior,
     pictures: Tensor,
-    manifest_at: Recorded,
+    recorded: Recorded,
     gradient: Callable[..., Array],
 ) -> Tensor:
     """The oracle's, as one vector: generator and VAE in float64, once for every repeat."""
@@ -184,7 +184,7 @@ def naive_gradient(
         return vae.encode(x[None] * 2 - 1).latent_dist.mean[0] * vae.config.scaling_factor
 
     fake = faked(prior, distiller)
-    repeats, t, eps = distiller.training.repeats, torch.cat(manifest_at.t).tolist(), torch.cat(manifest_at.eps).double()
+    repeats, t, eps = distiller.training.repeats, torch.cat(recorded.t).tolist(), torch.cat(recorded.eps).double()
     sources = [encoded(x.double()).detach().numpy() for x in pictures]
     models = [tuple(black_box(model, words) for model in (style, fake, prior)) for words in WORDS]
 
@@ -249,7 +249,7 @@ def pds(z: Array, z_src: Array, t: int, eps: Array, style: oracles.Score, *_: An
 def test_gradient_that_reaches_the_generator(
     prior: Prior,
     style: Prior,
-    manifest_at: Recorded,
+    recorded: Recorded,
     objective: dict[str, Any],
     gradient: Callable[..., Array],
     at_once: int,
@@ -261,20 +261,20 @@ def test_gradient_that_reaches_the_generator(
     )
     before = copy.deepcopy(distiller)
     distiller.train_step(pictures, WORDS[:2], SEEDS[:2])
-    expected = naive_gradient(before, prior, style, pictures, manifest_at, gradient)
-    assert len(torch.cat(manifest_at.t)) == 6
-    assert len(set(torch.cat(manifest_at.t).tolist())) > 3
+    expected = naive_gradient(before, prior, style, pictures, recorded, gradient)
+    assert len(torch.cat(recorded.t)) == 6
+    assert len(set(torch.cat(recorded.t).tolist())) > 3
     assert apart(averages.of_generator(distiller), expected) < 1e-4
 
 
-def test_maps_of_a_grid_are_the_picture_s_own(prior: Prior, style: Prior, manifest_at: Recorded) -> None:
+def test_maps_of_a_grid_are_the_picture_s_own(prior: Prior, style: Prior, recorded: Recorded) -> None:
     """The nearest of three maps, each with a noise of its own, the same for all repeats of a picture."""
     averages, pictures, grid = Averages(), images(), [140, 260, 380]
     distiller = lively(Distiller(prior, style, manifest({"relevance_grid": 3}, repeats=3), averages))
     before = copy.deepcopy(distiller)
     distiller.train_step(pictures, WORDS[:2], SEEDS[:2])
-    assert len(manifest_at.maps) == 3
-    eps_of_maps = torch.stack(manifest_at.maps, 1).double()  # [picture, grid, C, h, w]
+    assert len(recorded.maps) == 3
+    eps_of_maps = torch.stack(recorded.maps, 1).double()  # [picture, grid, C, h, w]
     assert len(eps_of_maps.unique()) == eps_of_maps.numel()
     pictures_by_source: dict[float, int] = {}
 
@@ -286,7 +286,7 @@ def test_maps_of_a_grid_are_the_picture_s_own(prior: Prior, style: Prior, manife
         answers = {words: real(z_t_src, grid[nearest], words) for words in ("edit", "null")}
         return sms_released(z, z_src, t, eps, *models[:2], lambda _, __, words: answers[words])
 
-    expected = naive_gradient(before, prior, style, pictures, manifest_at, gradient)
+    expected = naive_gradient(before, prior, style, pictures, recorded, gradient)
     assert len(pictures_by_source) == 2
     assert apart(averages.of_generator(distiller), expected) < 1e-4
 
@@ -301,14 +301,14 @@ def test_contrastive_objective_trains_too(prior: Prior, style: Prior) -> None:
     assert gradient.norm() > 0
 
 
-def test_reported_losses(prior: Prior, style: Prior, manifest_at: Recorded) -> None:
+def test_reported_losses(prior: Prior, style: Prior, recorded: Recorded) -> None:
     """The mean over all rows of what the objective says of each, and of the fake score's error."""
     distiller = lively(Distiller(prior, style, manifest({"relevance": "off", "identity_weight": 0}, {"batch_size": 1})))
     before = copy.deepcopy(distiller)
     losses = distiller.train_step(images(), WORDS[:2], SEEDS[:2])
     fake, expected = faked(prior, before), []
     for row, (z, t, eps) in enumerate(
-        zip(torch.cat(manifest_at.z), torch.cat(manifest_at.t), torch.cat(manifest_at.eps), strict=True)
+        zip(torch.cat(recorded.z), torch.cat(recorded.t), torch.cat(recorded.eps), strict=True)
     ):
         models = [black_box(model, WORDS[row // 2]) for model in (style, fake)]
         z64, eps64 = z.double().numpy(), eps.double().numpy()
@@ -400,23 +400,23 @@ def test_one_lora_learns_from_all_rows(prior: Prior, style: Prior, followed: Fol
 
 
 def test_fake_score_follows_the_generator_at_times_and_noises_of_its_own(
-    prior: Prior, style: Prior, manifest_at: Recorded, followed: Followed
+    prior: Prior, style: Prior, recorded: Recorded, followed: Followed
 ) -> None:
     distiller = lively(Distiller(prior, style, manifest({"fake": {"updates": 2}}, {"batch_size": 1})))
     for _ in range(2):
         distiller.train_step(images(), WORDS[:2], SEEDS[:2])
-    asked = torch.cat(manifest_at.z).unflatten(0, (2, 4))  # [step, row]
+    asked = torch.cat(recorded.z).unflatten(0, (2, 4))  # [step, row]
     text = prior.embed([WORDS[row // 2].target for row in range(4)])
     for number, rows in enumerate(followed.complete):
         assert torch.equal(torch.stack([z for z, *_ in rows]), asked[number // 2]), "what the generator made"
         torch.testing.assert_close(torch.stack([words for *_, words in rows]), text)
-    noises = [*torch.cat(manifest_at.eps), *(eps for rows in followed.complete for _, _, eps, _ in rows)]
+    noises = [*torch.cat(recorded.eps), *(eps for rows in followed.complete for _, _, eps, _ in rows)]
     of_first_step = [*noises[:4], *noises[8:16]]
     assert len(torch.stack(of_first_step).unique(dim=0)) == 12, "four rows' own, and of each of two updates"
 
 
 def test_forward_mode_learns_from_the_very_prediction(
-    prior: Prior, style: Prior, manifest_at: Recorded, followed: Followed
+    prior: Prior, style: Prior, recorded: Recorded, followed: Followed
 ) -> None:
     averages = Averages()
     config = {"fake": {"trains_on": "forward"}}
@@ -425,7 +425,7 @@ def test_forward_mode_learns_from_the_very_prediction(
     down, up = of_lora(distiller._fake.factors, "down"), of_lora(distiller._fake.factors, "up")
     loss = distiller.train_step(images(), WORDS[:2], SEEDS[:2])["fake"]
     assert followed.complete == [[]], "no prediction of its own, one update"
-    z, t, eps = (torch.cat(part) for part in (manifest_at.z, manifest_at.t, manifest_at.eps))
+    z, t, eps = (torch.cat(part) for part in (recorded.z, recorded.t, recorded.eps))
     abar, unet = oracles.alphas_cumprod(), prior._unet
     text = prior.embed([WORDS[row // 2].target for row in range(4)])
 
@@ -522,7 +522,7 @@ def test_warm_up_learns_to_reproduce(prior: Prior, style: Prior) -> None:
 
 
 def test_timesteps_narrow_over_the_steps_after_the_warm_up(
-    prior: Prior, style: Prior, manifest_at: Recorded, followed: Followed
+    prior: Prior, style: Prior, recorded: Recorded, followed: Followed
 ) -> None:
     """All of a run of 24 steps: the gradient's timesteps narrow, the fake score's do not."""
     steps, expected = 24, []
@@ -533,7 +533,7 @@ def test_timesteps_narrow_over_the_steps_after_the_warm_up(
             choices, draws = oracles.released_range(position - 2, steps), torch.Generator().manual_seed(position)
             expected.append([choices[int(torch.randint(len(choices), (), generator=draws))] for _ in range(3)])
     assert distiller.step == 2 + steps
-    assert [t.tolist() for t in manifest_at.t] == expected, "the first that a picture's seed draws"
+    assert [t.tolist() for t in recorded.t] == expected, "the first that a picture's seed draws"
     assert len({t for of_step in expected for t in of_step}) > steps
     whole = oracles.released_range(0, 1)
     of_fake = [int(t) for rows in followed.complete for _, t, *_ in rows]
