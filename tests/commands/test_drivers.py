@@ -51,7 +51,7 @@ def test_whoever_leaves_in_order_takes_his_heartbeat_along(job: Path, tmp_path: 
 def test_a_heart_beats_on_while_the_driver_is_busy_otherwise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = Store(tmp_path)
     monkeypatch.setattr(heart_module, "BEAT_S", 0.01)
-    with Heartbeat(store, sb.Status("x", 1, 0, 1, 0, 0.0, {}, False)) as heart:
+    with Heartbeat(store, sb.Status("x", 1, 0, 1, 0, 0.0, {}, False).beat()) as heart:
         (beat,) = tmp_path.rglob("*.json")
         heart.now = sb.Status("x", 1, 0, 1, 0, 0.5, {}, False)
         deadline = time.monotonic() + 30
@@ -69,7 +69,7 @@ def test_a_store_that_is_gone_does_not_hide_why_a_driver_leaves(
         raise sb.StorageError("gone")
 
     def leave() -> None:
-        with Heartbeat(Store(tmp_path / "out"), sb.Status("x", 1, 0, 1, 0, 0.0, {}, False)):
+        with Heartbeat(Store(tmp_path / "out"), sb.Status("x", 1, 0, 1, 0, 0.0, {}, False).beat()):
             monkeypatch.setattr(Store, "delete", gone)
             raise KeyboardInterrupt
 
@@ -108,9 +108,9 @@ def test_a_second_driver_takes_shards_in_another_order() -> None:
     assert sorted(shuffled, key=lambda task: task.unit.id) == todo
     assert [task.unit.shard for task in shuffled] != [task.unit.shard for task in todo]
     for place in range(0, 400, 4):  # shards stay together, so that they are complete soon; each from its end
-        batch_size = [task.unit.id for task in shuffled[place : place + 4]]
-        assert batch_size == sorted(batch_size, reverse=True)
-        assert batch_size[0] - batch_size[-1] == 3
+        together = [task.unit.id for task in shuffled[place : place + 4]]
+        assert together == sorted(together, reverse=True)
+        assert together[0] - together[-1] == 3
 
 
 class TestAStoreWithoutCreateOnlyPut:

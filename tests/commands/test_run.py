@@ -29,7 +29,7 @@ def make_tar(path: Path, members: list[tuple[str, bytes]]) -> None:
             tar.addfile(member, io.BytesIO(data))
 
 
-UnitRetry = Callable[..., sb.Manifest]
+Job = Callable[..., sb.Manifest]
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +38,7 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def job(tmp_path: Path, model: Path, lora: Path, photos: Path) -> UnitRetry:
+def job(tmp_path: Path, model: Path, lora: Path, photos: Path) -> Job:
     """A manifest writing to a new folder below tmp_path; arguments are overrides."""
     number = iter(range(100))
 
@@ -61,7 +61,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory, model: Path, lora: Pat
 @pytest.mark.parametrize("pool", ["local", "ray"])
 @pytest.mark.usefixtures("cluster")
 class TestEveryPool:
-    def test_gives_the_same_bytes(self, pool: str, job: UnitRetry, undisturbed: Path) -> None:
+    def test_gives_the_same_bytes(self, pool: str, job: Job, undisturbed: Path) -> None:
         manifest = job(f"compute.pool={pool}", "compute.workers=2")
         seen: list[sb.Status] = []
         report = sb.run(manifest, progress=seen.append)
@@ -75,7 +75,7 @@ class TestEveryPool:
         assert seen[-1].samples_done == 6
         assert max(len(status.workers) for status in seen) == (2 if pool == "ray" else 1)
 
-    def test_a_broken_picture_is_a_row(self, pool: str, job: UnitRetry, tmp_path: Path, undisturbed: Path) -> None:
+    def test_a_broken_picture_is_a_row(self, pool: str, job: Job, tmp_path: Path, undisturbed: Path) -> None:
         folder = make_photos(tmp_path / "some-broken")
         for key, content in (
             ("empty", b""),
@@ -99,7 +99,7 @@ class TestEveryPool:
         assert set(pictures(Path(manifest.output.path))) == set(found) - set(failed)
 
     def test_too_many_failures_end_the_run_with_an_error_but_keep_it(
-        self, pool: str, job: UnitRetry, tmp_path: Path
+        self, pool: str, job: Job, tmp_path: Path
     ) -> None:
         folder = make_photos(tmp_path / "bad")
         (folder / "zzz.jpg").write_bytes(b"")
@@ -112,7 +112,7 @@ class TestEveryPool:
         with pytest.raises(sb.RunError, match="1 of 7 samples failed"):  # said again, nothing done again
             sb.run(manifest)
 
-    def test_goes_on_where_the_commits_end(self, pool: str, job: UnitRetry, undisturbed: Path) -> None:
+    def test_goes_on_where_the_commits_end(self, pool: str, job: Job, undisturbed: Path) -> None:
         manifest = job()
         out = Path(manifest.output.path)
         sb.run(manifest)
@@ -128,7 +128,7 @@ class TestEveryPool:
         assert tars(out) == tars(undisturbed)
         assert set(rows(out)) == set(KEYS)
 
-    def test_an_error_that_is_no_samples_fault_ends_the_run(self, pool: str, job: UnitRetry) -> None:
+    def test_an_error_that_is_no_samples_fault_ends_the_run(self, pool: str, job: Job) -> None:
         manifest = job(f"compute.pool={pool}")
         out = Path(manifest.output.path)
         (out / "_smsbatch").mkdir(parents=True)
@@ -138,7 +138,7 @@ class TestEveryPool:
 
 
 @pytest.mark.usefixtures("cluster")
-def test_an_actor_that_finds_no_place_holds_nothing_up(job: UnitRetry) -> None:
+def test_an_actor_that_finds_no_place_holds_nothing_up(job: Job) -> None:
     """Three actors of one core each on a cluster of two: the run is done by those who have a place."""
     report = sb.run(job("compute.pool=ray", "compute.workers=3"))
     assert report.succeeded == 6
@@ -146,11 +146,11 @@ def test_an_actor_that_finds_no_place_holds_nothing_up(job: UnitRetry) -> None:
 
 @pytest.mark.usefixtures("cluster")
 class TestMapOnACluster:
-    def test_of_many_items_keeps_their_order(self, job: UnitRetry) -> None:
+    def test_of_many_items_keeps_their_order(self, job: Job) -> None:
         with RayPool(job("compute.pool=ray")) as pool:
             assert list(pool.map(abs, range(-200, 0))) == list(range(200, 0, -1))
 
-    def test_indexes_a_source_of_many_tars(self, job: UnitRetry, tmp_path: Path) -> None:
+    def test_indexes_a_source_of_many_tars(self, job: Job, tmp_path: Path) -> None:
         """What a scan has to say comes back as it is: a key that stands twice, a tar that is cut."""
         for number in range(70):
             make_tar(tmp_path / f"tars/{number:03}.tar", [(f"key-{number}.jpg", b"x"), (f"key-{number}.txt", b"y")])
@@ -167,7 +167,7 @@ class TestMapOnACluster:
 
 @pytest.mark.usefixtures("cluster")
 def test_relative_paths_are_those_of_the_driver(
-    job: UnitRetry, lora: Path, photos: Path, monkeypatch: pytest.MonkeyPatch, undisturbed: Path
+    job: Job, lora: Path, photos: Path, monkeypatch: pytest.MonkeyPatch, undisturbed: Path
 ) -> None:
     """Actors have another working folder."""
     monkeypatch.chdir(photos.parent)
@@ -178,13 +178,13 @@ def test_relative_paths_are_those_of_the_driver(
 
 
 @pytest.mark.usefixtures("cluster")
-def test_more_gpus_than_there_are_is_a_request_that_is_refused(job: UnitRetry) -> None:
+def test_more_gpus_than_there_are_is_a_request_that_is_refused(job: Job) -> None:
     with pytest.raises(sb.RequestError, match="there is room for 0"):
         sb.run(job("compute.pool=ray", "compute.gpus_per_worker=1"))
 
 
 def test_ray_that_is_not_installed_is_said_before_anything_is_written(
-    job: UnitRetry, monkeypatch: pytest.MonkeyPatch
+    job: Job, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     manifest = job("compute.pool=ray")
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
@@ -195,7 +195,7 @@ def test_ray_that_is_not_installed_is_said_before_anything_is_written(
 
 class TestChangedInputs:
     @pytest.fixture
-    def changed(self, job: UnitRetry, tmp_path: Path) -> sb.Manifest:
+    def changed(self, job: Job, tmp_path: Path) -> sb.Manifest:
         """Planned, then one picture replaced, one gone and one new."""
         folder = make_photos(tmp_path / "changing")
         manifest = job(f"source.urls={folder}", "errors.max_failed_fraction=1")
@@ -223,7 +223,7 @@ class TestChangedInputs:
         sb.run(changed)  # noted with the run, and not asked again
 
 
-def test_a_picture_that_is_replaced_under_a_worker_is_a_row(job: UnitRetry, tmp_path: Path) -> None:
+def test_a_picture_that_is_replaced_under_a_worker_is_a_row(job: Job, tmp_path: Path) -> None:
     """Changed after the driver has looked: a worker compares what it reads with what was planned."""
     folder = make_photos(tmp_path / "changing")
     manifest = job(f"source.urls={folder}")
@@ -273,7 +273,7 @@ def _differences(a: Path, b: Path) -> list[float]:
     return [float(np.abs(first[key].astype(int) - second[key].astype(int)).mean()) for key in first]
 
 
-def test_units_and_shards_do_not_change_a_picture(job: UnitRetry, undisturbed: Path) -> None:
+def test_units_and_shards_do_not_change_a_picture(job: Job, undisturbed: Path) -> None:
     """The same batches dealt otherwise: the same bytes, picture for picture."""
     manifest = job("output.samples_per_unit=6", "output.samples_per_shard=6")
     sb.run(manifest)
@@ -281,14 +281,14 @@ def test_units_and_shards_do_not_change_a_picture(job: UnitRetry, undisturbed: P
 
 
 @pytest.mark.parametrize("batch_size", [1, 4])
-def test_the_batch_does_not_change_a_picture(job: UnitRetry, undisturbed: Path, batch_size: int) -> None:
+def test_the_batch_does_not_change_a_picture(job: Job, undisturbed: Path, batch_size: int) -> None:
     """Other batches: the rounding of the kernels, and no more than half of one of 255 steps of brightness."""
     manifest = job(f"compute.batch_size={batch_size}", "output.samples_per_unit=6", "output.samples_per_shard=6")
     sb.run(manifest)
     assert max(_differences(Path(manifest.output.path), undisturbed)) < 0.5
 
 
-def test_neighbours_do_not_change_a_picture(job: UnitRetry, undisturbed: Path, tmp_path: Path) -> None:
+def test_neighbours_do_not_change_a_picture(job: Job, undisturbed: Path, tmp_path: Path) -> None:
     """Another order, other company and a broken neighbour."""
     folder = make_photos(tmp_path / "company")
     make_photos(folder, ["aaa", "photo-2b"])
@@ -300,13 +300,13 @@ def test_neighbours_do_not_change_a_picture(job: UnitRetry, undisturbed: Path, t
     assert max(float(np.abs(found[key].astype(int) - before[key].astype(int)).mean()) for key in KEYS) < 0.5
 
 
-def test_the_seed_changes_every_picture(job: UnitRetry, undisturbed: Path) -> None:
+def test_the_seed_changes_every_picture(job: Job, undisturbed: Path) -> None:
     manifest = job("seed=1")
     sb.run(manifest)
     assert min(_differences(Path(manifest.output.path), undisturbed)) > 0
 
 
-def test_other_sizes_in_one_run(job: UnitRetry, tmp_path: Path) -> None:
+def test_other_sizes_in_one_run(job: Job, tmp_path: Path) -> None:
     folder = make_photos(tmp_path / "sizes", ["wide"], size=(101, 40))
     make_photos(folder, ["tall"], size=(40, 73))
     make_photos(folder, ["square"], size=(50, 50))
@@ -317,7 +317,7 @@ def test_other_sizes_in_one_run(job: UnitRetry, tmp_path: Path) -> None:
     assert shapes == {"wide": (32, 81), "tall": (58, 32), "square": (32, 32), "small": (32, 32)}
 
 
-def test_nothing_to_do_is_said_and_done_fast(job: UnitRetry) -> None:
+def test_nothing_to_do_is_said_and_done_fast(job: Job) -> None:
     manifest = job()
     sb.run(manifest)
     out = Path(manifest.output.path)
@@ -328,7 +328,7 @@ def test_nothing_to_do_is_said_and_done_fast(job: UnitRetry) -> None:
     assert before == {file: file.stat().st_mtime_ns for file in before}
 
 
-def test_diverged(job: UnitRetry) -> None:
+def test_diverged(job: Job) -> None:
     """A learning rate that blows up gives failed rows, not a crash and not a grey picture."""
     manifest = job("objective.learning_rate=1e37", "objective.steps=4", "errors.max_failed_fraction=1")
     report = sb.run(manifest)
@@ -336,7 +336,7 @@ def test_diverged(job: UnitRetry) -> None:
     assert {row["error_code"] for row in rows(Path(manifest.output.path)).values()} == {"diverged"}
 
 
-def test_status_from_storage_alone(job: UnitRetry) -> None:
+def test_status_from_storage_alone(job: Job) -> None:
     manifest = job()
     out = Path(manifest.output.path)
     with pytest.raises(sb.RequestError, match="no run here"):
@@ -353,7 +353,7 @@ def test_status_from_storage_alone(job: UnitRetry) -> None:
     )
 
 
-def test_stylizer_gives_what_a_run_gives(job: UnitRetry, undisturbed: Path, photos: Path) -> None:
+def test_stylizer_gives_what_a_run_gives(job: Job, undisturbed: Path, photos: Path) -> None:
     stylizer = sb.Stylizer(job("compute.batch_size=1"))
     picture, row = stylizer(photos / "photo-2.png", caption="waves number 2", key="photo-2")
     assert np.abs(picture.astype(int) - pictures(undisturbed)["photo-2"].astype(int)).mean() < 0.5

@@ -43,8 +43,8 @@ def test_every_sample_trains_its_own_lora_and_leaves_the_prior_alone(prior: Prio
     def generators(*seeds: int) -> list[torch.Generator]:
         return [torch.Generator().manual_seed(seed) for seed in seeds]
 
-    batch_size = FakeScore(prior, Fake(), generators(*seeds))
-    losses = torch.stack([batch_size.train_step(z, t[i], eps[i], text) for i in range(10)])
+    together = FakeScore(prior, Fake(), generators(*seeds))
+    losses = torch.stack([together.train_step(z, t[i], eps[i], text) for i in range(10)])
     probe_t = torch.tensor([100])
     for index, seed in enumerate(seeds):
         alone = FakeScore(prior, Fake(), generators(seed))
@@ -52,7 +52,7 @@ def test_every_sample_trains_its_own_lora_and_leaves_the_prior_alone(prior: Prio
         own = torch.stack([alone.train_step(z[row], t[i, row], eps[i, row], text[row]) for i in range(10)])
         torch.testing.assert_close(losses[:, index], own[:, 0], rtol=1e-4, atol=1e-6)
         with torch.no_grad():
-            ours = ask(batch_size, z, probe_t.repeat(3), text)[row]
+            ours = ask(together, z, probe_t.repeat(3), text)[row]
             torch.testing.assert_close(ours, ask(alone, z[row], probe_t, text[row]), rtol=1e-4, atol=1e-4)
             assert (ours - prior.noise(z[row], probe_t, text[row])).abs().max() > 1e-3  # it did learn something
     for weight, layer in zip(before, prior.layers().values(), strict=True):

@@ -94,8 +94,8 @@ def test_gradient_is_the_slope_of_the_loss() -> None:
 @pytest.mark.usefixtures("weights")
 def test_a_sample_sees_the_same_alone_and_in_a_batch() -> None:
     z, z_src = latents(0), latents(1)
-    batch_size = LatentLpips(z_src)
-    steps = [batch_size.gradient(z, T) for _ in range(2)]
+    together = LatentLpips(z_src)
+    steps = [together.gradient(z, T) for _ in range(2)]
     assert not torch.allclose(steps[0][1], steps[1][1]), "another augmentation in every call"
     for index in range(3):
         alone = LatentLpips(z_src[index : index + 1])

@@ -146,11 +146,11 @@ def test_models_that_predict_v_and_mixed_ones(prior: Prior, v_model: Path, pair:
 
 
 def assert_alone_as_together(prior: Prior, style: Prior, config: Objective, mean: float) -> None:
-    batch_size = optimize(prior, style, z_src := latents(), WORDS, SEEDS, config).z
+    together = optimize(prior, style, z_src := latents(), WORDS, SEEDS, config).z
     for i in (0, 3):
         alone = optimize(prior, style, z_src[i : i + 1], WORDS[i : i + 1], SEEDS[i : i + 1], config).z
-        assert (batch_size[i] - alone[0]).abs().mean() < mean
-        assert (batch_size[i] - z_src[i]).abs().mean() > max(0.02, 3 * mean)  # it went somewhere
+        assert (together[i] - alone[0]).abs().mean() < mean
+        assert (together[i] - z_src[i]).abs().mean() > max(0.02, 3 * mean)  # it went somewhere
 
 
 def test_the_same_batch_gives_the_same_bytes(prior: Prior, style: Prior) -> None:
@@ -173,9 +173,9 @@ def test_a_sample_that_is_not_finite_does_not_touch_its_neighbours(prior: Prior,
 def test_equal_samples_stay_equal(prior: Prior, style: Prior) -> None:
     """Samples that are, or become, the same keep LoRAs of their own; a batch of one picture four times shows it."""
     config, z_src = Objective(steps=10), latents()[:1].expand(4, -1, -1, -1)
-    batch_size = optimize(prior, style, z_src, WORDS[:1] * 4, [7] * 4, config).z
+    together = optimize(prior, style, z_src, WORDS[:1] * 4, [7] * 4, config).z
     alone = optimize(prior, style, z_src[:1], WORDS[:1], [7], config).z
-    for row in batch_size:
+    for row in together:
         assert (row - alone[0]).abs().mean() < 1e-3
 
 

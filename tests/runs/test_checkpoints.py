@@ -61,10 +61,10 @@ def test_what_is_written_is_read_again(store: Store) -> None:
 
 
 def test_of_two_writers_of_a_step_one_wins_and_both_know_which(store: Store) -> None:
-    batch_size = Barrier(6)
+    together = Barrier(6)
 
     def compete(number: int) -> tuple[Any, bytes]:
-        batch_size.wait(20)
+        together.wait(20)
         data = f"by writer {number}".encode()
         return write(store, 7, data), data
 
