@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from execution.jobs import rows, tars
+from support.jobs import rows, tars
 
 import smsbatch as sb
 

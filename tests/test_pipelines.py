@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from execution.jobs import make_photos, pictures, write_manifest
 from PIL import Image
+from support.jobs import make_photos, pictures, write_manifest
 
 import smsbatch as sb
 from smsbatch.metrics import hub

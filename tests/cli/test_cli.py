@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 
 import pytest
-from execution.jobs import make_photos, write_manifest
+from support.jobs import make_photos, write_manifest
 from typer.testing import CliRunner
 
 from smsbatch.cli.app import app

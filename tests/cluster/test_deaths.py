@@ -27,7 +27,7 @@ from smsbatch.workers.worker import WorkItem
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[None]:
-    """Actors find this folder's modules by PYTHONPATH, as they find a user's."""
+    """Actors find the modules of the tests by PYTHONPATH, as they find a user's."""
     import ray
 
     ray.init(
@@ -35,7 +35,7 @@ def cluster() -> Iterator[None]:
         include_dashboard=False,
         log_to_driver=False,
         logging_level="ERROR",
-        runtime_env={"env_vars": {"PYTHONPATH": str(Path(__file__).parent)}},
+        runtime_env={"env_vars": {"PYTHONPATH": str(Path(__file__).parents[1])}},
     )
     yield
     ray.shutdown()

@@ -13,13 +13,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
+from smsbatch.runs.run_file import store_of
 from support.jobs import make_photos, write_manifest
 
 import smsbatch as sb
 from smsbatch.commands.plan import cut, establish
 from smsbatch.runs.drift import allowed_drift
 from smsbatch.runs.plan import Estimate
-from smsbatch.runs.run_file import store_of
 from smsbatch.workers.pool import LocalPool
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from smsbatch.runs.run_file import require_run, store_of
 from support.jobs import KEYS, make_photos, pictures, write_manifest
 
 import smsbatch as sb
@@ -17,7 +18,6 @@ from smsbatch.commands.replay import replay
 from smsbatch.data.pixels import decode, encode
 from smsbatch.data.sample import Entry, Span
 from smsbatch.manifest import Storage
-from smsbatch.runs.run_file import require_run, store_of
 
 
 @pytest.fixture(scope="module")

@@ -10,12 +10,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from smsbatch.runs.run_file import store_of
 from support.jobs import KEYS, commits, make_photos, pictures, rows, tars, write_manifest
 
 import smsbatch as sb
 from smsbatch.cluster.ray_pool import RayPool
 from smsbatch.commands.plan import establish
-from smsbatch.runs.run_file import store_of
 from smsbatch.workers.pool import LocalPool
 from smsbatch.workers.worker import Worker, WorkItem
 

@@ -13,9 +13,9 @@ import pytest
 from support.made_up_run import MIXED, make_run, stylized
 
 import smsbatch as sb
-from smsbatch.commands import status as status_module
 from smsbatch.data.index import read_units
 from smsbatch.report.write import write_report
+from smsbatch.runs import status as status_module
 from smsbatch.runs.heartbeat import HEARTBEATS
 from smsbatch.runs.ledger import Ledger
 from smsbatch.runs.snapshot import Snapshot

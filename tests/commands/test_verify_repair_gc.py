@@ -13,6 +13,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from smsbatch.runs.run_file import of_output, store_of
 from support.jobs import make_photos, tars, write_manifest
 from support.made_up_run import MIXED, make_run, picture, stylized
 from support.s3server import Server
@@ -26,7 +27,6 @@ from smsbatch.report.write import write_report
 from smsbatch.runs.heartbeat import HEARTBEATS
 from smsbatch.runs.layout import SUCCESS
 from smsbatch.runs.ledger import Ledger
-from smsbatch.runs.run_file import of_output, store_of
 from smsbatch.storage.store import Store
 
 TAR, PARQUET = "shards/000000.tar", "metrics/000000.parquet"

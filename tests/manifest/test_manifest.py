@@ -322,7 +322,7 @@ def test_the_schema_explains_every_key() -> None:
 
 
 def test_manifests_of_the_repository_are_valid() -> None:
-    root = Path(__file__).parent.parent
+    root = Path(__file__).parents[2]
     files = [*sorted((root / "manifests").glob("*.yaml")), root / "smsbatch" / "template.yaml"]
     assert len(files) >= 2
     for path in files:

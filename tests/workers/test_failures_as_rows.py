@@ -9,15 +9,15 @@ from typing import Any
 
 import pytest
 import torch
+from smsbatch.runs.run_file import store_of
 from support.jobs import KEYS, commits, make_photos, pictures, rows, tars, write_manifest
 
 import smsbatch as sb
 from smsbatch.commands import run as drive
 from smsbatch.data import pixels
 from smsbatch.data.index import read_units
-from smsbatch.engines import base as engines
+from smsbatch.engines import optimize as engines
 from smsbatch.errors import ERROR_CODES
-from smsbatch.runs.run_file import store_of
 from smsbatch.workers.worker import Worker, WorkItem
 
 

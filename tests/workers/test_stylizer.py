@@ -18,7 +18,7 @@ import smsbatch as sb
 from smsbatch.data import pixels
 from smsbatch.data.sample import Sample, Unit
 from smsbatch.diffusion.optimize import Optimized
-from smsbatch.engines import base as engines
+from smsbatch.engines import optimize as engines
 from smsbatch.manifest import Prompts
 from smsbatch.workers.worker import Worker, WorkItem
 
