@@ -28,7 +28,7 @@ def overrides(set_: list[str] | None, limit: int | None) -> list[str]:
 def located(argument: str, set_: list[str] | None) -> str | Manifest:
     """A manifest if it is a file, else an output, of which only the way there can be set: `storage` keys."""
     import smsbatch as sb
-    from smsbatch.runs.run_file import of_output
+    from smsbatch.runs.run import of_output
 
     if Path(argument).is_file() or argument.endswith((".yaml", ".yml")):
         return sb.load(argument, set_ or ())

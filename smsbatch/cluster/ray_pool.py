@@ -17,6 +17,7 @@ from smsbatch.manifest import Manifest
 from smsbatch.parallel import Item, Result, started_ahead
 from smsbatch.runs.plan import Estimate
 from smsbatch.runs.records import Commit
+from smsbatch.runs.run import Run
 from smsbatch.runs.status import Progress
 from smsbatch.workers.pool import TICK_S, LocalPool, Pool, in_flight
 from smsbatch.workers.worker import Worker, WorkItem
@@ -111,7 +112,8 @@ class RayPool(Pool):
                 f"a worker died before the work began ({reason}); look at the memory of the nodes"
             ) from error
 
-    def work(self, items: Iterable[WorkItem]) -> Iterator[Commit | None]:
+    def work(self, run: Run, items: Iterable[WorkItem]) -> Iterator[Commit | None]:
+        """As `Pool.work`; each actor opens the run for itself."""
         self._connect()
         import ray
 

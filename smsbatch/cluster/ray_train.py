@@ -21,7 +21,7 @@ from typing import Any
 from smsbatch.cluster.connect import Sizing, check_installed, connect, size_up
 from smsbatch.errors import RunError, SmsbatchError, StorageError
 from smsbatch.manifest import Distill
-from smsbatch.runs.run_file import store_of
+from smsbatch.runs.run import store_of
 from smsbatch.storage.store import Store
 from smsbatch.training.log import TrainingProgress, read_progress
 

@@ -26,7 +26,7 @@ from smsbatch.diffusion.lora_files import check_style
 from smsbatch.errors import RequestError, SmsbatchError
 from smsbatch.generator.files import generator_about
 from smsbatch.manifest import Manifest, Storage, Styled, Stylize
-from smsbatch.runs.run_file import read_run, require_empty
+from smsbatch.runs.run import find_or_require_empty
 from smsbatch.storage.store import TEMPORARY, Store
 
 __all__ = ["Check", "doctor"]
@@ -133,9 +133,7 @@ def _output(where: str | Manifest) -> Iterator[Check]:
     try:
         path, storage = (where, Storage()) if isinstance(where, str) else (where.output.path, where.storage)
         store = Store(path, _impatient(storage))
-        run = read_run(store)
-        if run is None:
-            require_empty(store)
+        run = find_or_require_empty(store)
     except SmsbatchError as error:
         yield _failed("output", error)
         return
@@ -160,7 +158,7 @@ def _output(where: str | Manifest) -> Iterator[Check]:
             return
         if name == "clock":
             off_s = (datetime.now(UTC) - answers[name]).total_seconds()
-    stands = "no run yet" if run is None else f"the run {run['name']}"
+    stands = "no run yet" if run is None else f"the run {run.name}"
     done = ", ".join(name for name in answers if name != "clock")
     took_ms = 1000 * (perf_counter() - started)
     yield Check("output", "ok", f"{store.url}: {done} in {took_ms:.0f} ms; {stands}")

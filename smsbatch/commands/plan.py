@@ -24,13 +24,12 @@ from smsbatch.cluster.ray_pool import pool_of
 from smsbatch.commands.weights import check_weights, weight_digests
 from smsbatch.data.index import (
     SAMPLES,
-    UNITS,
     Built,
     Part,
+    StoredFile,
     build_index,
     move_index,
     read_index,
-    read_units,
     write_index,
     write_moved,
     write_objects,
@@ -44,9 +43,8 @@ from smsbatch.manifest import Dataset, Distill, Manifest, Stylize
 from smsbatch.runs.checkpoints import latest
 from smsbatch.runs.drift import check_allowed, check_unchanged, inputs_changed
 from smsbatch.runs.layout import RUN
-from smsbatch.runs.ledger import Ledger
 from smsbatch.runs.plan import Estimate, Plan, TrainingPlan
-from smsbatch.runs.run_file import read_run, require_empty, store_of
+from smsbatch.runs.run import Run, find_or_require_empty, store_of
 from smsbatch.storage.store import Store
 from smsbatch.workers.pool import Pool
 
@@ -104,91 +102,93 @@ def plan(
             "(--set distill.steps=100 and another output.path), which tells the rate"
         )
     store = store_of(manifest)
-    run = read_run(store)
+    run = find_or_require_empty(store)
     if run is not None:
-        check_unchanged(store, run, manifest, weight_digests(manifest), allow_drift, note=False)
-    else:
-        require_empty(store)
+        check_unchanged(run, manifest, weight_digests(manifest), allow_drift, note=False)
     planned: Plan | TrainingPlan
     with pool_of(manifest) as pool:
-        if run is None or not store.exists(_last_file(manifest)):
+        if run is None or not run.is_planned:
             with _drafted(manifest, pool, probe) as draft:
                 planned = draft.plan
         else:
-            planned = _begun(_standing(manifest, store, run), store)
+            planned = _begun(manifest, run)
             if not planned.done:
-                inputs_changed(store, manifest, allow_drift, note=False)
+                inputs_changed(run, manifest, allow_drift, note=False)
             if isinstance(planned, Plan):
-                planned = replace(planned, estimate=_estimate(pool, store, planned.samples, probe))
+                planned = replace(planned, estimate=_estimate(pool, run.index, planned.samples, probe))
     return replace(planned, price_per_gpu_hour=price_per_gpu_hour) if isinstance(planned, Plan) else planned
 
 
-def _begun(planned: Plan | TrainingPlan, store: Store) -> Plan | TrainingPlan:
-    """The plan of a run that stands, with how far it is."""
-    if isinstance(planned, TrainingPlan):
-        checkpoint, steps = latest(store), planned.manifest.distill.all_steps
-        steps_done = checkpoint.step if checkpoint else 0
-        begun = f"{store.url} has this run already: it goes on from step {steps_done:,} of {steps:,}"
-        return replace(planned, steps_done=steps_done, notices=(*planned.notices, begun))
-    done = Ledger(store).done()
-    begun = f"{store.url} has this run already: {len(done)} of {len(planned.units)} units are done"
-    samples_done = sum(len(unit) for unit in planned.units if unit.id in done)
-    return replace(planned, samples_done=samples_done, notices=(*planned.notices, begun))
+def _begun(manifest: Manifest, run: Run) -> Plan | TrainingPlan:
+    """The plan of a run that exists, with how far it is."""
+    planned, begun = run.about["planned"], f"{run.store.url} has this run already:"
+    if isinstance(manifest, Distill):
+        checkpoint, steps = latest(run.store), manifest.distill.all_steps
+        done = checkpoint.step if checkpoint else 0
+        notices = (*run.about["notices"], f"{begun} it goes on from step {done:,} of {steps:,}")
+        return TrainingPlan(manifest, planned["samples"], notices, planned["bytes"], done)
+    assert isinstance(manifest, Dataset)
+    units = run.ledger.done() & run.by_id.keys()
+    notices = (*run.about["notices"], f"{begun} {len(units)} of {len(run.units)} units are done")
+    samples = sum(len(run.by_id[unit]) for unit in units)
+    return Plan(manifest, planned["samples"], tuple(run.units), notices, planned["bytes"], samples)
 
 
-@overload
-def establish(manifest: Distill, store: Store, pool: Pool, allow_drift: Collection[str] = ...) -> TrainingPlan: ...
-@overload
-def establish(manifest: Dataset, store: Store, pool: Pool, allow_drift: Collection[str] = ...) -> Plan: ...
-def establish(manifest: Manifest, store: Store, pool: Pool, allow_drift: Collection[str] = ()) -> Plan | TrainingPlan:
-    """The plan of the run at `store`: the one that stands there, or else a new one, written now.
+def establish(manifest: Manifest, pool: Pool, allow_drift: Collection[str] = ()) -> Run:
+    """The planned run of a manifest: the one that exists at `output.path`, or else a new one, written now.
 
     Raises:
         DriftError: manifest, weights or index are not those of the run that stands there.
         SourceError, StorageError, WeightsError.
     """
-    run, weights = read_run(store), weight_digests(manifest)
+    store, weights = store_of(manifest), weight_digests(manifest)
+    run = find_or_require_empty(store)
     if run is not None:
-        check_unchanged(store, run, manifest, weights, allow_drift)
-        if store.exists(_last_file(manifest)):
-            return _standing(manifest, store, run)
-    else:
-        require_empty(store)
-    with _drafted(manifest, pool, samples_per_unit=run["planned"].get("samples_per_unit") if run else None) as draft:
+        check_unchanged(run, manifest, weights, allow_drift)
+        if run.is_planned:
+            return run
+    per_unit = run.about["planned"].get("samples_per_unit") if run is not None else None
+    with _drafted(manifest, pool, samples_per_unit=per_unit) as draft:
         if run is None:
-            store.check_writable()
-            store.conditional = store.supports_create()
-            commits = "workers" if store.conditional else "driver"
-            store.create(RUN, json.dumps(_run_json(draft, weights, commits), indent=2).encode())
-            run = read_run(store)  # ours, or that of a driver who was faster
-            assert run is not None
-            check_unchanged(store, run, manifest, weights)
-        if run["index_sha256"] != draft.built.sha256:
+            run = _begin(store, draft, weights)
+        if run.about["index_sha256"] != draft.built.sha256:
             raise DriftError(f"{store.url}: the source is not the one this run began with; choose another output.path")
-        write_objects(store, draft.parts)
-        write_index(store, draft.index)
+        units: list[Unit] = []
+        ours = write_objects(run.store, draft.parts) and write_index(run.store, draft.index)
         if isinstance(manifest, Dataset):
             # As run.json has them: a faster driver may have measured another size of unit.
-            per_unit, per_shard = run["planned"]["samples_per_unit"], manifest.output.samples_per_shard
-            write_units(store, cut(draft.built.samples, per_unit, per_shard))
-    return _standing(manifest, store, run)
+            per_unit, per_shard = run.about["planned"]["samples_per_unit"], manifest.output.samples_per_shard
+            units = list(cut(draft.built.samples, per_unit, per_shard))
+            ours &= write_units(run.store, units)
+        if ours:
+            run.plan_is(units)
+    return run
 
 
-def _last_file(manifest: Manifest) -> str:
-    """Which file of a plan is written last."""
-    return UNITS if isinstance(manifest, Dataset) else SAMPLES
+def _begin(store: Store, draft: _Draft, weights: Mapping[str, str]) -> Run:
+    """The run of a new `run.json`, which is that of another driver if it was faster."""
+    if not store.supports_create():
+        store.check_writable()
+        store = store.without_create_only_put()
+    about = _run_json(draft, weights, "workers" if store.has_create_only_put else "driver")
+    if store.create(RUN, json.dumps(about, indent=2).encode()):
+        return Run(store, about)
+    run = Run.open(store)
+    check_unchanged(run, draft.plan.manifest, weights)
+    return run
 
 
-def relocate(manifest: Manifest, store: Store, pool: Pool) -> None:
-    """Look up the bytes of the planned samples anew, in a source that has changed; samples neither come nor go.
+def relocate(manifest: Manifest, run: Run, pool: Pool) -> None:
+    """Look up the bytes of the planned samples again, in a source that has changed; samples neither come nor go.
 
     Raises:
         SourceError: the source is missing, empty or has clashing keys.
     """
     with _indexed(manifest, pool, [], chosen=False) as (listed, index, _):
         moved = index.with_name("moved.parquet")
-        move_index(store, index, moved)
-        write_moved(store, moved, listed)
+        move_index(StoredFile(run.store, SAMPLES), index, moved)
+        write_moved(run.store, run.index_number + 1, moved, listed)
+        run.renew()
 
 
 @dataclass(frozen=True)
@@ -251,18 +251,10 @@ def _heard(scanned: Iterable[Scanned], notices: list[str]) -> Iterator[Scanned]:
         yield part
 
 
-def _estimate(pool: Pool, index: Store | Path, samples: int, wanted: int) -> Estimate | None:
+def _estimate(pool: Pool, index: StoredFile | Path, samples: int, wanted: int) -> Estimate | None:
     """Try samples spread evenly over the source, so that one odd shard does not speak for all."""
     rows = sorted({samples * number // wanted for number in range(wanted)})
     return pool.estimate_cost([entry for row in rows for entry in read_index(index, row, row + 1)]) if rows else None
-
-
-def _standing(manifest: Manifest, store: Store, run: Mapping[str, Any]) -> Plan | TrainingPlan:
-    planned, notices = run["planned"], tuple(run["notices"])
-    if isinstance(manifest, Distill):
-        return TrainingPlan(manifest, planned["samples"], notices, planned["bytes"])
-    assert isinstance(manifest, Dataset)
-    return Plan(manifest, planned["samples"], tuple(read_units(store)), notices, planned["bytes"])
 
 
 def _run_json(draft: _Draft, weights: Mapping[str, str], commits: str) -> dict[str, Any]:

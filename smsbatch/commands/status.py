@@ -13,10 +13,9 @@ from smsbatch.manifest import Distill, Manifest
 from smsbatch.runs.checkpoints import latest
 from smsbatch.runs.heartbeat import DEAD_AFTER_S, Driver, driver_name, drivers, read_beats
 from smsbatch.runs.layout import SUCCESS, is_reported
-from smsbatch.runs.run_file import is_training, manifest_of
+from smsbatch.runs.run import Run
 from smsbatch.runs.snapshot import Snapshot
 from smsbatch.runs.status import Progress, Status, _at_work, over_budget
-from smsbatch.storage.store import Store
 from smsbatch.training.log import TrainingProgress, read_progress
 
 __all__ = ["TrainingStatus", "status", "training_status"]
@@ -35,8 +34,8 @@ def status(where: str | Manifest | Snapshot) -> Status | TrainingStatus:
         RequestError: no run stands there.
     """
     look = where if isinstance(where, Snapshot) else Snapshot(where)
-    if is_training(look.run):
-        return training_status(look.store, look.run, any(driver.alive for driver in drivers(look.store)))
+    if look.run.is_training:
+        return training_status(look.run, any(driver.alive for driver in drivers(look.store)))
     errors: Counter[str] = Counter()
     for counted in (
         *(record.errors for record in look.records.values()),
@@ -53,7 +52,7 @@ def status(where: str | Manifest | Snapshot) -> Status | TrainingStatus:
     )
     done = bool(look.units) and len(look.generations) == len(look.units)
     now = Status(
-        name=look.run["name"],
+        name=look.run.name,
         units=len(look.units),
         units_done=len(look.generations),
         samples=sum(map(len, look.units.values())),
@@ -148,9 +147,9 @@ class TrainingStatus:
         return asdict(self) | {"remaining_s": self.remaining_s}
 
 
-def training_status(store: Store, run: Mapping[str, Any], alive: bool) -> TrainingStatus:
+def training_status(run: Run, alive: bool) -> TrainingStatus:
     """What `run.json`, the newest checkpoint and the training's own words say; `alive`: a driver is at work."""
-    manifest = manifest_of(run)
+    store, manifest = run.store, run.manifest
     assert isinstance(manifest, Distill)
     training = manifest.distill
     now, checkpoint, finished = read_progress(store), latest(store), store.exists(SUCCESS)
@@ -165,7 +164,7 @@ def training_status(store: Store, run: Mapping[str, Any], alive: bool) -> Traini
     else:
         note = f"nobody is at work on it; `smsbatch run` goes on from step {saved:,}"
     return TrainingStatus(
-        name=run["name"],
+        name=run.name,
         step=step,
         steps=training.all_steps,
         phase=training.phase(step),

@@ -34,12 +34,15 @@ __all__ = [
     "UNITS",
     "Built",
     "Part",
+    "StoredFile",
     "build_index",
     "digest_index",
     "find_key",
     "from_table",
     "index_size",
     "move_index",
+    "newest_number",
+    "numbered",
     "read_index",
     "read_index_table",
     "read_objects",
@@ -92,6 +95,13 @@ class Part(NamedTuple):
     url: str
     size: int
     etag: str
+
+
+class StoredFile(NamedTuple):
+    """An object of a store, for readers that also take a local `Path`."""
+
+    store: Store
+    path: str
 
 
 class Built(NamedTuple):
@@ -176,21 +186,21 @@ def write_index(store: Store, path: Path) -> bool:
     return store.create(SAMPLES, path)
 
 
-def index_size(store: Store) -> int:
-    """How many entries the stored index has."""
-    with _opened(store) as file:
+def index_size(index: StoredFile | Path) -> int:
+    """How many entries an index has."""
+    with _opened(index) as file:
         return int(file.metadata.num_rows)
 
 
-def read_index(source: Store | Path, start: int = 0, stop: int | None = None) -> list[Entry]:
+def read_index(index: StoredFile | Path, start: int = 0, stop: int | None = None) -> list[Entry]:
     """Entries [start, stop) of an index, stored or just built; only the row groups that hold them are read."""
-    return from_table(read_index_table(source, start, stop))
+    return from_table(read_index_table(index, start, stop))
 
 
-def read_index_table(source: Store | Path, start: int = 0, stop: int | None = None) -> pa.Table:
+def read_index_table(index: StoredFile | Path, start: int = 0, stop: int | None = None) -> pa.Table:
     """The same as a table for `from_table`, whole or in parts: it holds many more rows in as much memory."""
     found = [_STORED_SCHEMA.empty_table()]
-    with _opened(source, _latest(source, SAMPLES) if isinstance(source, Store) else SAMPLES) as file:
+    with _opened(index) as file:
         for group, first, count in _groups(file):
             low, high = max(start, first), first + count if stop is None else min(stop, first + count)
             if low < high:
@@ -198,9 +208,9 @@ def read_index_table(source: Store | Path, start: int = 0, stop: int | None = No
     return pa.concat_tables(found)
 
 
-def find_key(store: Store, key: str) -> int | None:
+def find_key(index: StoredFile | Path, key: str) -> int | None:
     """The row of a key, None if it is not planned."""
-    with _opened(store) as file:
+    with _opened(index) as file:
         for group, first, _ in _groups(file):
             bounds = file.metadata.row_group(group).column(0).statistics
             if bounds is not None and bounds.has_min_max and not bounds.min <= key <= bounds.max:
@@ -220,8 +230,8 @@ def digest_index(path: Path) -> str:
     return digest.hexdigest()
 
 
-def move_index(store: Store, found: Path, target: Path) -> tuple[int, int]:
-    """The stored index with its keys' bytes where `found`, an index of the source as it is now, has them.
+def move_index(planned: StoredFile | Path, found: Path, target: Path) -> tuple[int, int]:
+    """The planned index with its keys' bytes where `found`, an index of the source as it is now, has them.
 
     Rows whose key is gone stay as they are, and fail when they are read. In memory are all rows of `found`.
 
@@ -231,11 +241,11 @@ def move_index(store: Store, found: Path, target: Path) -> tuple[int, int]:
     with _opened(found) as file:
         now = file.read(use_threads=False)
     gone = 0
-    with _opened(store) as planned, storage_errors("write", target), _writer(target) as writer:
-        keys = planned.read(columns=["key"], use_threads=False)["key"]
+    with _opened(planned) as file, storage_errors("write", target), _writer(target) as writer:
+        keys = file.read(columns=["key"], use_threads=False)["key"]
         rows = pc.index_in(keys, value_set=now["key"])
-        for group, first, count in _groups(planned):
-            old = planned.read_row_group(group, use_threads=False)
+        for group, first, count in _groups(file):
+            old = file.read_row_group(group, use_threads=False)
             stays = pa.array(np.arange(len(now), len(now) + count), pa.int64())
             moved = rows.slice(first, count)
             gone += moved.null_count
@@ -244,32 +254,29 @@ def move_index(store: Store, found: Path, target: Path) -> tuple[int, int]:
     return gone, len(now) - (len(keys) - gone)
 
 
-def write_moved(store: Store, path: Path, parts: Sequence[Part]) -> None:
-    """Store what `move_index` wrote, and the objects it was made of, beside those that were planned."""
-    number = 1 + _latest_number(store, OBJECTS)
-    store.put(_numbered(SAMPLES, number), path)  # first, and over what a driver left who died before the second
-    store.create(_numbered(OBJECTS, number), _parquet(parts, _OBJECT_SCHEMA))
+def write_moved(store: Store, number: int, path: Path, parts: Sequence[Part]) -> None:
+    """Store the index that `move_index` wrote, and the objects it was made of, as number `number`."""
+    store.put(numbered(SAMPLES, number), path)  # first, over what a driver left that died before the second
+    store.create(numbered(OBJECTS, number), _parquet(parts, _OBJECT_SCHEMA))
 
 
-def write_objects(store: Store, parts: Sequence[Part]) -> list[Part]:
-    """Store what was indexed; returns what is stored: this, or that of whoever was first."""
-    store.create(OBJECTS, _parquet(parts, _OBJECT_SCHEMA))
-    return read_objects(store)
+def write_objects(store: Store, parts: Sequence[Part]) -> bool:
+    """Store which objects were indexed; False if another driver was first, whose list then stands."""
+    return store.create(OBJECTS, _parquet(parts, _OBJECT_SCHEMA))
 
 
-def read_objects(store: Store) -> list[Part]:
-    with _opened(store, _latest(store, OBJECTS)) as file:
+def read_objects(objects: StoredFile) -> list[Part]:
+    with _opened(objects) as file:
         return [Part(**row) for row in file.read(use_threads=False).to_pylist()]
 
 
-def write_units(store: Store, units: Iterable[Unit]) -> list[Unit]:
-    """Store the units; returns those that are stored: these, or those of whoever was first."""
-    store.create(UNITS, _parquet(list(units), _UNIT_SCHEMA))
-    return read_units(store)
+def write_units(store: Store, units: Iterable[Unit]) -> bool:
+    """Store the units; False if another driver was first, whose units then stand."""
+    return store.create(UNITS, _parquet(list(units), _UNIT_SCHEMA))
 
 
 def read_units(store: Store) -> list[Unit]:
-    with _opened(store, UNITS) as file:
+    with _opened(StoredFile(store, UNITS)) as file:
         return [Unit(**row) for row in file.read(use_threads=False).to_pylist()]
 
 
@@ -353,11 +360,11 @@ def _writer(path: Path) -> pq.ParquetWriter:
 
 
 @contextmanager
-def _opened(source: Store | Path, name: str = SAMPLES) -> Iterator[pq.ParquetFile]:
-    where = source.locate(name) if isinstance(source, Store) else source
+def _opened(source: StoredFile | Path) -> Iterator[pq.ParquetFile]:
+    where = source.store.locate(source.path) if isinstance(source, StoredFile) else source
     with (
         storage_errors("read", where),
-        source.open_read(name) if isinstance(source, Store) else source.open("rb") as file,
+        source.store.open_read(source.path) if isinstance(source, StoredFile) else source.open("rb") as file,
     ):
         try:
             parquet = pq.ParquetFile(file, pre_buffer=False)
@@ -367,17 +374,14 @@ def _opened(source: Store | Path, name: str = SAMPLES) -> Iterator[pq.ParquetFil
         yield parquet
 
 
-def _latest(store: Store, name: str) -> str:
-    return _numbered(name, _latest_number(store, name))
-
-
-def _latest_number(store: Store, name: str) -> int:
+def newest_number(name: str, paths: Iterable[str]) -> int:
+    """The highest number that SAMPLES or OBJECTS has among the files of a plan; 0 is the file without a number."""
     stem = name.removesuffix("parquet")
-    numbers = (path.removeprefix(stem).removesuffix(".parquet") for path in store.list("plan") if path != name)
+    numbers = (path.removeprefix(stem).removesuffix(".parquet") for path in paths if path != name)
     return max((int(number) for number in numbers if number.isdigit()), default=0)
 
 
-def _numbered(name: str, number: int) -> str:
+def numbered(name: str, number: int) -> str:
     return name if number == 0 else f"{name.removesuffix('parquet')}{number}.parquet"
 
 

@@ -110,9 +110,6 @@ class RunTally:
         self.samples_done = 0
         self.errors: Counter[str] = Counter()
         self.worst: Commit | None = None  # of all, the one of which most samples failed
-        self._shards: dict[int, list[Unit]] = {}
-        for unit in self.units.values():
-            self._shards.setdefault(unit.shard, []).append(unit)
         self._fresh, self._began = 0, 0.0
         self._retried: dict[int, int] = {}
         for commit in commits.values():
@@ -143,14 +140,6 @@ class RunTally:
     @property
     def failed(self) -> int:
         return self.errors.total()
-
-    @property
-    def shards(self) -> Iterable[int]:
-        return self._shards
-
-    def shard(self, number: int) -> list[Unit]:
-        """The units of a shard, in order."""
-        return self._shards[number]
 
     def _generation(self, unit: int) -> int:
         return self.commits[unit].generation if unit in self.commits else -1

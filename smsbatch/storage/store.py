@@ -59,13 +59,14 @@ def storage_errors(action: str, where: str | Path) -> Iterator[None]:
 class Store:
     """A rooted file system. Paths are relative to the root, with '/'.
 
-    Without `conditional` the store is taken for one whose uploads cannot be create-only: `create` then looks and
-    writes, which is right for a single writer alone.
+    Attributes:
+        has_create_only_put: False for a store whose uploads cannot be create-only. `create` then looks and writes,
+            which is right for a single writer alone.
     """
 
-    def __init__(self, url: str | Path, storage: Storage | None = None, *, conditional: bool = True) -> None:
+    def __init__(self, url: str | Path, storage: Storage | None = None, *, has_create_only_put: bool = True) -> None:
         self.storage = storage or Storage()
-        self.conditional = conditional
+        self.has_create_only_put = has_create_only_put
         backend, root = resolve(url, self.storage)
         self.is_local = backend.is_local
         if backend.is_web:
@@ -75,6 +76,10 @@ class Store:
 
     def __repr__(self) -> str:
         return f"Store({self.url!r})"
+
+    def without_create_only_put(self) -> Store:
+        """The same store, known to have no create-only put."""
+        return Store(self.url, self.storage, has_create_only_put=False)
 
     def locate(self, path: str) -> str:
         """The full address of a path, for messages and reports."""
@@ -134,7 +139,7 @@ class Store:
                     _fsync(target.parent)
                 return True
             backend = self._backend
-            atomic = self.conditional and backend.can_create
+            atomic = self.has_create_only_put and backend.can_create
             if not atomic and backend.find(self._full(path)):
                 return False
             try:

@@ -14,19 +14,19 @@ from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
 from smsbatch.data import pixels
-from smsbatch.data.index import from_table, read_index_table
+from smsbatch.data.index import StoredFile, from_table, read_index_table
 from smsbatch.data.reader import Reader
 from smsbatch.data.sample import Entry
 from smsbatch.data.sources import load_sample
 from smsbatch.errors import RunError, SampleError
 from smsbatch.manifest import Distill
-from smsbatch.storage.store import Store
 
 __all__ = ["Batch", "SampleOrder", "TrainingLoader", "position_seed"]
 
@@ -165,12 +165,18 @@ class TrainingLoader:
     """
 
     def __init__(
-        self, manifest: Distill, store: Store, samples: int, rank: int = 0, workers: int = 1, first_step: int = 0
+        self,
+        manifest: Distill,
+        index: StoredFile | Path,
+        samples: int,
+        rank: int = 0,
+        workers: int = 1,
+        first_step: int = 0,
     ) -> None:
         images = manifest.distill.images_per_step
         if images % workers:
             raise ValueError(f"{images} images of a step cannot be divided among {workers} workers")
-        self._manifest, self._store, self._first_step = manifest, store, first_step
+        self._manifest, self._index, self._first_step = manifest, index, first_step
         self._own = range(rank * images // workers, (rank + 1) * images // workers)
         self._reader = Reader(manifest.storage, manifest.source.max_bytes)
         self._order = SampleOrder(samples, manifest.seed)
@@ -208,7 +214,7 @@ class TrainingLoader:
         return self._threads.submit(self._picture, position, self._opened)
 
     def _read(self, group: int) -> Any:
-        return read_index_table(self._store, group * GROUP_ROWS, (group + 1) * GROUP_ROWS)
+        return read_index_table(self._index, group * GROUP_ROWS, (group + 1) * GROUP_ROWS)
 
     def _picture(self, position: int, opened: _Opened) -> _Picture:
         seed, (start, rows, _) = position_seed(self._manifest.seed, position), opened.shuffle_block

@@ -23,8 +23,7 @@ from smsbatch.errors import RunError
 from smsbatch.manifest import Distill
 from smsbatch.runs.checkpoints import Checkpoint, Restored, prune, read, restore, write
 from smsbatch.runs.layout import SUCCESS
-from smsbatch.runs.run_file import require_run, store_of
-from smsbatch.storage.store import Store
+from smsbatch.runs.run import Run
 from smsbatch.training.distiller import Distiller, generator_learning_rate
 from smsbatch.training.group import WorkerGroup
 from smsbatch.training.loader import Batch, TrainingLoader
@@ -62,14 +61,15 @@ def train_loop(
     Raises:
         SmsbatchError: in all workers alike, except if one of them runs out of memory.
     """
-    store, training = store_of(manifest), manifest.distill
+    run, training = Run.open(manifest), manifest.distill
+    store = run.store
     if isinstance(manifest.compute.threads, int):
         torch.set_num_threads(manifest.compute.threads)
     found: Restored | None = None
     writer: TrainingWriter | None = None
     with group.collective():
         distiller = Distiller(*load_models(manifest, group.device), manifest, group.average)
-        samples = index_size(store)
+        samples = index_size(run.index)
         found = restore(store) if group.rank == 0 else None
     checkpoint = group.broadcast(found.checkpoint if found else None)
     with group.collective():
@@ -78,10 +78,10 @@ def train_loop(
 
     saved, warned, failures = distiller.step, False, checkpoint.about["failed"] if checkpoint else 0
     with ExitStack() as stack:
-        feed = stack.enter_context(TrainingLoader(manifest, store, samples, group.rank, group.size, distiller.step))
+        feed = stack.enter_context(TrainingLoader(manifest, run.index, samples, group.rank, group.size, distiller.step))
         with group.collective():
             if group.rank == 0:
-                writer = stack.enter_context(TrainingWriter(store, manifest, distiller, checkpoint))
+                writer = stack.enter_context(TrainingWriter(run, manifest, distiller, checkpoint))
         batches, recent, waited, began = iter(feed), list[dict[str, Tensor]](), 0.0, monotonic()
         while distiller.step < training.all_steps:
             batch, asked = None, monotonic()
@@ -139,12 +139,12 @@ class TrainingWriter:
     next one, or by `finish`.
     """
 
-    def __init__(self, store: Store, manifest: Distill, distiller: Distiller, checkpoint: Checkpoint | None) -> None:
-        self._store, self._training, self._distiller = store, manifest.distill, distiller
+    def __init__(self, run: Run, manifest: Distill, distiller: Distiller, checkpoint: Checkpoint | None) -> None:
+        self._run, self._store, self._training, self._distiller = run, run.store, manifest.distill, distiller
         self._about: Mapping[str, Any] = checkpoint.about if checkpoint else {"failed": 0, "seconds": 0.0, "losses": {}}
         self._saved, self._began = distiller.step, monotonic()
         self._seconds = self._about["seconds"]
-        self.log = TrainingLog(store, manifest, distiller.step, self._about["failed"])
+        self.log = TrainingLog(run.store, manifest, distiller.step, self._about["failed"])
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="smsbatch-checkpoint")
         self._storing: Future[None] | None = None
 
@@ -186,7 +186,7 @@ class TrainingWriter:
         self.log.close(finished=not stopped)
         if stopped:
             return
-        generator, run = self._distiller.ema, require_run(self._store)
+        generator, run = self._distiller.ema, self._run.about
         generator.about = describe_generator(run, self._about)
         files = generator.files()
         for name, data in files.items():

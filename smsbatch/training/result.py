@@ -12,7 +12,7 @@ from smsbatch.errors import StorageError
 from smsbatch.manifest import Training
 from smsbatch.runs.layout import SUCCESS
 from smsbatch.runs.records import PARSE_ERRORS
-from smsbatch.storage.store import Store
+from smsbatch.runs.run import Run
 
 __all__ = ["Distilled", "describe_generator", "model_card"]
 
@@ -47,27 +47,25 @@ class Distilled:
     resumed_from: int | None = None
 
     @classmethod
-    def of(
-        cls, store: Store, run: Mapping[str, Any], resumed_from: int | None = None, notices: Iterable[str] = ()
-    ) -> Distilled:
+    def of(cls, run: Run, resumed_from: int | None = None, notices: Iterable[str] = ()) -> Distilled:
         """What stands finished there; `notices` are of this call, and come after those of the plan.
 
         Raises:
             StorageError: the generator's file is gone or damaged.
         """
         try:
-            told = json.loads(store.read(GENERATOR))
+            told = json.loads(run.store.read(GENERATOR))
             training, parameters = told["about"]["training"], told["parameters"]
             return cls(
-                name=run["name"],
-                generator=store.url,
+                name=run.name,
+                generator=run.store.url,
                 parameters=parameters,
-                notices=(*run["notices"], *notices),
+                notices=(*run.about["notices"], *notices),
                 resumed_from=resumed_from,
                 **training,
             )
         except PARSE_ERRORS as error:
-            where = store.locate(GENERATOR)
+            where = run.store.locate(GENERATOR)
             raise StorageError(f"{where} is damaged; delete it and {SUCCESS}, and run again") from error
 
     def to_dict(self) -> dict[str, Any]:

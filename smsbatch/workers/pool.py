@@ -19,6 +19,7 @@ from smsbatch.manifest import Dataset, Manifest, Stylize
 from smsbatch.parallel import Item, Result, started_ahead
 from smsbatch.runs.plan import Estimate
 from smsbatch.runs.records import Commit
+from smsbatch.runs.run import Run
 from smsbatch.runs.status import Progress
 from smsbatch.workers.worker import Worker, WorkItem
 
@@ -35,8 +36,8 @@ class Pool(AbstractContextManager["Pool"], ABC):
         self.manifest = manifest
 
     @abstractmethod
-    def work(self, items: Iterable[WorkItem]) -> Iterator[Commit | None]:
-        """Do all tasks; leaving the iterator early, or the pool's context, drops what is in hand."""
+    def work(self, run: Run, items: Iterable[WorkItem]) -> Iterator[Commit | None]:
+        """Do all items of a run; leaving the iterator early, or the pool's context, drops what is in hand."""
 
     @abstractmethod
     def progress(self) -> list[Progress]:
@@ -78,8 +79,9 @@ class LocalPool(Pool):
             self._worker.cancel()
         self._threads.shutdown(cancel_futures=True)
 
-    def work(self, items: Iterable[WorkItem]) -> Iterator[Commit | None]:
+    def work(self, run: Run, items: Iterable[WorkItem]) -> Iterator[Commit | None]:
         worker = self._ready()
+        worker.run = run
         remaining = iter(items)
         running: set[Future[Commit]] = set()
         while True:

@@ -13,7 +13,6 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from smsbatch.runs.run_file import of_output, store_of
 from support.jobs import make_photos, tars, write_manifest
 from support.made_up_run import MIXED, make_run, picture, stylized
 from support.s3server import Server
@@ -27,6 +26,7 @@ from smsbatch.report.write import write_report
 from smsbatch.runs.heartbeat import HEARTBEATS
 from smsbatch.runs.layout import SUCCESS
 from smsbatch.runs.ledger import Ledger
+from smsbatch.runs.run import Run, of_output, store_of
 from smsbatch.storage.store import Store
 
 TAR, PARQUET = "shards/000000.tar", "metrics/000000.parquet"
@@ -35,7 +35,7 @@ RECORD = "_smsbatch/published/000000.json"
 
 def finish(folder: Path) -> Path:
     store = make_run(folder, MIXED)
-    write_report(store)
+    write_report(Run.open(store))
     store.create(SUCCESS, b"")
     return folder / "out"
 
@@ -379,7 +379,7 @@ def test_gc_of_an_older_generation(out: Path) -> None:
         age(path)
     assert gc(str(out), dry_run=True).objects == 2
     ledger.publish(0, units[:2])
-    write_report(store)
+    write_report(Run.open(store))
     kinds = {heap.kind: heap.objects for heap in gc(str(out)).heaps}
     assert kinds == {"attempts that lost": 2, "older generations": 3}
     found = verify(str(out), full=True)

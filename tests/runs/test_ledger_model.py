@@ -89,7 +89,7 @@ class Stepped(Store):
     """Gives the turn back before every operation, and after every one that changes something."""
 
     def __init__(self, actor: Actor, store: Store) -> None:
-        super().__init__(store.url, store.storage, conditional=store.conditional)
+        super().__init__(store.url, store.storage, has_create_only_put=store.has_create_only_put)
         self.actor, self.plain = actor, store
 
     def create(self, path: str, source: bytes | Path) -> bool:
@@ -352,7 +352,7 @@ def plan(units: int, per_shard: int) -> list[Unit]:
 def play(seed: int, store: Store, units: Sequence[Unit], scratch: Path, kind: type[Ledger] = Ledger) -> None:
     game = Play(seed, store, units, scratch, kind)
     pairs = len(units) // 2
-    if store.conditional:
+    if store.has_create_only_put:
         game.run([game.worker, *[game.worker, game.retrier] * pairs, *[game.retrier] * (pairs - 1)])
     else:
         game.run([game.attempter] * (pairs + 1), game.driver)
@@ -361,14 +361,14 @@ def play(seed: int, store: Store, units: Sequence[Unit], scratch: Path, kind: ty
 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_any_schedule_on_disk(seed: int, tmp_path: Path) -> None:
-    store = Store(tmp_path / "run", conditional=seed % 3 != 2)
+    store = Store(tmp_path / "run", has_create_only_put=seed % 3 != 2)
     (tmp_path / "scratch").mkdir()
     play(seed, store, plan(4, 2), tmp_path / "scratch")
 
 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_any_schedule_on_s3(seed: int, s3: Server, tmp_path: Path) -> None:
-    store = Store(f"s3://{s3.bucket()}/run", s3.storage, conditional=seed % 3 != 2)
+    store = Store(f"s3://{s3.bucket()}/run", s3.storage, has_create_only_put=seed % 3 != 2)
     play(seed, store, plan(2, 2), tmp_path)
 
 

@@ -187,13 +187,13 @@ def test_a_store_that_does_not_keep_the_promise_of_create_is_found_out(
     monkeypatch.setattr(s3_door.S3, "_upload", lambda self, path, source, **options: upload(self, path, source))
     assert not store.supports_create(), "it ignores If-None-Match"
     assert store.list() == []
-    single = Store(store.url, store.storage, conditional=False)
+    single = Store(store.url, store.storage, has_create_only_put=False)
     assert single.create("a", b"1")
     assert not single.create("a", b"2")
 
 
 def test_without_conditions_none_is_sent(store: Store, faults: Faults) -> None:
-    assert Store(store.url, store.storage, conditional=False).create("a", b"1")
+    assert Store(store.url, store.storage, has_create_only_put=False).create("a", b"1")
     assert not any(request.conditional for request in faults.requests)
     assert store.create("b", b"1")
     assert any(request.conditional for request in faults.requests)

@@ -225,12 +225,12 @@ def test_a_store_that_keeps_the_promise_of_create_says_so(store: Store) -> None:
 
 
 def test_a_single_writer_may_go_without_conditions(store: Store, tmp_path: Path) -> None:
-    single = Store(store.url, store.storage, conditional=False)
+    single = Store(store.url, store.storage, has_create_only_put=False)
     (tmp_path / "local").write_bytes(b"2")
     assert single.create("a", b"1")
     assert not single.create("a", tmp_path / "local")
     assert single.read("a") == b"1"
-    assert pickle.loads(pickle.dumps(single)).conditional is False
+    assert pickle.loads(pickle.dumps(single)).has_create_only_put is False
 
 
 def test_no_driver_is_a_wrong_request() -> None:

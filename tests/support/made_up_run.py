@@ -87,7 +87,8 @@ def make_run(folder: Path, outcomes: Sequence[Outcome], commit: bool = True, **c
     store.put("run.json", json.dumps(run).encode())
     write_objects(store, listed)
     write_index(store, folder / "samples.parquet")
-    cuts = write_units(store, cut(len(outcomes), 4, 8))
+    cuts = list(cut(len(outcomes), 4, 8))
+    write_units(store, cuts)
     if commit:
         ledger = Ledger(store, metrics=manifest.metrics)
         for unit in cuts:

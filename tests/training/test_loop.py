@@ -56,7 +56,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory, model: Path, lora: Path) -> 
 def plan_only(job: Path, *overrides: str) -> None:
     manifest = sb.load(job, overrides)
     with pool_of(manifest) as pool:
-        establish(manifest, Store(manifest.output.path), pool)
+        establish(manifest, pool)
 
 
 def smsbatch(*arguments: str) -> Result:

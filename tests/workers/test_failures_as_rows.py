@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from smsbatch.runs.run_file import store_of
 from support.jobs import KEYS, commits, make_photos, pictures, rows, tars, write_manifest
 
 import smsbatch as sb
@@ -18,6 +17,7 @@ from smsbatch.data import pixels
 from smsbatch.data.index import read_units
 from smsbatch.engines import optimize as engines
 from smsbatch.errors import ERROR_CODES
+from smsbatch.runs.run import store_of
 from smsbatch.workers.worker import Worker, WorkItem
 
 
@@ -237,7 +237,7 @@ def test_a_retry_that_dies_does_not_cost_what_had_succeeded(job: Path, tmp_path:
     worker.probe(task, range(unit.start, unit.stop))
     commit = worker.process(task, lost=tuple(range(unit.start, unit.stop)), deaths=3)
     assert commit.errors == {"worker_lost": 1}
-    first, second = worker._ledger.outcomes(commit)
+    first, second = worker._run.ledger.outcomes(commit)
     assert (first.key, first.error_code, first.attempts) == ("photo-0", None, 1)
     assert (second.key, second.error_code, second.attempts) == ("photo-1", "worker_lost", 5)
 
