@@ -154,13 +154,13 @@ def establish(manifest: Manifest, pool: Pool, allow_drift: Collection[str] = ())
         if run.about["index_sha256"] != draft.built.sha256:
             raise DriftError(f"{store.url}: the source is not the one this run began with; choose another output.path")
         units: list[Unit] = []
-        ours = write_objects(run.store, draft.parts) and write_index(run.store, draft.index)
+        written = [write_objects(run.store, draft.parts), write_index(run.store, draft.index)]
         if isinstance(manifest, Dataset):
             # As run.json has them: a faster driver may have measured another size of unit.
             per_unit, per_shard = run.about["planned"]["samples_per_unit"], manifest.output.samples_per_shard
             units = list(cut(draft.built.samples, per_unit, per_shard))
-            ours &= write_units(run.store, units)
-        if ours:
+            written.append(write_units(run.store, units))
+        if all(written):
             run.plan_is(units)
     return run
 
