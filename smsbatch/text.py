@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator
 
 __all__ = ["bar", "count", "duration", "printable", "size", "table"]
@@ -48,3 +49,11 @@ def bar(done: int, total: int) -> str:
     """How much of it is done."""
     filled = round(30 * done / total) if total else 0
     return "█" * filled + "░" * (30 - filled)
+
+
+def code_span(text: str) -> str:
+    """Text as a Markdown code span of one line that may stand in a table: no bar, fences longer than any inside."""
+    line = " ".join(text.split()).replace("|", "\\|")
+    longest = max((len(run) for run in re.findall("`+", line)), default=0)
+    fence, space = "`" * (longest + 1), " " if longest else ""
+    return f"{fence}{space}{line}{space}{fence}"

@@ -72,7 +72,7 @@ def run(
 ) -> None:
     """Plan if there is no plan, then work. Running it again goes on where it stopped."""
     import smsbatch as sb
-    from smsbatch.cli import dataset, training
+    from smsbatch.cli.display import PROGRESS, lines_of
 
     # A machine that is taken away, or a job that is cancelled, gets this: leave in order, as by Ctrl-C.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -83,11 +83,10 @@ def run(
         with display_for(as_json) as shown:
 
             def update(now: sb.Status | sb.TrainingProgress) -> None:
-                shown.update(now if isinstance(now, sb.Status) else sb.TrainingStatus.of(loaded.name, now))
+                shown.update(PROGRESS[loaded.makes](loaded.name, now))
 
             done = sb.run(loaded, update, retry_failed=retry_failed, codes=code or (), allow_drift=allow_drift or ())
-        told = training.summary(done) if isinstance(done, sb.Distilled) else dataset.summary(done, shown.worked)
-        show(as_json, done.to_dict, told)
+        show(as_json, done.to_dict, lines_of(done).summary(done, shown.worked))
 
 
 @app.command()
@@ -106,7 +105,7 @@ def plan(
 ) -> None:
     """Say what `run` would do, and what it would cost. Writes nothing."""
     import smsbatch as sb
-    from smsbatch.cli import dataset, training
+    from smsbatch.cli.display import lines_of
 
     with reporting(as_json):
         planned = sb.plan(
@@ -119,8 +118,7 @@ def plan(
         options += [] if limit is None else ["--limit", str(limit)]
         options += [part for key in allow_drift or () for part in ("--allow-drift", key)]
         start = f"Start it with: smsbatch run {shlex.join([str(manifest), *options])}"
-        told = training.plan(planned) if isinstance(planned, sb.TrainingPlan) else dataset.plan(planned)
-        show(as_json, planned.to_dict, [*told, start])
+        show(as_json, planned.to_dict, [*lines_of(planned).plan(planned), start])
 
 
 @app.command()

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from time import monotonic
+from typing import Any
 
 from smsbatch.cli import dataset, training
 from smsbatch.commands.status import TrainingStatus
@@ -18,14 +19,34 @@ __all__ = ["Display", "Live", "Plain", "Shards", "Watch", "status"]
 _INTERVAL_S = 10.0  # between two lines where nobody watches
 
 
+_LINES: dict[str, Any] = {
+    **dict.fromkeys(("Plan", "Report", "Status"), dataset),
+    **dict.fromkeys(("TrainingPlan", "Distilled", "TrainingStatus"), training),
+}
+
+
+PROGRESS: dict[str, Callable[[str, Any], Status | TrainingStatus]] = {
+    "dataset": lambda name, now: now,
+    "generator": TrainingStatus.of,
+}
+"""The status that a run's name and progress make, by what its task makes."""
+
+
+def lines_of(result: Any) -> Any:
+    """The module that has the lines of what a verb gave."""
+    return _LINES[type(result).__name__]
+
+
 def status(now: Status | TrainingStatus, ages: bool = False) -> list[str]:
     """A status as a few lines; with `ages` also when its workers were last heard of."""
-    return training.status(now, ages) if isinstance(now, TrainingStatus) else dataset.status(now, ages)
+    lines: list[str] = lines_of(now).status(now, ages)
+    return lines
 
 
 def status_line(now: Status | TrainingStatus) -> str:
     """A status as one line."""
-    return training.status_line(now) if isinstance(now, TrainingStatus) else dataset.status_line(now)
+    line: str = lines_of(now).status_line(now)
+    return line
 
 
 class Display(AbstractContextManager["Display"]):
@@ -34,7 +55,7 @@ class Display(AbstractContextManager["Display"]):
     worked = False
 
     def update(self, now: Status | TrainingStatus) -> None:
-        self.worked |= isinstance(now, Status) and (now.units_done < now.units or bool(now.workers))
+        self.worked |= now.works
 
     def __exit__(self, *_: object) -> None:
         pass

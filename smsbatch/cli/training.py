@@ -51,9 +51,9 @@ def status_line(now: TrainingStatus) -> str:
     return f"{now.name}: {', '.join(parts)}"
 
 
-def summary(done: Distilled) -> Iterator[str]:
+def summary(done: Distilled, worked: bool) -> Iterator[str]:
     """What there is now, where, and what to do with it."""
-    if done.resumed_from is None:
+    if done.resumed_from is None:  # else it worked, though perhaps for no step
         yield "Nothing to do: the generator is there already."
     rows = [
         ("run", done.name),

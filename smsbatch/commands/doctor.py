@@ -19,13 +19,12 @@ from importlib.metadata import PackageNotFoundError, version
 from time import perf_counter
 from typing import Any, Literal
 
+from smsbatch.commands.plan import PLANNERS
 from smsbatch.data.reader import Reader, list_files, open_url, public
 from smsbatch.data.sources import parts
 from smsbatch.data.tables import read_table
-from smsbatch.diffusion.lora_files import check_style
 from smsbatch.errors import RequestError, SmsbatchError
-from smsbatch.generator.files import generator_about
-from smsbatch.manifest import Manifest, Storage, Styled, Stylize
+from smsbatch.manifest import Manifest, Storage
 from smsbatch.runs.run import find_or_require_empty
 from smsbatch.storage.store import TEMPORARY, Store
 
@@ -211,18 +210,10 @@ def _source(manifest: Manifest) -> Check:
 
 def _weights(manifest: Manifest) -> Check:
     try:
-        if isinstance(manifest, Stylize):
-            told = generator_about(manifest)
-            style = f"{told.get('style') or 'a style that it does not name'}, {told['parameters']:,} parameters"
-            return Check("generator", "ok", f"{manifest.generator}: {style}")
-        assert isinstance(manifest, Styled), "there are no other tasks"
-        notices = check_style(manifest)
+        found, notices = PLANNERS[manifest.makes].check_weights(manifest)
     except SmsbatchError as error:
-        return _failed("generator" if isinstance(manifest, Stylize) else "weights", error)
-    state: Literal["ok", "warn"] = "warn" if notices else "ok"
-    models = {manifest.model.path} | ({manifest.style.model.path} if manifest.style.model else set())
-    found = f"{' and '.join(sorted(models))} with {' and '.join(manifest.style.lora) or 'no LoRA'}"
-    return Check("weights", state, found, "; ".join(notices))
+        return _failed("weights", error)
+    return Check("weights", "warn" if notices else "ok", found, "; ".join(notices))
 
 
 def _failed(name: str, error: SmsbatchError) -> Check:

@@ -18,10 +18,9 @@ from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from itertools import count
 from pathlib import Path
-from typing import Any, overload
+from typing import Any
 
 from smsbatch.cluster.ray_pool import pool_of
-from smsbatch.commands.weights import check_weights, weight_digests
 from smsbatch.data.index import (
     SAMPLES,
     Built,
@@ -37,9 +36,11 @@ from smsbatch.data.index import (
 )
 from smsbatch.data.sample import Unit
 from smsbatch.data.sources import Scanned, nothing_found, parts, scan
+from smsbatch.engines.base import Weights
+from smsbatch.engines.optimize import OptimizeEngine
+from smsbatch.engines.table import ENGINES
 from smsbatch.errors import DriftError, RequestError
-from smsbatch.generator.files import generator_about
-from smsbatch.manifest import Dataset, Distill, Manifest, Stylize
+from smsbatch.manifest import Manifest
 from smsbatch.runs.checkpoints import latest
 from smsbatch.runs.drift import check_allowed, check_unchanged, inputs_changed
 from smsbatch.runs.layout import RUN
@@ -68,12 +69,6 @@ def cut(samples: int, samples_per_unit: int, samples_per_shard: int) -> Iterator
             yield Unit(next(number), shard, start, min(start + samples_per_unit, end))
 
 
-@overload
-def plan(manifest: Distill, *, allow_drift: Collection[str] = ...) -> TrainingPlan: ...
-@overload
-def plan(
-    manifest: Manifest, *, probe: int = ..., price_per_gpu_hour: float | None = ..., allow_drift: Collection[str] = ...
-) -> Plan | TrainingPlan: ...
 def plan(
     manifest: Manifest,
     *,
@@ -81,7 +76,7 @@ def plan(
     price_per_gpu_hour: float | None = None,
     allow_drift: Collection[str] = (),
 ) -> Plan | TrainingPlan:
-    """The plan this manifest would get, or that of the run that stands there; nothing is written.
+    """The plan that this manifest would get, or that of the run at `output.path`; nothing is written.
 
     Args:
         probe: stylize so many samples, spread over the source, to estimate time and bytes; on the manifest's pool.
@@ -96,42 +91,26 @@ def plan(
         RequestError: a probe is asked of a training.
     """
     check_allowed(manifest, allow_drift)
-    if isinstance(manifest, Distill) and (probe or price_per_gpu_hour is not None):
-        raise RequestError(
-            "--probe and --price-per-gpu-hour: of a distill run they tell nothing; start it with few steps "
-            "(--set distill.steps=100 and another output.path), which tells the rate"
-        )
-    store = store_of(manifest)
+    planner, store = PLANNERS[manifest.makes], store_of(manifest)
+    planner.check_probe(probe, price_per_gpu_hour)
     run = find_or_require_empty(store)
     if run is not None:
-        check_unchanged(run, manifest, weight_digests(manifest), allow_drift, note=False)
-    planned: Plan | TrainingPlan
+        check_unchanged(run, manifest, planner.digests(manifest), allow_drift, note=False)
+    planned: Any
     with pool_of(manifest) as pool:
         if run is None or not run.is_planned:
             with _drafted(manifest, pool, probe) as draft:
                 planned = draft.plan
         else:
-            planned = _begun(manifest, run)
+            planned = planner.begun(manifest, run)
             if not planned.done:
                 inputs_changed(run, manifest, allow_drift, note=False)
-            if isinstance(planned, Plan):
+            if probe:
                 planned = replace(planned, estimate=_estimate(pool, run.index, planned.samples, probe))
-    return replace(planned, price_per_gpu_hour=price_per_gpu_hour) if isinstance(planned, Plan) else planned
-
-
-def _begun(manifest: Manifest, run: Run) -> Plan | TrainingPlan:
-    """The plan of a run that exists, with how far it is."""
-    planned, begun = run.about["planned"], f"{run.store.url} has this run already:"
-    if isinstance(manifest, Distill):
-        checkpoint, steps = latest(run.store), manifest.distill.all_steps
-        done = checkpoint.step if checkpoint else 0
-        notices = (*run.about["notices"], f"{begun} it goes on from step {done:,} of {steps:,}")
-        return TrainingPlan(manifest, planned["samples"], notices, planned["bytes"], done)
-    assert isinstance(manifest, Dataset)
-    units = run.ledger.done() & run.by_id.keys()
-    notices = (*run.about["notices"], f"{begun} {len(units)} of {len(run.units)} units are done")
-    samples = sum(len(run.by_id[unit]) for unit in units)
-    return Plan(manifest, planned["samples"], tuple(run.units), notices, planned["bytes"], samples)
+    if price_per_gpu_hour is not None:
+        planned = replace(planned, price_per_gpu_hour=price_per_gpu_hour)
+    found: Plan | TrainingPlan = planned
+    return found
 
 
 def establish(manifest: Manifest, pool: Pool, allow_drift: Collection[str] = ()) -> Run:
@@ -141,8 +120,8 @@ def establish(manifest: Manifest, pool: Pool, allow_drift: Collection[str] = ())
         DriftError: manifest, weights or index are not those of the run that stands there.
         SourceError, StorageError, WeightsError.
     """
-    store, weights = store_of(manifest), weight_digests(manifest)
-    run = find_or_require_empty(store)
+    planner, store = PLANNERS[manifest.makes], store_of(manifest)
+    weights, run = planner.digests(manifest), find_or_require_empty(store)
     if run is not None:
         check_unchanged(run, manifest, weights, allow_drift)
         if run.is_planned:
@@ -153,12 +132,9 @@ def establish(manifest: Manifest, pool: Pool, allow_drift: Collection[str] = ())
             run = _begin(store, draft, weights)
         if run.about["index_sha256"] != draft.built.sha256:
             raise DriftError(f"{store.url}: the source is not the one this run began with; choose another output.path")
-        units: list[Unit] = []
         written = [write_objects(run.store, draft.parts), write_index(run.store, draft.index)]
-        if isinstance(manifest, Dataset):
-            # As run.json has them: a faster driver may have measured another size of unit.
-            per_unit, per_shard = run.about["planned"]["samples_per_unit"], manifest.output.samples_per_shard
-            units = list(cut(draft.built.samples, per_unit, per_shard))
+        units = planner.units(manifest, run)
+        if units:
             written.append(write_units(run.store, units))
         if all(written):
             run.plan_is(units)
@@ -191,6 +167,139 @@ def relocate(manifest: Manifest, run: Run, pool: Pool) -> None:
         run.renew()
 
 
+# ---------------------------------------------------------------------------------------------------- by what is made
+
+
+class DatasetPlanner:
+    """Units of rows, by the engine of the task."""
+
+    def check_probe(self, probe: int, price_per_gpu_hour: float | None) -> None:
+        """Any probe will do."""
+
+    def check_weights(self, manifest: Any) -> Weights:
+        return ENGINES[manifest.task].check_weights(manifest)
+
+    def digests(self, manifest: Any) -> dict[str, str]:
+        return ENGINES[manifest.task].digests(manifest)
+
+    def draft(
+        self,
+        manifest: Any,
+        pool: Pool,
+        index: Path,
+        built: Built,
+        notices: Sequence[str],
+        probe: int,
+        per_unit: int | None,
+    ) -> Plan:
+        """The plan of a new run, or of one whose `run.json` has chosen `per_unit` samples for a unit already."""
+        output = manifest.output
+        by_time = output.seconds_per_unit if per_unit is None else None
+        estimate = _estimate(pool, index, built.samples, max(probe, _PROBED if by_time else 0))
+        if per_unit is None:
+            per_unit = output.samples_per_unit
+            if by_time and estimate:
+                per_unit = max(1, round(by_time / estimate.seconds_per_image))
+        units = tuple(cut(built.samples, per_unit, output.samples_per_shard))
+        steps = ENGINES[manifest.task].steps_per_image(manifest)
+        return Plan(
+            manifest,
+            built.samples,
+            units,
+            tuple(notices),
+            built.bytes,
+            samples_per_unit=per_unit,
+            steps=steps,
+            estimate=estimate,
+        )
+
+    def begun(self, manifest: Any, run: Run) -> Plan:
+        """The plan of a run that exists, with how far it is."""
+        planned, done = run.about["planned"], run.ledger.done() & run.by_id.keys()
+        far = f"{run.store.url} has this run already: {len(done)} of {len(run.units)} units are done"
+        return Plan(
+            manifest,
+            planned["samples"],
+            tuple(run.units),
+            (*run.about["notices"], far),
+            planned["bytes"],
+            samples_done=sum(len(run.by_id[unit]) for unit in done),
+            steps=ENGINES[manifest.task].steps_per_image(manifest),
+        )
+
+    def units(self, manifest: Any, run: Run) -> list[Unit]:
+        """As `run.json` has them: a faster driver may have measured another size of unit."""
+        planned = run.about["planned"]
+        return list(cut(planned["samples"], planned["samples_per_unit"], manifest.output.samples_per_shard))
+
+    def record(self, planned: Any) -> dict[str, Any]:
+        """What `run.json` has of a plan."""
+        return {
+            "samples": planned.samples,
+            "units": len(planned.units),
+            "shards": planned.shards,
+            "bytes": planned.bytes_in,
+            "samples_per_unit": planned.samples_per_unit,
+            "seconds_per_image": planned.seconds_per_image,
+        }
+
+    def generator(self, manifest: Any) -> dict[str, Any] | None:
+        return ENGINES[manifest.task].about(manifest)
+
+
+class TrainingPlanner:
+    """The pictures of a training, which has no units."""
+
+    def check_probe(self, probe: int, price_per_gpu_hour: float | None) -> None:
+        """Raises RequestError if a probe is asked for: it would tell nothing of the rate of a training."""
+        if probe or price_per_gpu_hour is not None:
+            raise RequestError(
+                "--probe and --price-per-gpu-hour: of a distill run they tell nothing; start it with few steps "
+                "(--set distill.steps=100 and another output.path), which tells the rate"
+            )
+
+    def check_weights(self, manifest: Any) -> Weights:
+        return OptimizeEngine.check_weights(manifest)
+
+    def digests(self, manifest: Any) -> dict[str, str]:
+        return OptimizeEngine.digests(manifest)
+
+    def draft(
+        self,
+        manifest: Any,
+        pool: Pool,
+        index: Path,
+        built: Built,
+        notices: Sequence[str],
+        probe: int,
+        per_unit: int | None,
+    ) -> TrainingPlan:
+        return TrainingPlan(manifest, built.samples, tuple(notices), built.bytes)
+
+    def begun(self, manifest: Any, run: Run) -> TrainingPlan:
+        """The plan of a run that exists, with how far it is."""
+        planned, checkpoint, steps = run.about["planned"], latest(run.store), manifest.distill.all_steps
+        done = checkpoint.step if checkpoint else 0
+        far = f"{run.store.url} has this run already: it goes on from step {done:,} of {steps:,}"
+        return TrainingPlan(manifest, planned["samples"], (*run.about["notices"], far), planned["bytes"], done)
+
+    def units(self, manifest: Any, run: Run) -> list[Unit]:
+        return []
+
+    def record(self, planned: Any) -> dict[str, Any]:
+        return {"samples": planned.samples, "units": 0, "shards": 0, "bytes": planned.bytes_in}
+
+    def generator(self, manifest: Any) -> None:
+        return None
+
+
+PLANNERS: dict[str, DatasetPlanner | TrainingPlanner] = {"dataset": DatasetPlanner(), "generator": TrainingPlanner()}
+"""By what a task makes."""
+
+
+# ------------------------------------------------------------------------------------------------------------ drafts
+
+
 @dataclass(frozen=True)
 class _Draft:
     """A plan that is not written down, and its index in a temporary file."""
@@ -199,28 +308,15 @@ class _Draft:
     parts: Sequence[Part]
     index: Path
     built: Built
-    samples_per_unit: int | None
 
 
 @contextmanager
 def _drafted(manifest: Manifest, pool: Pool, probe: int = 0, samples_per_unit: int | None = None) -> Iterator[_Draft]:
-    notices = check_weights(manifest)
+    planner = PLANNERS[manifest.makes]
+    notices = planner.check_weights(manifest).notices
     with _indexed(manifest, pool, notices, chosen=True) as (listed, index, built):
-        if isinstance(manifest, Distill):
-            training = TrainingPlan(manifest, built.samples, tuple(notices), built.bytes)
-            yield _Draft(training, listed, index, built, None)
-            return
-        assert isinstance(manifest, Dataset)
-        output = manifest.output
-        by_time = output.seconds_per_unit if samples_per_unit is None else None
-        estimate = _estimate(pool, index, built.samples, max(probe, _PROBED if by_time else 0))
-        if samples_per_unit is None:
-            samples_per_unit = output.samples_per_unit
-            if by_time and estimate:
-                samples_per_unit = max(1, round(by_time / estimate.seconds_per_image))
-        units = tuple(cut(built.samples, samples_per_unit, output.samples_per_shard))
-        drafted = Plan(manifest, built.samples, units, tuple(notices), built.bytes, estimate=estimate)
-        yield _Draft(drafted, listed, index, built, samples_per_unit)
+        planned = planner.draft(manifest, pool, index, built, notices, probe, samples_per_unit)
+        yield _Draft(planned, listed, index, built)
 
 
 @contextmanager
@@ -258,24 +354,18 @@ def _estimate(pool: Pool, index: StoredFile | Path, samples: int, wanted: int) -
 
 
 def _run_json(draft: _Draft, weights: Mapping[str, str], commits: str) -> dict[str, Any]:
-    plan = draft.plan
-    planned: dict[str, Any] = {"samples": plan.samples, "units": 0, "shards": 0, "bytes": plan.bytes_in}
-    if isinstance(plan, Plan):
-        planned |= {
-            "units": len(plan.units),
-            "shards": plan.shards,
-            "samples_per_unit": draft.samples_per_unit,
-            "seconds_per_image": plan.seconds_per_image,
-        }
+    plan, manifest = draft.plan, draft.plan.manifest
+    planner = PLANNERS[manifest.makes]
+    generator = planner.generator(manifest)
     return {
         "smsbatch": version("smsbatch"),
-        "name": plan.manifest.name,
-        "manifest": plan.manifest.dump(),
-        "manifest_sha256": plan.manifest.identity,
+        "name": manifest.name,
+        "manifest": manifest.dump(),
+        "manifest_sha256": manifest.identity,
         "weights": dict(weights),
-        **({"generator": generator_about(plan.manifest)} if isinstance(plan.manifest, Stylize) else {}),
+        **({} if generator is None else {"generator": generator}),
         "index_sha256": draft.built.sha256,
-        "planned": planned,
+        "planned": planner.record(plan),
         "commits": commits,  # by workers, or by the driver alone where the store has no create-only put
         "notices": list(plan.notices),
         "versions": {"python": platform.python_version()} | _versions(),

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
+from smsbatch.commands.plan import PLANNERS
 from smsbatch.commands.run import run as drive
 from smsbatch.commands.verify import Verification, Verifier
-from smsbatch.commands.weights import weight_digests
 from smsbatch.manifest import Errors, Manifest
 from smsbatch.report.write import write_report
 from smsbatch.runs.drift import check_unchanged, inputs_changed
@@ -100,7 +100,7 @@ def repair(
     require_idle(store, "repair it then")
     manifest = where if isinstance(where, Manifest) else run.manifest_here
     if work.plan or work.recompute:  # what cannot be computed must not be moved aside
-        check_unchanged(run, manifest, weight_digests(manifest), allow_drift, note=False)
+        check_unchanged(run, manifest, PLANNERS[manifest.makes].digests(manifest), allow_drift, note=False)
         if not work.plan:
             inputs_changed(run, manifest, allow_drift, note=False)
     _do(verifier, work, manifest, progress, allow_drift)

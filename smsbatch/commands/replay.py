@@ -17,7 +17,6 @@ from typing import Any
 
 import numpy as np
 
-from smsbatch.commands.weights import weight_digests
 from smsbatch.data import pixels
 from smsbatch.data.index import find_key, index_size, read_index
 from smsbatch.data.reader import Reader
@@ -25,6 +24,7 @@ from smsbatch.data.sample import Outcome, Unit
 from smsbatch.data.shards import read_rows
 from smsbatch.data.sources import load_sample
 from smsbatch.data.tars import find_members
+from smsbatch.engines.table import ENGINES
 from smsbatch.errors import RequestError, SampleError
 from smsbatch.manifest import Dataset, Manifest
 from smsbatch.runs.records import attempt_file
@@ -156,7 +156,7 @@ def _changed(run: Mapping[str, Any], manifest: Dataset, before: Mapping[str, Any
     found = []
     if before.get("source_sha256") != now["source_sha256"]:
         found.append("the source picture is another")
-    weights = weight_digests(manifest)
+    weights = ENGINES[manifest.task].digests(manifest)
     found += [f"the file {name} is another" for name in weights if run["weights"].get(name) != weights[name]]
     for name, then in run["versions"].items():
         with suppress(PackageNotFoundError):

@@ -8,13 +8,13 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Collection, Sequence
 from itertools import groupby
-from typing import Any, overload
+from typing import Any
 
 from smsbatch.cluster.ray_pool import pool_of
 from smsbatch.commands.plan import establish, relocate
-from smsbatch.commands.run_training import _train
+from smsbatch.commands.run_training import train
 from smsbatch.errors import ERROR_CODES, RequestError, RunError
-from smsbatch.manifest import Dataset, Distill, Errors, Manifest
+from smsbatch.manifest import Errors, Manifest
 from smsbatch.report.model import Report
 from smsbatch.report.write import summarize, write_report
 from smsbatch.runs.drift import check_allowed, inputs_changed
@@ -24,7 +24,6 @@ from smsbatch.runs.records import Published
 from smsbatch.runs.run import Run
 from smsbatch.runs.status import RunTally, Status
 from smsbatch.storage.store import Store
-from smsbatch.training.log import TrainingProgress
 from smsbatch.training.result import Distilled
 from smsbatch.workers.pool import Pool
 from smsbatch.workers.worker import WorkItem
@@ -32,28 +31,6 @@ from smsbatch.workers.worker import WorkItem
 __all__ = ["run"]
 
 
-@overload
-def run(
-    manifest: Distill, progress: Callable[[TrainingProgress], None] = ..., *, allow_drift: Collection[str] = ...
-) -> Distilled: ...
-@overload
-def run(
-    manifest: Dataset,
-    progress: Callable[[Status], None] = ...,
-    *,
-    retry_failed: bool = ...,
-    codes: Collection[str] = ...,
-    allow_drift: Collection[str] = ...,
-) -> Report: ...
-@overload
-def run(
-    manifest: Manifest,
-    progress: Callable[[Any], None] = ...,
-    *,
-    retry_failed: bool = ...,
-    codes: Collection[str] = ...,
-    allow_drift: Collection[str] = ...,
-) -> Report | Distilled: ...
 def run(
     manifest: Manifest,
     progress: Callable[[Any], None] = lambda now: None,
@@ -80,13 +57,20 @@ def run(
         StorageError: the output cannot be read or written; what is committed is kept.
         RunError: more samples failed than `errors` allows; a training diverged, or its workers kept dying.
     """
-    if isinstance(manifest, Distill):
-        if retry_failed:
-            raise RequestError("--retry-failed is of runs that make a dataset; a training takes other samples instead")
-        return _train(manifest, progress, allow_drift)
-    assert isinstance(manifest, Dataset), "there are no other tasks"
-    _check_codes(codes, retry_failed)
     check_allowed(manifest, allow_drift)
+    return RUNNERS[manifest.makes](manifest, progress, retry_failed=retry_failed, codes=codes, allow_drift=allow_drift)
+
+
+def make_dataset(
+    manifest: Any,
+    progress: Callable[[Status], None],
+    *,
+    retry_failed: bool,
+    codes: Collection[str],
+    allow_drift: Collection[str],
+) -> Report:
+    """`run` of a task that makes a dataset."""
+    _check_codes(codes, retry_failed)
     with pool_of(manifest) as pool:
         run = establish(manifest, pool, allow_drift)
         store = run.store
@@ -120,6 +104,10 @@ def run(
         raise
     store.create(SUCCESS, b"")
     return report
+
+
+RUNNERS: dict[str, Callable[..., Report | Distilled]] = {"dataset": make_dataset, "generator": train}
+"""By what a task makes."""
 
 
 def _check_codes(codes: Collection[str], retry_failed: bool) -> None:
@@ -162,7 +150,7 @@ def _beside_others(todo: list[WorkItem], store: Store, heart: Heartbeat) -> list
 
 
 def _work(
-    manifest: Dataset,
+    manifest: Manifest,
     pool: Pool,
     run: Run,
     tally: RunTally,

@@ -17,7 +17,7 @@ from smsbatch.commands.plan import establish, relocate
 from smsbatch.errors import RequestError
 from smsbatch.manifest import Distill
 from smsbatch.runs.checkpoints import restore
-from smsbatch.runs.drift import check_allowed, inputs_changed
+from smsbatch.runs.drift import inputs_changed
 from smsbatch.runs.heartbeat import Heartbeat, other_drivers
 from smsbatch.runs.layout import SUCCESS
 from smsbatch.storage.store import Store
@@ -25,9 +25,17 @@ from smsbatch.training.log import TrainingProgress
 from smsbatch.training.result import Distilled
 
 
-def _train(manifest: Distill, progress: Callable[[TrainingProgress], None], allow_drift: Collection[str]) -> Distilled:
-    """Plan if there is no plan, train what is not trained."""
-    check_allowed(manifest, allow_drift)
+def train(
+    manifest: Distill,
+    progress: Callable[[TrainingProgress], None],
+    *,
+    retry_failed: bool,
+    codes: Collection[str],
+    allow_drift: Collection[str],
+) -> Distilled:
+    """`run` of a task that makes a generator."""
+    if retry_failed or codes:
+        raise RequestError("--retry-failed is of runs that make a dataset; a training takes other samples instead")
     with pool_of(manifest) as pool:
         run = establish(manifest, pool, allow_drift)
         store = run.store

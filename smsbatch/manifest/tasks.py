@@ -8,8 +8,10 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
+from functools import reduce
+from operator import or_
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field, ModelWrapValidatorHandler, TypeAdapter, field_validator, model_validator
 
@@ -36,8 +38,13 @@ __all__ = ["TASKS", "Dataset", "Distill", "Manifest", "Optimize", "Styled", "Sty
 
 
 class Manifest(Section):
-    """One job."""
+    """One job.
 
+    Attributes:
+        makes: what a run of the task leaves, a "dataset" or a "generator".
+    """
+
+    makes: ClassVar[Literal["dataset", "generator"]]
     task: str
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     """Of the run, in its report and dataset card."""
@@ -109,6 +116,7 @@ class Styled(Manifest):
 class Dataset(Manifest):
     """A task that makes a dataset: a row for every sample, and shards."""
 
+    makes = "dataset"
     image: Image = Image()
     output: Output
     metrics: tuple[Literal["lpips"], ...] = ("lpips",)
@@ -126,6 +134,7 @@ class Optimize(Dataset, Styled):
 class Distill(Styled):
     """The style into a generator."""
 
+    makes = "generator"
     task: Literal["distill"]
     """`distill`: train a generator on the images."""
     image: Crops = Crops()
@@ -180,7 +189,8 @@ TASKS: dict[str, type[Manifest]] = {"optimize": Optimize, "distill": Distill, "s
 
 def schema() -> dict[str, Any]:
     """The JSON Schema of manifests, of all tasks."""
-    return TypeAdapter(Optimize | Distill | Stylize).json_schema()
+    any_task: Any = reduce(or_, TASKS.values())
+    return TypeAdapter(any_task).json_schema()
 
 
 def _located(model: Model) -> Model:

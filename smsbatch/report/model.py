@@ -14,6 +14,8 @@ from typing import Any
 
 import numpy as np
 
+from smsbatch.engines.base import Description
+from smsbatch.engines.table import ENGINES
 from smsbatch.runs.records import Published
 
 SHOW_ALL = 16  # so many results are shown whole, more as a sample and the two ends of the first metric
@@ -93,6 +95,11 @@ class Report:
     paths: Mapping[str, str]  # where the shards, rows and the report are
 
     @property
+    def description(self) -> Description:
+        """What the engine of the run's task says of its work."""
+        return ENGINES[self.settings.get("task", "optimize")].describe(self.settings, self.generator)
+
+    @property
     def errors(self) -> dict[str, int]:
         """Failed samples by error code."""
         return {failure.code: failure.count for failure in self.failures}
@@ -158,11 +165,6 @@ def duration(seconds: float) -> str:
         if amount or parts:
             parts.append((amount, unit))
     return " ".join(f"{amount} {unit}" for amount, unit in parts[:2] if amount)
-
-
-def generator_name(report: Report) -> str:
-    """Of a run of task stylize: as the run that made the generator was called, else where it lies."""
-    return str((report.generator or {}).get("name") or report.settings["generator"])
 
 
 def rate(report: Report) -> str:

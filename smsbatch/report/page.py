@@ -14,7 +14,7 @@ from html import escape
 from importlib import resources
 from typing import TYPE_CHECKING, Any
 
-from smsbatch.report.model import duration, generator_name, moment, rate
+from smsbatch.report.model import duration, moment, rate
 from smsbatch.text import count
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ def render(report: Report, gallery: Iterable[Group]) -> str:
 
 
 def _header(report: Report) -> str:
-    prompt, work = _work(report)
+    work = report.description
     facts = [
         ("images stylized", f"{report.succeeded:,}"),
         ("failed", f"{report.failed:,}"),
@@ -74,18 +74,9 @@ def _header(report: Report) -> str:
         '<header><p class="over">smsbatch report</p>'
         f"<h1>{escape(report.name)}</h1>"
         f'<p class="lede">{report.succeeded:,} of {count(report.planned, "image")} stylized as '
-        f"“{escape(prompt)}”, {escape(work)}, {moment(report.started)}.</p>"
+        f"“{escape(work.style)}”, {escape(work.work)}, {moment(report.started)}.</p>"
         f'<dl class="facts">{"".join(f"<div><dt>{escape(k)}</dt><dd>{v}</dd></div>" for k, v in facts)}</dl></header>'
     )
-
-
-def _work(report: Report) -> tuple[str, str]:
-    """The style in words, and what every image was put through for it."""
-    if report.generator is not None:
-        return report.generator.get("style") or "its style", f"one pass of the generator {generator_name(report)} each"
-    objective = report.settings["objective"]
-    work = f"{count(objective['steps'], 'step')} of {objective['name'].upper()} each"
-    return report.settings["style"]["prompt"], work
 
 
 def _gallery(groups: list[Group]) -> str:

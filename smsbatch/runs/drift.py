@@ -135,7 +135,7 @@ def allowed_drift(store: Store) -> list[dict[str, Any]]:
 def _resolve_drift(run: Run, changes: Sequence[Change], allow: Collection[str], note: bool) -> None:
     if not changes:
         return
-    store, never = run.store, _NEVER_IN_TRAINING if run.is_training else _NEVER
+    store, never = run.store, _NEVER if run.makes == "dataset" else _NEVER_IN_TRAINING
     known = {key: change["now"] for note in allowed_drift(store) for key, change in note["changed"].items()}
     fresh = [change for change in changes if change.key not in known or known[change.key] != change.now]
     refused = [change for change in fresh if change.key in never or not _covered(change.key, allow)]

@@ -11,7 +11,7 @@ from typing import Any
 from smsbatch.data.index import OBJECTS, SAMPLES, UNITS, StoredFile, newest_number, numbered, read_units
 from smsbatch.data.sample import Unit
 from smsbatch.errors import RequestError, StorageError
-from smsbatch.manifest import Dataset, Manifest, Storage
+from smsbatch.manifest import TASKS, Dataset, Manifest, Storage
 from smsbatch.runs.layout import RUN
 from smsbatch.runs.ledger import Ledger
 from smsbatch.storage.store import Store
@@ -99,13 +99,23 @@ class Run:
         return str(self.about["manifest"].get("task", "optimize"))  # manifests of older versions name no task
 
     @property
-    def is_training(self) -> bool:
-        """It makes a generator, and no dataset."""
-        return self.task == "distill"
+    def makes(self) -> str:
+        """What the run leaves, a "dataset" or a "generator".
+
+        Raises:
+            RequestError: another version wrote it, whose task this one does not know.
+        """
+        if self.task not in TASKS:
+            raise RequestError(f"{self.store.url}: this version has no task {self.task!r}; use {self._version}")
+        return TASKS[self.task].makes
+
+    @property
+    def _version(self) -> str:
+        return f"smsbatch {self.about.get('smsbatch', '?')}"
 
     def require_dataset(self) -> None:
         """Raises RequestError if the run makes a generator."""
-        if self.is_training:
+        if self.makes != "dataset":
             raise RequestError(
                 f"{self.store.url}: this run distills a generator and makes no dataset; `smsbatch status` says how far "
                 "it is, and a manifest of task stylize makes a dataset with its generator"
@@ -126,9 +136,8 @@ class Run:
         try:
             return Manifest.model_validate(plain)
         except ValueError as error:
-            version = self.about.get("smsbatch", "?")
             raise RequestError(
-                f"{RUN}: its manifest is not understood, it is of smsbatch {version}; use that version"
+                f"{RUN}: its manifest is not understood, it is of {self._version}; use that version"
             ) from error
 
     @property
@@ -160,7 +169,7 @@ class Run:
     @property
     def is_planned(self) -> bool:
         """The last file of the plan is written."""
-        return (SAMPLES if self.is_training else UNITS) in self.plan_files
+        return (UNITS if self.makes == "dataset" else SAMPLES) in self.plan_files
 
     @property
     def index_number(self) -> int:
@@ -197,7 +206,7 @@ class Run:
 
     def plan_is(self, units: Sequence[Unit]) -> None:
         """This process has just written this plan, so none of it needs to be read."""
-        files = [OBJECTS, SAMPLES] + ([] if self.is_training else [UNITS])
+        files = [OBJECTS, SAMPLES] + ([UNITS] if self.makes == "dataset" else [])
         self.__dict__ |= {"plan_files": files, "units": list(units)}
         self.is_new = True
 

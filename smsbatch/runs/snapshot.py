@@ -55,7 +55,7 @@ class Snapshot:
     @property
     def units(self) -> Mapping[int, Unit]:
         """The units by id; none before they are planned."""
-        return self.run.by_id if self.run.is_planned and not self.run.is_training else {}
+        return self.run.by_id if self.run.makes == "dataset" and self.run.is_planned else {}
 
     @property
     def shards(self) -> Mapping[int, list[Unit]]:

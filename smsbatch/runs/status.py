@@ -80,6 +80,11 @@ class Status:
         left = max(0.0, self.samples - self.samples_done + self.samples_retried - self.samples_under_way)
         return left / self.rate if self.rate else None
 
+    @property
+    def works(self) -> bool:
+        """Something is left to do, or is being done."""
+        return self.units_done < self.units or bool(self.workers)
+
     def beat(self) -> dict[str, Any]:
         """What a heartbeat tells of it."""
         return {

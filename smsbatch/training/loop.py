@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from smsbatch.data.index import index_size
-from smsbatch.engines.optimize import load_models
+from smsbatch.diffusion.priors.load import load_models
 from smsbatch.errors import RunError
 from smsbatch.manifest import Distill
 from smsbatch.runs.checkpoints import Checkpoint, Restored, prune, read, restore, write

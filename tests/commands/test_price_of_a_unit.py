@@ -19,8 +19,8 @@ from support.jobs import make_photos, write_manifest
 from support.s3server import Faults, Server
 
 import smsbatch as sb
+from smsbatch.engines.optimize import OptimizeEngine
 from smsbatch.storage.store import Store
-from smsbatch.workers import pool as pool_module
 
 SLOW_CALLS = ("open_read", "read", "fetch", "put", "create", "copy", "list", "sizes", "size", "exists", "modified")
 KINDS = (  # of the paths, by how they begin; the first that fits
@@ -76,7 +76,7 @@ def counted_calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counter[tuple[str
 @pytest.fixture
 def one_unit_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     """With two units in flight it is a matter of time which of them finds its shard complete."""
-    monkeypatch.setattr(pool_module, "in_flight", lambda manifest: 1)
+    monkeypatch.setattr(OptimizeEngine, "units_in_flight", 1)
 
 
 def run(folder: Path, model: Path, lora: Path, pictures: int, output: str, *overrides: str) -> None:

@@ -15,7 +15,7 @@ import smsbatch as sb
 from smsbatch.commands import run as drive
 from smsbatch.data import pixels
 from smsbatch.data.index import read_units
-from smsbatch.engines import optimize as engines
+from smsbatch.diffusion import optimize as optimizing
 from smsbatch.errors import ERROR_CODES
 from smsbatch.runs.run import store_of
 from smsbatch.workers.worker import Worker, WorkItem
@@ -171,7 +171,7 @@ class TestEveryCode:
         make_photos(photos, ["large"], size=(200, 200))
         for key in ("memory", "finite", "encoder"):
             (photos / f"{key}.txt").write_text(key)
-        optimize, encode = engines.optimize, pixels.encode
+        optimize, encode = optimizing.optimize, pixels.encode
 
         def optimize_badly(prior: Any, style: Any, z: Any, prompts: Any, *rest: Any) -> Any:
             if prompts[0].target == "wavy style, memory":
@@ -187,7 +187,7 @@ class TestEveryCode:
                 raise sb.SampleError("encode_error", "no room for it")
             return encode(picture, *rest)
 
-        monkeypatch.setattr(engines, "optimize", optimize_badly)
+        monkeypatch.setattr(optimizing, "optimize", optimize_badly)
         monkeypatch.setattr(pixels, "encode", encode_badly)
         manifest = write_manifest(
             tmp_path,

@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 
 from smsbatch import tiny
 from smsbatch.errors import WeightsError
-from smsbatch.manifest import Manifest, Model, Styled
+from smsbatch.manifest import Model, Styled
 
 __all__ = ["locate_config", "locate_lora", "locate_model", "model_digests", "parameter_names", "part_file", "variant"]
 
@@ -161,12 +161,9 @@ def parameter_names(model: Model, part: str, key: str = "model") -> list[str] | 
     return [name.removeprefix("text_model.") for name in _shapes(part_file(folder, part), f"{key}.path")]
 
 
-def model_digests(manifest: Manifest) -> dict[str, str]:
-    """SHA-256 of every model file that the scores depend on, by a name that is the same on every machine; none of a
-    task that asks no scores."""
+def model_digests(manifest: Styled) -> dict[str, str]:
+    """SHA-256 of every model file that the scores depend on, by a name that is the same on every machine."""
     files: dict[str, Path] = {}
-    if not isinstance(manifest, Styled):
-        return {}
     for key, model in (("model", manifest.model), ("style.model", manifest.style.model)):
         if model is None:
             continue
