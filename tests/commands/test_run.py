@@ -370,6 +370,6 @@ def cluster() -> Iterator[None]:
     """One Ray for all tests of this file: pools join what is there."""
     import ray
 
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     yield
     ray.shutdown()
