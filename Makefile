@@ -4,6 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
+PARALLEL := --numprocesses 2 --dist loadfile --no-loadscope-reorder
+
 .DEFAULT_GOAL := help
 .PHONY: help demo demo-distill test test-slow lint format bench clean
 
@@ -18,10 +20,10 @@ demo-distill: $(VENV)/.run ## distill the style into a generator and stylize oth
 	@$(BIN)/smsbatch run manifests/demo-stylize.yaml
 
 test: $(VENV)/.dev ## the tests, on the CPU, without network (17 minutes)
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow" $(PARALLEL)
 
 test-slow: $(VENV)/.dev ## the tests that take long
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -m slow $(PARALLEL)
 
 lint: $(VENV)/.dev ## ruff and mypy
 	$(BIN)/ruff check .

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import os
+import support.environment  # noqa: F401
+
+# isort: split
 import shutil
 from pathlib import Path
-
-os.environ.setdefault(
-    "OMP_NUM_THREADS", "1"
-)  # before torch is imported; its threads cost these small models more than they give
-os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test that reaches for a hub fails at once
 
 import pytest
 import torch

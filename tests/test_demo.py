@@ -15,6 +15,15 @@ ROOT = Path(__file__).parent.parent
 RUN = [sys.executable, "-m", "smsbatch", "run", "manifests/demo.yaml"]
 
 
+def test_two_steps_of_it(tmp_path: Path) -> None:
+    """A fresh process that starts a Ray of its own, as `make demo` does."""
+    short = ["--limit", "2", "--set", "objective.steps=2", "--set", "compute.workers=1"]
+    subprocess.run([*RUN, *short, "--set", f"output.path={tmp_path / 'out'}"], cwd=ROOT, check=True)
+    assert [row["status"] for row in rows(tmp_path / "out").values()] == ["success"] * 2
+    assert len(tars(tmp_path / "out")) == 1
+
+
+@pytest.mark.slow
 def test_two_steps_of_it_in_both_pools(tmp_path: Path) -> None:
     for pool in ("ray", "local"):
         short = ["--limit", "3", "--set", "objective.steps=2", "--set", f"compute.pool={pool}"]
@@ -45,6 +54,7 @@ def distilled(folder: Path, pool: str, *short: str) -> Path:
     return outputs["demo-stylize"]
 
 
+@pytest.mark.slow
 def test_two_steps_of_a_training_on_ray_and_what_it_made(tmp_path: Path) -> None:
     short = ("--set", "distill.warmup_steps=1", "--set", "distill.steps=1", "--set", "image.resolution=32")
     assert len(rows(distilled(tmp_path, "ray", *short))) == 5

@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 import yaml
+from typer.testing import CliRunner
 
+from smsbatch.cli.app import app
 from smsbatch.generator.network import Generator
 
 ROOT = Path(__file__).parent.parent
@@ -27,37 +29,40 @@ def test_make_knows_every_command() -> None:
     assert used <= set(re.findall(r"make ([a-z-]+)", shown))
 
 
-def test_every_smsbatch_command_runs(tmp_path: Path) -> None:
+def test_every_smsbatch_command_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In their order, as they stand; only the manifest that `init` writes is made short, and a generator is there."""
     commands = re.findall(r"^smsbatch .*?(?=  +#|$)", "\n".join(blocks("bash")), re.MULTILINE)
     verbs = "init plan run status errors verify repair replay gc doctor schema export"
     assert {command.split()[1] for command in commands} == set(verbs.split())
     Generator(4, 1).save(tmp_path / "out" / "demo-distill")
+    monkeypatch.chdir(tmp_path)
     for command in commands:
-        arguments = [sys.executable, "-m", *command.replace("steps=50", "steps=2").split()]
-        done = subprocess.run(arguments, cwd=tmp_path, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, f"{command}: {done.stderr}"
+        done = CliRunner().invoke(app, command.replace("steps=50", "steps=1").split()[1:])
+        assert done.exit_code == 0, f"{command}: {done.output} {done.exception!r}"
         if command.startswith("smsbatch init"):
             manifest = yaml.safe_load((tmp_path / "my.yaml").read_text())
             manifest["objective"]["steps"] = 1
-            manifest["image"]["resolution"] = 64
+            manifest["image"]["resolution"] = 32
             (tmp_path / "my.yaml").write_text(yaml.safe_dump(manifest))
     assert (tmp_path / "out" / "my-first-run" / "_SUCCESS").exists()
     assert (tmp_path / "out" / "short" / "_SUCCESS").exists()
 
 
-def test_the_python_runs_and_the_tree_is_what_it_leaves(tmp_path: Path) -> None:
-    """On two steps instead of all, so that it takes seconds; nothing else is changed."""
+def test_the_python_runs_and_the_tree_is_what_it_leaves(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On one step and two pictures instead of all, so that it takes seconds; nothing else is changed."""
     (code,) = blocks("python")
     assert len(code.strip().splitlines()) <= 10
     manifest = yaml.safe_load((ROOT / "manifests" / "demo.yaml").read_text())
-    manifest["objective"]["steps"] = 2
+    manifest["objective"]["steps"] = 1
+    manifest["source"]["limit"] = 2
     (tmp_path / "manifests").mkdir()
     (tmp_path / "manifests" / "demo.yaml").write_text(yaml.safe_dump(manifest))
     (tmp_path / "smsbatch").symlink_to(ROOT / "smsbatch")
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    plan, numbers, picture = done.stdout.splitlines()
+    monkeypatch.chdir(tmp_path)
+    exec(compile(code, "README.md", "exec"), {"__name__": "__main__"})
+    plan, numbers, picture = capsys.readouterr().out.splitlines()
     assert re.fullmatch(r"\d+ shards?, \d+ units?, (\d+) images", plan)
     assert 0 < float(numbers.split()[1]) < 1
     assert re.match(r"\(\d+, \d+, 3\) 0\.\d+", picture)

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import chdir
 from pathlib import Path
 
 import pytest
@@ -23,12 +24,9 @@ VERBS = ("run", "plan", "status", "errors", "verify", "repair", "replay", "gc", 
 
 
 def smsbatch(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
-    """What works, and what looks at the working folder, in a process of its own; what only looks at a run, in this one:
-    a process takes seconds to begin."""
-    if cwd is not None or not arguments or arguments[0] in ("run", "init"):
-        command = [sys.executable, "-m", "smsbatch", *arguments]
-        return subprocess.run(command, capture_output=True, text=True, cwd=cwd, check=False)
-    result = CliRunner().invoke(app, arguments)
+    """In this process: another takes ten seconds to begin. Those that need one start it themselves."""
+    with chdir(cwd or Path.cwd()):
+        result = CliRunner().invoke(app, arguments)
     if not isinstance(result.exception, SystemExit | None):
         raise result.exception
     return subprocess.CompletedProcess(arguments, result.exit_code, result.stdout, result.stderr)
@@ -42,7 +40,8 @@ def job(tmp_path_factory: pytest.TempPathFactory, model: Path, lora: Path) -> Pa
 
 @pytest.fixture(scope="module")
 def done(job: Path) -> subprocess.CompletedProcess[str]:
-    return smsbatch("run", str(job))
+    command = [sys.executable, "-m", "smsbatch", "run", str(job)]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
 def test_run_ends_with_a_summary_that_says_where_everything_is(

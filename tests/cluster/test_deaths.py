@@ -30,12 +30,14 @@ def cluster() -> Iterator[None]:
     """Actors find the modules of the tests by PYTHONPATH, as they find a user's."""
     import ray
 
+    paths = [str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
     ray.init(
+        address="local",
         num_cpus=2,
         include_dashboard=False,
         log_to_driver=False,
         logging_level="ERROR",
-        runtime_env={"env_vars": {"PYTHONPATH": str(Path(__file__).parents[1])}},
+        runtime_env={"env_vars": {"PYTHONPATH": os.pathsep.join(paths)}},
     )
     yield
     ray.shutdown()
@@ -61,6 +63,7 @@ class TestRayPool:
         sb.run(undisturbed)
         assert tars(tmp_path / "out") == tars(tmp_path / "undisturbed")
 
+    @pytest.mark.slow
     def test_a_sample_that_kills_is_found_and_the_rest_is_done(
         self, tmp_path: Path, model: Path, lora: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -85,6 +88,7 @@ class TestRayPool:
         assert "alone" in found["killer"]["error_message"]
         assert found["killer"]["attempts"] > 1
 
+    @pytest.mark.slow
     def test_a_generators_actor_that_dies(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         """The guilty sample is found among four units in flight; all others are as in one process."""
         keys = ["a", "b", "killer", "c", "d", "e", "f"]
@@ -110,6 +114,7 @@ class TestRayPool:
         assert here.keys() - there.keys() == {"killer"}
         assert all(np.array_equal(here[key], there[key]) for key in there)
 
+    @pytest.mark.slow
     def test_actors_that_cannot_even_load_end_the_run(
         self, tmp_path: Path, model: Path, lora: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -184,8 +189,15 @@ def _wait_for_commits(out: Path, number: int, process: subprocess.Popen[str]) ->
         time.sleep(0.02)
 
 
-@pytest.mark.parametrize("pool_name", ["local", "ray"])
-@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    ("how", "pool_name"),
+    [
+        (signal.SIGINT, "local"),
+        pytest.param(signal.SIGTERM, "local", marks=pytest.mark.slow),
+        pytest.param(signal.SIGINT, "ray", marks=pytest.mark.slow),
+        pytest.param(signal.SIGTERM, "ray", marks=pytest.mark.slow),
+    ],
+)
 def test_an_interrupt_keeps_all_commits(job: Path, pool_name: str, how: signal.Signals) -> None:
     out = job.parent / "out"
     process = _start(job, "--set", f"compute.pool={pool_name}")

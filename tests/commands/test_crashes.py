@@ -84,9 +84,24 @@ def _places(place: str, tmp_path: Path, s3: Server) -> tuple[Output, dict[str, A
     return Bucket(s3, url), {"output": url, "storage": {"endpoint": s3.endpoint, "region": s3.storage.region}}
 
 
-@pytest.mark.parametrize(("place", "seed"), [("disk", 1), ("s3", 3)])
+@pytest.mark.parametrize(
+    ("place", "seed", "deaths", "stride"),
+    [
+        ("disk", 0, 1, 20),
+        ("s3", 7, 1, 20),
+        pytest.param("disk", 1, 4, 9, marks=pytest.mark.slow),
+        pytest.param("s3", 3, 4, 9, marks=pytest.mark.slow),
+    ],
+)
 def test_a_driver_that_is_killed_again_and_again(
-    place: str, seed: int, job: Callable[..., Path], undisturbed: Path, tmp_path: Path, s3: Server
+    place: str,
+    seed: int,
+    deaths: int,
+    stride: int,
+    job: Callable[..., Path],
+    undisturbed: Path,
+    tmp_path: Path,
+    s3: Server,
 ) -> None:
     output, sections = _places(place, tmp_path, s3)
     manifest = job(**sections)
@@ -100,13 +115,14 @@ def test_a_driver_that_is_killed_again_and_again(
         assert seen.items() <= now.items()
         seen.update(now)
 
-    killed = disturb(lambda: Life(manifest), output, deaths=4, stride=9, seed=seed, check=check)
-    assert killed >= 2
+    killed = disturb(lambda: Life(manifest), output, deaths, stride, seed, check)
+    assert killed >= min(deaths, 2)
     assert seen, "it was killed only before it had done anything"
     check()
     check_end(output.local(tmp_path), undisturbed)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="finds Ray's processes in Linux' /proc")
 def test_actors_and_then_the_driver_of_a_cluster_are_killed(
     job: Callable[..., Path], undisturbed: Path, tmp_path: Path
@@ -189,7 +205,7 @@ def _kill_all(pids: set[int]) -> None:
             os.kill(pid, signal.SIGKILL)
 
 
-@pytest.mark.parametrize(("place", "head_start"), [("disk", 0), ("s3", 8)])
+@pytest.mark.parametrize(("place", "head_start"), [("disk", 0), pytest.param("s3", 8, marks=pytest.mark.slow)])
 def test_two_drivers_on_one_output(
     place: str, head_start: int, job: Callable[..., Path], undisturbed: Path, tmp_path: Path, s3: Server
 ) -> None:

@@ -29,6 +29,7 @@ def make_tar(path: Path, members: list[tuple[str, bytes]]) -> None:
 
 
 Job = Callable[..., sb.Manifest]
+ONE = "compute.workers=1"  # an actor takes ten seconds to begin
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +84,7 @@ class TestEveryPool:
         ):
             (folder / f"{key}.jpg").write_bytes(content)
         (folder / "photo-1.txt").write_bytes(b"\xff\xfe\xfa")
-        manifest = job(f"compute.pool={pool}", f"source.urls={folder}", "errors.max_failed_fraction=0.5")
+        manifest = job(f"compute.pool={pool}", ONE, f"source.urls={folder}", "errors.max_failed_fraction=0.5")
         report = sb.run(manifest)
         found = rows(Path(manifest.output.path))
         assert report.planned == report.succeeded + report.failed == len(found) == 9
@@ -101,7 +102,7 @@ class TestEveryPool:
         folder = make_photos(tmp_path / "bad")
         (folder / "zzz.jpg").write_bytes(b"")
         whole = ("output.samples_per_unit=8", "output.samples_per_shard=8")  # of two units, it would stop after one
-        manifest = job(f"compute.pool={pool}", f"source.urls={folder}", *whole)
+        manifest = job(f"compute.pool={pool}", ONE, f"source.urls={folder}", *whole)
         with pytest.raises(sb.RunError, match="1 of 7 samples failed"):
             sb.run(manifest)
         assert len(rows(Path(manifest.output.path))) == 7
@@ -110,7 +111,7 @@ class TestEveryPool:
             sb.run(manifest)
 
     def test_goes_on_where_the_commits_end(self, pool: str, job: Job, undisturbed: Path) -> None:
-        manifest = job()
+        manifest = job(ONE)
         out = Path(manifest.output.path)
         sb.run(manifest)
         before = commits(out)
@@ -126,7 +127,7 @@ class TestEveryPool:
         assert set(rows(out)) == set(KEYS)
 
     def test_an_error_that_is_no_samples_fault_ends_the_run(self, pool: str, job: Job) -> None:
-        manifest = job(f"compute.pool={pool}")
+        manifest = job(f"compute.pool={pool}", ONE)
         out = Path(manifest.output.path)
         (out / "_smsbatch").mkdir(parents=True)
         (out / "_smsbatch" / "attempts").write_text("a file where the ledger wants a folder")
@@ -136,8 +137,8 @@ class TestEveryPool:
 
 @pytest.mark.usefixtures("cluster")
 def test_an_actor_that_finds_no_place_holds_nothing_up(job: Job) -> None:
-    """Three actors of one core each on a cluster of two: the run is done by those who have a place."""
-    report = sb.run(job("compute.pool=ray", "compute.workers=3"))
+    """Two actors of two cores each on a cluster of two: the run is done by the one that has a place."""
+    report = sb.run(job("compute.pool=ray", "compute.workers=2", "compute.threads=2"))
     assert report.succeeded == 6
 
 
@@ -170,7 +171,7 @@ def test_relative_paths_are_those_of_the_driver(
     monkeypatch.chdir(photos.parent)
     Path("style.safetensors").write_bytes(lora.read_bytes())
     overrides = ("output.path=relative", "style.lora=style.safetensors", "source.urls=photos")
-    sb.run(job("compute.pool=ray", *overrides))
+    sb.run(job("compute.pool=ray", ONE, *overrides))
     assert tars(photos.parent / "relative") == tars(undisturbed)
 
 
@@ -367,6 +368,6 @@ def cluster() -> Iterator[None]:
     """One Ray for all tests of this file: pools join what is there."""
     import ray
 
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     yield
     ray.shutdown()

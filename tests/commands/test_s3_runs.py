@@ -344,6 +344,6 @@ def cluster(s3: Server) -> Iterator[None]:
     """A Ray of this process, whose actors have the server's credentials from the environment."""
     import ray
 
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     yield
     ray.shutdown()

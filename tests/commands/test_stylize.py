@@ -559,6 +559,7 @@ class TestGenerator:
         assert tars(tmp_path / "out") == tars(job.parent / "out")
 
 
+@pytest.mark.slow
 def test_a_run_that_is_killed_again_and_again(tmp_path: Path, generator: Path) -> None:
     """Resumed after every SIGKILL, it ends with the bytes of one that nobody disturbed."""
     photos = make_photos(tmp_path / "photos", [f"photo-{number:02}" for number in range(24)], size=(96, 64))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +31,25 @@ def test_the_fake_score_begins_as_the_prior(prior: Prior) -> None:
     z_t, t, text = torch.randn(4, 4, 8, 8), torch.tensor([21, 50, 21, 50]), prior.embed(["a", "b", "c", "d"])
     with torch.no_grad():
         torch.testing.assert_close(ask(fake, z_t, t, text), prior.noise(z_t, t, text))
+
+
+def test_at_birth_factors_are_as_large_as_pefts(prior: Prior) -> None:
+    """Up factors are zero; down factors fill the Kaiming-uniform's interval (He et al. 2015) with peft's a of √5."""
+    fake = FakeScore(prior, Fake(), [torch.Generator().manual_seed(seed) for seed in range(40)])
+    layers, widths = prior.layers(), set()
+    for name, factor in fake.factors.items():
+        kind, _, layer = name.partition(".")
+        if kind == "up":
+            assert not factor.any()
+            continue
+        rank, width = factor.shape[1:]
+        assert (rank, width) == (Fake().rank, layers[layer].weight.shape[1])
+        bound = math.sqrt(2 / (1 + math.sqrt(5) ** 2)) * math.sqrt(3 / width)  # gain times √3 / √fan_in
+        assert 0.99 * bound < factor.max() <= bound
+        assert -bound <= factor.min() < -0.99 * bound
+        assert factor.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.05)
+        widths.add(width)
+    assert len(widths) > 1, "one width alone would not show what the bound depends on"
 
 
 def test_every_sample_trains_its_own_lora_and_leaves_the_prior_alone(prior: Prior) -> None:

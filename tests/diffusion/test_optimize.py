@@ -52,8 +52,17 @@ def test_learning_rate(steps: int) -> None:
 
 
 @pytest.mark.parametrize("preset", ["released", "paper"])
-def test_the_loop_step_by_step(prior: Prior, style: Prior, preset: Literal["released", "paper"]) -> None:
+def test_the_loop_step_by_step(
+    prior: Prior, style: Prior, preset: Literal["released", "paper"], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The same draws, the scores as black boxes, and everything else done by the oracle in float64."""
+    made: list[FakeScore] = []
+
+    def kept(*rest: Any) -> FakeScore:
+        made.append(FakeScore(*rest))
+        return made[-1]
+
+    monkeypatch.setattr("smsbatch.diffusion.optimize.FakeScore", kept)
     steps = 12
     config = Objective(preset=preset, steps=steps)
     z_src = latents((8, 6))[:1]
@@ -61,6 +70,7 @@ def test_the_loop_step_by_step(prior: Prior, style: Prior, preset: Literal["rele
 
     generator = torch.Generator().manual_seed(5)
     fake = FakeScore(prior, config.fake, [generator])
+    born = [factor.detach().clone() for factor in fake.factors.values()]
     words = {"target": prior.embed([WORDS[0].target]), "edit": prior.embed([WORDS[0].edit]), "null": prior.embed([""])}
 
     def fake_noise(z_t: Tensor, t: Tensor, text: Tensor) -> Tensor:
@@ -105,6 +115,13 @@ def test_the_loop_step_by_step(prior: Prior, style: Prior, preset: Literal["rele
     # Adam divides by the gradient's size, so entries whose gradient is rounding move by rounding's sign: compare most.
     difference = np.abs(ours[0].double().numpy() - z)
     assert np.quantile(difference, 0.99) < 0.01 * moved
+    # What the fake was trained on moves its factors by a tenth of their way, and z by next to nothing.
+    (trained,) = made
+    at_birth, at_the_end, expected = (
+        torch.cat([factor.detach().flatten() for factor in factors])
+        for factors in (born, trained.factors.values(), fake.factors.values())
+    )
+    assert (at_the_end - expected).norm() < 1e-3 * (expected - at_birth).norm()
 
 
 MODES: dict[str, dict[str, Any]] = {

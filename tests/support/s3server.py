@@ -1,7 +1,8 @@
 """An S3 server on loopback for tests (moto), and `Faults`: a proxy in front of it that fails on purpose.
 
 Both live in the process of the tests, so that other processes can be killed while the server stays. Credentials are in
-the environment for the whole session, for child processes too, and nothing outside loopback can be asked for others.
+the environment for the whole session, for child processes too, and by `environment.py` nothing outside loopback can be
+asked for others.
 """
 
 from __future__ import annotations
@@ -10,7 +11,6 @@ import hashlib
 import http.client
 import http.server
 import io
-import os
 import select
 import socket
 import struct
@@ -100,18 +100,8 @@ def _split(url: str) -> tuple[str, str]:
 @pytest.fixture(scope="session")
 def s3() -> Iterator[Server]:
     with pytest.MonkeyPatch.context() as patch:
-        for name in [name for name in os.environ if name.startswith("AWS_")]:
-            patch.delenv(name)
-        for name, value in {
-            "AWS_ACCESS_KEY_ID": "testing",
-            "AWS_SECRET_ACCESS_KEY": "testing",
-            "AWS_EC2_METADATA_DISABLED": "true",
-            "AWS_CONFIG_FILE": os.devnull,
-            "AWS_SHARED_CREDENTIALS_FILE": os.devnull,
-            "NO_PROXY": "127.0.0.1,localhost",
-            "no_proxy": "127.0.0.1,localhost",
-        }.items():
-            patch.setenv(name, value)
+        patch.setenv("AWS_ACCESS_KEY_ID", "testing")
+        patch.setenv("AWS_SECRET_ACCESS_KEY", "testing")
         moto = ThreadedMotoServer("127.0.0.1", port=0, verbose=False)
         moto.start()
         wsgi: Any = moto._server

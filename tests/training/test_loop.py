@@ -109,6 +109,7 @@ def test_a_plan_counts_the_parameters(job: Path, width: int, blocks: int) -> Non
     assert planned.parameters == Generator(width, blocks).parameter_count
 
 
+@pytest.mark.slow
 def test_killed_interrupted_and_gone_on_with_it_is_the_same_generator(job: Path, whole: tuple[Path, Any, Any]) -> None:
     """Which it could not be if any picture came twice, or not at all."""
     out = job.parent / "out"
