@@ -1,4 +1,4 @@
-"""Numbers, tables and times as people read them."""
+"""Format numbers, tables, sizes and durations for people."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ __all__ = ["bar", "count", "duration", "printable", "size", "table"]
 
 
 def table(rows: Iterable[tuple[str, ...]]) -> Iterator[str]:
-    """Columns as wide as they must be, the last as long as it is."""
+    """Lines of left-aligned columns, without trailing spaces."""
     known = list(rows)
     widths = [max(map(len, column)) for column in zip(*known, strict=True)]
     for row in known:
@@ -21,7 +21,7 @@ def count(number: int, word: str) -> str:
 
 
 def size(number: float) -> str:
-    """Bytes as people say them."""
+    """A number of bytes to three digits, in a decimal unit."""
     for unit in ("bytes", "kB", "MB", "GB"):
         if number < 1000:
             return f"{number:.0f} {unit}" if unit == "bytes" else f"{number:.3g} {unit}"
@@ -41,12 +41,12 @@ def duration(seconds: float) -> str:
 
 
 def printable(text: str) -> str:
-    """One line without control characters."""
+    """The text with a space for each character that is not printable, such as line breaks."""
     return "".join(letter if letter.isprintable() else " " for letter in text)
 
 
 def bar(done: int, total: int) -> str:
-    """How much of it is done."""
+    """A progress bar of 30 characters."""
     filled = round(30 * done / total) if total else 0
     return "█" * filled + "░" * (30 - filled)
 

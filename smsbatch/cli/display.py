@@ -1,4 +1,4 @@
-"""What is seen of a run while it works: lines that renew themselves, or plain ones for logs."""
+"""Progress of a run while it works: a live display for terminals, plain lines for logs."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from smsbatch.text import count
 
 __all__ = ["Display", "Live", "Plain", "Shards", "Watch", "status"]
 
-_INTERVAL_S = 10.0  # between two lines where nobody watches
+_INTERVAL_S = 10.0  # between two lines of a log
 
 
 _LINES: dict[str, Any] = {
@@ -50,7 +50,7 @@ def status_line(now: Status | TrainingStatus) -> str:
 
 
 class Display(AbstractContextManager["Display"]):
-    """What is seen of a run while it works."""
+    """Base of the displays of a run's progress; shows nothing."""
 
     worked = False
 
@@ -62,7 +62,7 @@ class Display(AbstractContextManager["Display"]):
 
 
 class Plain(Display):
-    """One line an interval and one at the end, for logs: text, or JSON beside the output that is to be JSON."""
+    """One line per interval and one at the end, for logs: text, or JSON on stderr if stdout is to be JSON."""
 
     def __init__(self, as_json: bool = False) -> None:
         self._as_json, self._next = as_json, 0.0
@@ -78,14 +78,14 @@ class Plain(Display):
 
 
 class Live(Display):
-    """A few lines that renew themselves."""
+    """A few lines that are redrawn in place."""
 
     def __init__(self, transient: bool = True) -> None:
         from rich.console import Console
         from rich.live import Live
         from rich.text import Text
 
-        self._text = Text  # plain: what looks like markup in a name is none
+        self._text = Text  # plain text: names may contain what looks like markup
         self._live = Live(console=Console(), refresh_per_second=4, transient=transient)
 
     def __enter__(self) -> Live:
@@ -104,7 +104,7 @@ class Live(Display):
 
 
 class Watch(Display):
-    """What `status --watch` shows: the live lines, which stay at the end, or a line for each look."""
+    """The display of `status --watch`: live lines that remain at the end, or one line per update."""
 
     def __init__(self, as_json: bool) -> None:
         self._as_json = as_json
@@ -127,7 +127,7 @@ class Watch(Display):
 
 
 class Shards(AbstractContextManager["Shards"]):
-    """How many shards `verify` has looked at, on a line that goes away; none if `hidden`."""
+    """The number of shards that `verify` has checked, on a line that disappears; none if `hidden`."""
 
     def __init__(self, hidden: bool) -> None:
         self._live = None if hidden else Live()
@@ -143,4 +143,4 @@ class Shards(AbstractContextManager["Shards"]):
 
     def progress(self, done: int, shards: int) -> None:
         if self._live:
-            self._live.show([f"{done:,} of {count(shards, 'shard')} looked at"])
+            self._live.show([f"{done:,} of {count(shards, 'shard')} checked"])

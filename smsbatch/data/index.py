@@ -1,10 +1,10 @@
-"""The stored plan of a run, written once, then only read: `plan/{samples,objects,units}.parquet`.
+"""The stored plan of a run: `plan/{samples,objects,units}.parquet`, written once, then only read.
 
-Where the user lets inputs change under a run, the rows stay what they are and their bytes are looked up anew, in
-`samples.1.parquet` and `objects.1.parquet`, `.2` and so on, of which the last counts.
+If the user allows changed inputs, the rows stay and their bytes are located anew, in `samples.1.parquet` and
+`objects.1.parquet`, then `.2` and so on; the highest number is valid.
 
-An index is an Arrow table from the scan of an object to the file; only the rows a unit reads become entries. All three
-files are create-only: of two drivers that plan at once the first one's stand, and the other obeys them.
+An index is an Arrow table from the scan of an object to the file; only the rows that a unit reads become entries. All
+three files are create-only: if two drivers plan at once, the first one's files stay and both drivers use them.
 """
 
 from __future__ import annotations
@@ -58,8 +58,8 @@ SAMPLES = "plan/samples.parquet"
 OBJECTS = "plan/objects.parquet"
 UNITS = "plan/units.parquet"
 
-# A worker reads the groups its unit touches: small enough to be cheap, large enough that ten million rows have a short
-# footer. Files are read without Arrow's threads: one that holds a Python file when the interpreter ends aborts it.
+# A worker reads the row groups of its unit: small enough to be cheap, large enough that ten million rows have a short
+# footer. Arrow's threads are off in every read: one that holds a Python file when the interpreter exits aborts it.
 ROWS_PER_GROUP = 8192
 
 
@@ -69,7 +69,7 @@ def _schema(repeated: pa.DataType) -> pa.Schema:
             pa.field("extension", pa.string()),
             pa.field("url", repeated),
             pa.field("offset", pa.int64()),
-            pa.field("length", pa.int64()),  # null: the whole object, whose size nobody has asked
+            pa.field("length", pa.int64()),  # null: the whole object, of unknown size
             pa.field("etag", repeated),
         ]
     )
@@ -78,8 +78,8 @@ def _schema(repeated: pa.DataType) -> pa.Schema:
 
 
 INDEX_SCHEMA = _schema(pa.dictionary(pa.int32(), pa.string()))
-"""Of an index on its way: all of a tar's spans name the same object."""
-# Parquet finds the repetitions itself, and Arrow cannot read dictionaries inside of lists back.
+"""Schema of an index in memory. URLs and etags are dictionary-encoded: all spans of a tar name the same object."""
+# On disk without dictionaries: Parquet finds the repetitions itself, and Arrow cannot read dictionaries inside lists.
 _STORED_SCHEMA = _schema(pa.string())
 _UNIT_SCHEMA = pa.schema([(name, pa.int64()) for name in ("id", "shard", "start", "stop")])
 _OBJECT_SCHEMA = pa.schema([("format", pa.string()), ("url", pa.string()), ("size", pa.int64()), ("etag", pa.string())])
@@ -88,7 +88,7 @@ _OBJECT_SCHEMA = pa.schema([("format", pa.string()), ("url", pa.string()), ("siz
 class Part(NamedTuple):
     """An object that is indexed on its own: a tar, a table, or a folder with all its files.
 
-    Of a folder `size` is the bytes of all files and `etag` the digest of its listing.
+    For a folder, `size` is the bytes of all its files and `etag` the digest of its listing.
     """
 
     format: str
@@ -105,9 +105,9 @@ class StoredFile(NamedTuple):
 
 
 class Built(NamedTuple):
-    """What `build_index` wrote: entries, the bytes of all their fields as far as known, and a digest.
+    """Result of `build_index`: the number of samples, the bytes of all their fields as far as known, and a digest.
 
-    `sha256` covers every key, caption and place of bytes, in order, and not how they were chunked or stored.
+    `sha256` covers every key, caption and byte range in order, but not how the rows were chunked or stored.
     """
 
     samples: int
@@ -137,7 +137,7 @@ def to_table(entries: Sequence[Entry]) -> pa.Table:
 
 
 def from_table(table: pa.Table) -> list[Entry]:
-    """The entries in a table, which may be a stored one."""
+    """The entries of a table, in memory or stored."""
     return [
         Entry(
             row["key"],
@@ -154,12 +154,12 @@ def from_table(table: pa.Table) -> list[Entry]:
 
 
 def build_index(target: Path, tables: Iterable[pa.Table], limit: int | None = None, skip: int = 0) -> Built:
-    """Stream tables into one Parquet file: after the first `skip` rows of them at most `limit`.
+    """Stream tables into one Parquet file: skip the first `skip` rows, then take at most `limit`.
 
-    In memory are a few tables and eight bytes per key.
+    Memory holds a few tables and eight bytes per key.
 
     Raises:
-        SourceError: keys stand twice; the message has the first of them with both places, and their number.
+        SourceError: duplicate keys; the message names the first with both its places, and how many there are.
     """
     digest, hashes, size = _Digest(), [], 0
     with storage_errors("write", target), _writer(target) as writer:
@@ -182,23 +182,23 @@ def build_index(target: Path, tables: Iterable[pa.Table], limit: int | None = No
 
 
 def write_index(store: Store, path: Path) -> bool:
-    """Store what `build_index` wrote; False if another driver was first, whose index then stands."""
+    """Store the file of `build_index`; False if another driver was first, whose index then stays."""
     return store.create(SAMPLES, path)
 
 
 def index_size(index: StoredFile | Path) -> int:
-    """How many entries an index has."""
+    """Number of entries in the stored index."""
     with _opened(index) as file:
         return int(file.metadata.num_rows)
 
 
 def read_index(index: StoredFile | Path, start: int = 0, stop: int | None = None) -> list[Entry]:
-    """Entries [start, stop) of an index, stored or just built; only the row groups that hold them are read."""
+    """Entries [start, stop) of an index, stored or just built; reads only the row groups that hold them."""
     return from_table(read_index_table(index, start, stop))
 
 
 def read_index_table(index: StoredFile | Path, start: int = 0, stop: int | None = None) -> pa.Table:
-    """The same as a table for `from_table`, whole or in parts: it holds many more rows in as much memory."""
+    """Rows [start, stop) as a table for `from_table`, which needs much less memory than entries."""
     found = [_STORED_SCHEMA.empty_table()]
     with _opened(index) as file:
         for group, first, count in _groups(file):
@@ -209,7 +209,7 @@ def read_index_table(index: StoredFile | Path, start: int = 0, stop: int | None 
 
 
 def find_key(index: StoredFile | Path, key: str) -> int | None:
-    """The row of a key, None if it is not planned."""
+    """Row number of a key, None if the key is not planned."""
     with _opened(index) as file:
         for group, first, _ in _groups(file):
             bounds = file.metadata.row_group(group).column(0).statistics
@@ -222,7 +222,7 @@ def find_key(index: StoredFile | Path, key: str) -> int | None:
 
 
 def digest_index(path: Path) -> str:
-    """The `sha256` that `build_index` gave for an index."""
+    """`Built.sha256` of an index file."""
     digest = _Digest()
     with _opened(path) as file:
         for group, _, _ in _groups(file):
@@ -231,12 +231,12 @@ def digest_index(path: Path) -> str:
 
 
 def move_index(planned: StoredFile | Path, found: Path, target: Path) -> tuple[int, int]:
-    """The planned index with its keys' bytes where `found`, an index of the source as it is now, has them.
+    """Write the planned index to `target` with the byte ranges of `found`, an index of the source as it is now.
 
-    Rows whose key is gone stay as they are, and fail when they are read. In memory are all rows of `found`.
+    Rows whose key is gone stay unchanged and fail when they are read. Memory holds all rows of `found`.
 
     Returns:
-        How many keys are gone, and how many new ones are left out.
+        Number of keys that are gone, and of new keys that are left out.
     """
     with _opened(found) as file:
         now = file.read(use_threads=False)
@@ -255,7 +255,7 @@ def move_index(planned: StoredFile | Path, found: Path, target: Path) -> tuple[i
 
 
 def write_moved(store: Store, number: int, path: Path, parts: Sequence[Part]) -> None:
-    """Store the index that `move_index` wrote, and the objects it was made of, as number `number`."""
+    """Store the file of `move_index` and the objects it was made from, as number `number` beside the planned ones."""
     store.put(numbered(SAMPLES, number), path)  # first, over what a driver left that died before the second
     store.create(numbered(OBJECTS, number), _parquet(parts, _OBJECT_SCHEMA))
 
@@ -281,16 +281,16 @@ def read_units(store: Store) -> list[Unit]:
 
 
 class _Digest:
-    """A SHA-256 per column, of its values and of their lengths, so that no chunk's edge leaves a trace.
+    """A SHA-256 per column, of its values and their lengths, so that chunk edges do not change it.
 
-    etags are not in it: they tell versions of an object apart, and `objects.parquet` has them.
+    Etags are left out: they distinguish versions of an object, and `objects.parquet` has them.
     """
 
     def __init__(self) -> None:
         self._streams: dict[str, Any] = {}
 
     def update(self, table: pa.Table) -> int:
-        """Take in a table; returns the bytes that its fields have."""
+        """Add a table; returns the bytes of its fields."""
         size = 0
         for batch in table.to_batches():
             for name in ("key", "original_key", "image", "caption"):
@@ -335,10 +335,10 @@ def _chosen(tables: Iterable[pa.Table], limit: int | None, skip: int) -> Iterato
 
 
 def _check_unique(path: Path, hashes: npt.NDArray[np.int64]) -> None:
-    """Keys of one hash are read again and compared; all but never does that find anything."""
+    """Raise SourceError for duplicate keys. Only keys with equal hashes, nearly always none, are read and compared."""
     ordered = np.sort(hashes)
     again = np.unique(ordered[1:][ordered[1:] == ordered[:-1]])
-    for begin in range(0, len(again), 1000):  # of a source that is listed twice all keys are here
+    for begin in range(0, len(again), 1000):  # a source that is listed twice has all its keys here
         seen: dict[str, str] = {}
         with _opened(path) as file:
             for group, first, count in _groups(file):
@@ -346,7 +346,7 @@ def _check_unique(path: Path, hashes: npt.NDArray[np.int64]) -> None:
                 for entry in from_table(file.read_row_group(group, use_threads=False).take(rows)) if len(rows) else ():
                     if entry.key in seen:
                         origin = "" if entry.original_key is None else f" (made of {entry.original_key!r})"
-                        number = f"; {len(again):,} keys stand twice" if len(again) > 1 else ""
+                        number = f"; {len(again):,} keys are duplicated" if len(again) > 1 else ""
                         raise SourceError(
                             f"{public(entry.url)}: key {entry.key!r}{origin} is also in {public(seen[entry.key])}; "
                             f"keys must be unique, rename one of them{number}"
@@ -355,7 +355,7 @@ def _check_unique(path: Path, hashes: npt.NDArray[np.int64]) -> None:
 
 
 def _writer(path: Path) -> pq.ParquetWriter:
-    # Every reader of a unit reads the footer first, which has the statistics: only of what `find_key` asks for.
+    # Every reader of a unit reads the footer first, so it has only the statistics that `find_key` needs.
     return pq.ParquetWriter(path, _STORED_SCHEMA, compression="zstd", write_statistics=["key"])
 
 

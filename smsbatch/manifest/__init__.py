@@ -1,6 +1,6 @@
-"""The manifest: what to run.
+"""The manifest: a validated description of a run.
 
-A manifest is frozen and resolved: two equal manifests ask for the same run. `file.py` reads one from YAML.
+A manifest is frozen, with all defaults filled in: two equal manifests request the same run. `file.py` reads YAML.
 """
 
 from smsbatch.manifest.base import SECRET

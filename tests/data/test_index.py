@@ -135,7 +135,7 @@ def test_a_limit_cuts_and_reads_no_further(tmp_path: Path) -> None:
     assert read_index(tmp_path / "y") == []
 
 
-# --- keys that stand twice ---
+# --- duplicate keys ---
 
 
 def test_keys_that_stand_twice_are_named_with_both_places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -151,7 +151,7 @@ def test_keys_that_stand_twice_are_named_with_both_places(tmp_path: Path, monkey
 
 def test_a_source_that_is_there_twice_is_counted(tmp_path: Path) -> None:
     once = [entry(f"k{n}") for n in range(3000)]
-    with pytest.raises(SourceError, match=r"key 'k\d+' is also in a\.tar; .*; 3,000 keys stand twice$"):
+    with pytest.raises(SourceError, match=r"key 'k\d+' is also in a\.tar; .*; 3,000 keys are duplicated$"):
         build_index(tmp_path / "x", [to_table(once), to_table(once)], None)
 
 

@@ -236,7 +236,7 @@ def test_a_single_writer_may_go_without_conditions(store: Store, tmp_path: Path)
 def test_no_driver_is_a_wrong_request() -> None:
     with pytest.raises(RequestError, match=r"^gs://: .*gcsfs"):
         Store("gs://bucket/run")
-    with pytest.raises(RequestError, match=r"^what://: nothing is known"):
+    with pytest.raises(RequestError, match=r"^what://: no driver is known"):
         Store("what://bucket/run")
     with pytest.raises(RequestError, match=r"web servers are only read") as caught:
         Store("https://me:secret@host/run")
