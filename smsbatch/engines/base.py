@@ -1,4 +1,4 @@
-"""What an engine is: pictures in, pictures out, as tensors on one device. It knows no files, rows or units."""
+"""The interface of an engine: pictures in, pictures out, as tensors on one device; no files, rows or units."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ class Engine(Protocol):
     """A style on one device.
 
     Attributes:
-        steps: of a batch, as `render` tells its progress.
-        if_diverged, if_too_large: what to do where a result is not finite, or a picture does not fit the memory.
+        steps: of a batch, as `render` reports them.
+        diverged_hint, oom_hint: advice if a result is not finite, or a picture does not fit the memory.
     """
 
     device: torch.device
@@ -33,17 +33,17 @@ class Engine(Protocol):
     oom_hint: str
 
     def prompt(self, caption: str) -> str:
-        """What the row says a picture with this caption was to become."""
+        """The prompt of a picture with this caption, for its row."""
 
     def batch_size(self, height: int, width: int) -> int:
-        """How many pictures of this size are best rendered at once."""
+        """The best number of pictures of this size to render at once."""
 
     def render(
         self, images: Tensor, captions: Sequence[str], seeds: Sequence[int], progress: Callable[[int], None]
     ) -> Rendered:
-        """Stylize images [B, 3, H, W] in [0, 1], none of which has any influence on another.
+        """Stylize images [B, 3, H, W] in [0, 1], each independently of the others.
 
-        `progress` is called with finished steps, and may raise to stop. Out of memory is torch's error.
+        `progress` is called with the number of finished steps, and may raise to stop. Out of memory is torch's error.
         """
 
 

@@ -1,4 +1,4 @@
-"""Every picture on its own, by the scores (paper, Algorithm 1)."""
+"""Every picture by optimizing its latent with the scores (paper, Algorithm 1)."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from smsbatch.manifest import Optimize, Styled
 
 
 class OptimizeEngine:
-    """Every picture on its own, by the scores (paper, Algorithm 1)."""
+    """Every picture by optimizing its latent with the scores (paper, Algorithm 1)."""
 
     diverged_hint = "the latent is not finite; lower objective.learning_rate"
     oom_hint = "lower image.resolution"
@@ -40,7 +40,7 @@ class OptimizeEngine:
         z, steps = optimize(
             self.prior,
             self.style,
-            # One at a time, as below: a small part of the work, and the largest peak of memory when batched.
+            # One at a time, as below: a small part of the work, but the largest peak of memory if batched.
             torch.cat([self.prior.encode(row[None]) for row in images]),
             [self.objective.prompts(self._words, caption) for caption in captions],
             seeds,
@@ -53,7 +53,7 @@ class OptimizeEngine:
 
 
 def load_models(manifest: Styled, device: str) -> tuple[Prior, Prior]:
-    """The bare prior and the style's, which is the same one where there is neither a LoRA nor another checkpoint.
+    """The bare prior and the style's, the same object if the style has neither a LoRA nor another checkpoint.
 
     Raises:
         WeightsError: a model or LoRA is missing or not understood, or the two models do not go together.
@@ -78,7 +78,7 @@ def load_models(manifest: Styled, device: str) -> tuple[Prior, Prior]:
 
 
 def _check_family(prior: Prior, style: Prior, path: str, style_path: str) -> None:
-    """One latent is looked at by both models: it must mean the same to them, and a timestep the same noise."""
+    """Both models see one latent: they must have the same latent space and the same noise schedule."""
     other = [
         f"{name} {its} instead of {ours}"
         for name, its, ours in (

@@ -9,7 +9,7 @@ from smsbatch.manifest import Dataset, Optimize, Stylize
 
 
 def engine_of(manifest: Dataset, device: str) -> Engine:
-    """The engine that a manifest's task wants.
+    """The engine of a manifest's task.
 
     Raises:
         WeightsError: a model, LoRA or generator is missing or not understood, or two models do not go together.
