@@ -39,7 +39,7 @@ class WorkerGroup:
 
     @contextmanager
     def defer_errors(self) -> Iterator[None]:
-        """Keep an error of ours from the body of the `with`; all workers raise it at the next `agree`, and only then.
+        """Keep a SmsbatchError from the body of the `with`; all workers raise it at the next `agree`, and only then.
 
         Raised by one worker alone, it would leave the others waiting for that one.
         """
