@@ -124,6 +124,6 @@ class GeneratorEngine(Engine[Stylize]):
         for chosen, computed, error in self._fitting.each(len(tiling), tiling.pixels, self._batch_size, compute):
             if computed is None:
                 raise torch.OutOfMemoryError(error)
-            tiling.paste(chosen, computed)  # not in `compute`, which may be tried again
+            tiling.paste(chosen, computed)  # not in `compute`, which may be retried
             progress(0)
         return tiling.result()

@@ -1,4 +1,4 @@
-"""What a distill run has made: the generator's own words, its card, and the figures of the training."""
+"""The result of a distill run: the generator's description, its card, and the figures of the training."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ class Distilled:
 
     Attributes:
         samples: different pictures of the source.
-        steps: with those of the warm-up.
-        seconds: of all attempts, as far as their steps count.
+        steps: including the warm-up.
+        seconds: of all attempts, without steps that were repeated later.
         losses: means over the last steps.
-        failed: samples that could not be had, each time that another one had to take their place.
-        generator: the folder or URL of its files, for `generator:` of a `stylize` manifest.
-        resumed_from: the step this call went on from; None if it did nothing.
+        failed: how often a sample failed and another one took its place.
+        generator: the run's folder or URL, for `generator:` of a `stylize` manifest.
+        resumed_from: the step at which this call resumed; None if it did nothing.
     """
 
     name: str
@@ -48,7 +48,7 @@ class Distilled:
 
     @classmethod
     def of(cls, run: Run, resumed_from: int | None = None, notices: Iterable[str] = ()) -> Distilled:
-        """What stands finished there; `notices` are of this call, and come after those of the plan.
+        """The finished training in a store; this call's `notices` follow those of the plan.
 
         Raises:
             StorageError: the generator's file is gone or damaged.
@@ -73,7 +73,7 @@ class Distilled:
 
 
 def describe_generator(run: Mapping[str, Any], checkpoint: Mapping[str, Any]) -> dict[str, Any]:
-    """What a generator says of itself, of the run's record and of what its last checkpoint says: always the same."""
+    """A generator's `about`, from the run's record and its last checkpoint's `about` alone, so always the same."""
     manifest, planned = run["manifest"], run["planned"]
     training, style = Training.model_validate(manifest["distill"]), manifest["style"]
     steps, seconds = training.all_steps, checkpoint["seconds"]
@@ -99,7 +99,7 @@ def describe_generator(run: Mapping[str, Any], checkpoint: Mapping[str, Any]) ->
 
 
 def model_card(run: Mapping[str, Any], files: Mapping[str, bytes]) -> str:
-    """`README.md` of a generator, so that a folder handed on explains itself."""
+    """`README.md` of a generator, so that a copied folder explains itself."""
     told = json.loads(files["generator.json"])
     made, training, manifest = told["about"], told["about"]["training"], run["manifest"]
     losses = ", ".join(f"{name} {value:.4g}" for name, value in training["losses"].items())
@@ -152,16 +152,16 @@ images = torch.rand(1, 3, 512, 512)  # RGB in [0, 1], any height and width from 
 results = generator(images)
 ```
 
-It was trained on {made["resolution"]} x {made["resolution"]} pixels: there, and somewhat around, it is at its best.
+It was trained on {made["resolution"]} x {made["resolution"]} pixels, and works best at about that size.
 
 ## Licence
 
-That of the model, the style and the pictures it was trained on; smsbatch knows none of them.
+That of the model, the style and the training pictures; smsbatch does not know it.
 """
 
 
 def _name(path: str) -> str:
-    """Of a path on this machine the last part: the folders before are nobody's business."""
+    """The last part of a local path, whose folders are private; any other name unchanged."""
     return PurePosixPath(path).name if path.startswith(("/", "~", ".")) else path
 
 
@@ -170,5 +170,5 @@ def _code(names: list[str]) -> str:
 
 
 def _plain(text: str) -> str:
-    """One line without what Markdown would read, or a table."""
+    """The text on one line, without the characters of Markdown's code and tables."""
     return " ".join("".join(" " if letter in "`|" else letter for letter in text).split())

@@ -231,7 +231,7 @@ def test_a_run_that_was_planned_otherwise(job: Path) -> None:
 def test_samples_that_cannot_be_had(job: Path) -> None:
     for number in (1, 2, 3):
         (job.parent / f"photos/photo-{number:02}.png").write_bytes(b"no picture")
-    with pytest.raises(sb.RunError, match=r"not be used \d+ times \(photo-0[123]: decode_error: .*max_failed_fraction"):
+    with pytest.raises(sb.RunError, match=r"samples failed \d+ times \(photo-0[123]: decode_error: .*max_failed"):
         sb.run(sb.load(job))
 
 
