@@ -5,8 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator
 
-__all__ = ["bar", "count", "duration", "printable", "size", "table"]
-
 
 def table(rows: Iterable[tuple[str, ...]]) -> Iterator[str]:
     """Lines of left-aligned columns, without trailing spaces."""

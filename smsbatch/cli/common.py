@@ -18,8 +18,6 @@ if TYPE_CHECKING:
     from smsbatch.cli.display import Display
     from smsbatch.manifest import Manifest
 
-__all__ = ["display_for", "echo", "echo_json", "fail", "located", "overrides", "reporting", "same_again", "show"]
-
 
 def overrides(set_: list[str] | None, limit: int | None) -> list[str]:
     return [*(set_ or ()), *([] if limit is None else [f"source.limit={limit}"])]

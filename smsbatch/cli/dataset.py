@@ -18,21 +18,6 @@ if TYPE_CHECKING:
     from smsbatch.runs.plan import Plan
     from smsbatch.runs.status import Status
 
-__all__ = [
-    "FAILURE_HEAD",
-    "checks",
-    "collected",
-    "failed",
-    "failure",
-    "plan",
-    "repaired",
-    "replayed",
-    "status",
-    "status_line",
-    "summary",
-    "verification",
-]
-
 _SHOWN = 20  # problems printed; there may be thousands
 
 

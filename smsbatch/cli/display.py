@@ -14,8 +14,6 @@ from smsbatch.commands.status import TrainingStatus
 from smsbatch.runs.status import Status
 from smsbatch.text import count
 
-__all__ = ["Display", "Live", "Plain", "Shards", "Watch", "status"]
-
 _INTERVAL_S = 10.0  # between two lines of a log
 
 

@@ -13,8 +13,6 @@ if TYPE_CHECKING:
     from smsbatch.runs.plan import TrainingPlan
     from smsbatch.training.result import Distilled
 
-__all__ = ["exported", "plan", "status", "status_line", "summary"]
-
 
 def status(now: TrainingStatus, ages: bool = False) -> list[str]:
     """A status as a few lines; with `ages`, also the time since its last step."""

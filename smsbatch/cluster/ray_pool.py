@@ -22,8 +22,6 @@ from smsbatch.runs.status import Progress
 from smsbatch.workers.pool import TICK_S, LocalPool, Pool
 from smsbatch.workers.worker import Worker, WorkItem
 
-__all__ = ["RayPool", "pool_of"]
-
 _FEW = 64  # things to do that are not worth starting a cluster for
 _LOOK_S = 10.0  # between two looks whether there is a cluster at all
 

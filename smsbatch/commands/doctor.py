@@ -28,8 +28,6 @@ from smsbatch.manifest import Manifest, Storage
 from smsbatch.runs.run import find_or_require_empty
 from smsbatch.storage.store import TEMPORARY, Store
 
-__all__ = ["Check", "doctor"]
-
 _SCRATCH_FAILS, _SCRATCH_WARNS = 1e9, 10e9  # bytes: a shard or two; comfort
 _CLOCK_WARNS_S, _CLOCK_FAILS_S = 60, 600  # S3 refuses a clock that is 15 minutes off
 _TIMEOUT_S, _RETRIES = 5.0, 1

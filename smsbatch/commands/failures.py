@@ -12,8 +12,6 @@ from smsbatch.manifest import Manifest
 from smsbatch.runs.records import attempt_file
 from smsbatch.runs.snapshot import Snapshot
 
-__all__ = ["failures"]
-
 
 def failures(
     where: str | Manifest | Snapshot, code: str | None = None, limit: int | None = None

@@ -23,8 +23,6 @@ from smsbatch.metrics import Lpips, hub, style
 from smsbatch.runs.run import Run, store_of
 from smsbatch.storage.store import storage_errors
 
-__all__ = ["Measured", "measure", "style_distance"]
-
 Picture = NDArray[np.uint8]
 
 

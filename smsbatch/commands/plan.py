@@ -49,8 +49,6 @@ from smsbatch.runs.run import Run, find_or_require_empty, store_of
 from smsbatch.storage.store import Store
 from smsbatch.workers.pool import Pool
 
-__all__ = ["cut", "establish", "plan", "relocate"]
-
 # fmt: off
 _RECORDED = (
     "smsbatch", "torch", "torchvision", "diffusers", "transformers", "pyarrow", "pillow", "lpips", "fsspec", "s3fs",

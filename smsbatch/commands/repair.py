@@ -24,8 +24,6 @@ from smsbatch.runs.run import Run
 from smsbatch.runs.snapshot import Problem
 from smsbatch.runs.status import Status
 
-__all__ = ["Repaired", "repair"]
-
 
 @dataclass(frozen=True)
 class Repaired:

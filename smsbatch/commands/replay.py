@@ -32,8 +32,6 @@ from smsbatch.runs.run import Run
 from smsbatch.storage.store import storage_errors
 from smsbatch.workers.worker import failed
 
-__all__ = ["Replayed", "replay"]
-
 _COMPARED = 100_000  # keys among which one is looked for that was meant
 
 

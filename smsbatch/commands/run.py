@@ -28,8 +28,6 @@ from smsbatch.training.result import Distilled
 from smsbatch.workers.pool import Pool
 from smsbatch.workers.worker import WorkItem
 
-__all__ = ["run"]
-
 
 def run(
     manifest: Manifest,

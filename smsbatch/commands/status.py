@@ -17,10 +17,6 @@ from smsbatch.runs.snapshot import Snapshot
 from smsbatch.runs.status import Progress, Status, _at_work, over_budget
 from smsbatch.training.log import TrainingProgress, read_progress
 
-__all__ = ["TrainingStatus", "status", "training_status"]
-
-QUIET_S = 60.0  # without a step or a word of its driver: nobody is at work on it
-
 
 def status(where: str | Manifest | Snapshot) -> Status | TrainingStatus:
     """How far a run is, from what is stored alone; of a manifest, an output path or URL, or a snapshot.

@@ -36,8 +36,6 @@ from smsbatch.runs.run import Run
 from smsbatch.runs.snapshot import Problem, StrictSnapshot, one_line
 from smsbatch.storage.store import storage_errors
 
-__all__ = ["Verification", "Verifier", "verify"]
-
 THREADS = 4  # shards that are looked at together; each has its two files in scratch
 _TOLD = 3  # of many things wrong with one file so many are named
 

@@ -27,33 +27,6 @@ from smsbatch.data.sample import Entry, Span, Unit
 from smsbatch.errors import SourceError, StorageError
 from smsbatch.storage.store import Store, storage_errors
 
-__all__ = [
-    "INDEX_SCHEMA",
-    "OBJECTS",
-    "SAMPLES",
-    "UNITS",
-    "Built",
-    "Part",
-    "StoredFile",
-    "build_index",
-    "digest_index",
-    "find_key",
-    "from_table",
-    "index_size",
-    "move_index",
-    "newest_number",
-    "numbered",
-    "read_index",
-    "read_index_table",
-    "read_objects",
-    "read_units",
-    "to_table",
-    "write_index",
-    "write_moved",
-    "write_objects",
-    "write_units",
-]
-
 SAMPLES = "plan/samples.parquet"
 OBJECTS = "plan/objects.parquet"
 UNITS = "plan/units.parquet"

@@ -13,8 +13,6 @@ import hashlib
 import re
 from collections.abc import Iterable
 
-__all__ = ["LONGEST_NAME", "is_extension", "map_key", "printable", "sanitize"]
-
 # Bytes of a USTAR name without its prefix field, which some readers ignore.
 LONGEST_NAME = 100
 LONGEST_EXTENSION = 32

@@ -21,21 +21,6 @@ from PIL import Image, UnidentifiedImageError
 
 from smsbatch.errors import SampleError
 
-__all__ = [
-    "FITS",
-    "FORMATS",
-    "MAX_PIXELS",
-    "MIN_SIDE",
-    "Pixels",
-    "crop",
-    "decode",
-    "encode",
-    "fit",
-    "fitted",
-    "size",
-    "thumbnail",
-]
-
 Pixels = npt.NDArray[np.uint8]
 
 MIN_SIDE = 16

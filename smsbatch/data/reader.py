@@ -20,8 +20,6 @@ from smsbatch.manifest import Storage
 from smsbatch.storage.backend import RemoteError, TooLarge, redact
 from smsbatch.storage.resolve import resolve
 
-__all__ = ["Listed", "Reader", "Stat", "absolute", "expand", "list_files", "open_url", "public"]
-
 GAP = 64 << 10  # bytes; a smaller gap between two spans is read too, which is cheaper than a second request
 EXTRA = 1 << 20  # bytes by which a joint request of several spans may exceed `max_bytes`
 

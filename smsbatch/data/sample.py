@@ -14,8 +14,6 @@ from typing import Any, NamedTuple
 
 import pyarrow as pa
 
-__all__ = ["ROW_SCHEMA", "Entry", "Outcome", "Sample", "Span", "Unit", "row_schema"]
-
 
 class Span(NamedTuple):
     """Bytes [offset, offset + length) of the object at `url`: an absolute path, a URL or a `tiny:` name.

@@ -24,19 +24,6 @@ from smsbatch.data.sample import ROW_SCHEMA, Outcome, row_schema
 from smsbatch.data.tars import END_OF_ARCHIVE, Member, Members, split_name
 from smsbatch.errors import StorageError
 
-__all__ = [
-    "check_tar",
-    "concat_rows",
-    "concat_tars",
-    "count_rows",
-    "digest",
-    "read_outcomes",
-    "read_rows",
-    "read_tar",
-    "write_rows",
-    "write_tar",
-]
-
 CHUNK = 1 << 20
 OUTCOME_COLUMNS = [column.name for column in dataclasses.fields(Outcome) if column.name in ROW_SCHEMA.names]
 

@@ -34,18 +34,6 @@ from smsbatch.data.tars import Members, split_name
 from smsbatch.errors import RequestError, SampleError, SourceError
 from smsbatch.manifest import Source, Storage
 
-__all__ = [
-    "LONGEST_CAPTION",
-    "SOURCES",
-    "Part",
-    "Scanned",
-    "caption_of",
-    "load_sample",
-    "nothing_found",
-    "parts",
-    "scan",
-]
-
 LONGEST_CAPTION = 65536
 SIDECARS = ("txt", "json")
 ROWS_AT_ONCE = 8192

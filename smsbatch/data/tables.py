@@ -27,8 +27,6 @@ from smsbatch.data.sample import Entry, Span
 from smsbatch.errors import SourceError
 from smsbatch.manifest import Source
 
-__all__ = ["read_table"]
-
 ROWS_AT_ONCE = 8192
 # "line 17", and the cells of picture, caption and key; None if the manifest names no column.
 _Row = tuple[str, Sequence[Any]]

@@ -11,8 +11,6 @@ import tarfile
 from collections.abc import Collection, Iterator
 from typing import IO, NamedTuple
 
-__all__ = ["Member", "Members", "find_members", "split_name"]
-
 BLOCK = tarfile.BLOCKSIZE
 END_OF_ARCHIVE = 2 * BLOCK
 

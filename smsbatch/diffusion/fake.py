@@ -11,8 +11,6 @@ from smsbatch.diffusion.priors.adapter import Adapter
 from smsbatch.diffusion.priors.stable_diffusion import Prior
 from smsbatch.manifest import Fake
 
-__all__ = ["FakeScore"]
-
 _FP16_LOSS_SCALE = 2.0**14  # undoes the mean over 4 x 64 x 64 entries, whose gradients are too small for fp16
 
 

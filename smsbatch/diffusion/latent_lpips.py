@@ -21,8 +21,6 @@ from torch import Tensor, nn
 
 from smsbatch.errors import WeightsError
 
-__all__ = ["LatentLpips"]
-
 # Heads and trunk for the latents of Stable Diffusion 1.x; those of 2.x come from the same encoder.
 WEIGHTS = "sd15_latest_vgg16_tuned.pth"
 ADDRESS = f"https://huggingface.co/Mingguksky/elatentlpips/resolve/main/elatentlpips_ckpt/{WEIGHTS}"

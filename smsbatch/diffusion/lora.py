@@ -31,8 +31,6 @@ from smsbatch.diffusion.priors.stable_diffusion import Prior
 from smsbatch.errors import WeightsError
 from smsbatch.manifest import Style
 
-__all__ = ["Deltas", "read_lora", "read_style"]
-
 
 @dataclass(frozen=True)
 class Deltas:

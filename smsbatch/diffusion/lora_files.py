@@ -21,8 +21,6 @@ from smsbatch.diffusion.priors.files import locate_lora, locate_model, parameter
 from smsbatch.errors import WeightsError
 from smsbatch.manifest import Styled
 
-__all__ = ["Key", "Part", "Survey", "check_style", "parse", "survey"]
-
 Part = Literal["unet", "text"]
 _MODELS: tuple[Part, ...] = ("unet", "text")
 

@@ -41,8 +41,6 @@ from smsbatch.diffusion.scores import Ask, Scores
 from smsbatch.diffusion.spectrum import SpectralPenalty
 from smsbatch.manifest import ScoreObjective
 
-__all__ = ["CDS", "DDS", "OBJECTIVES", "PDS", "SDS", "Distillation", "Matching", "positions", "relevance_map"]
-
 
 @dataclass(frozen=True)
 class Point:

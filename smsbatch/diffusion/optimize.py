@@ -16,8 +16,6 @@ from smsbatch.diffusion.scores import ScoreModels
 from smsbatch.diffusion.timesteps import allowed, draw, to_device
 from smsbatch.manifest import Objective, Prompts
 
-__all__ = ["Optimized", "learning_rate", "optimize"]
-
 _STALL_WINDOW = 10
 
 

@@ -17,8 +17,6 @@ from smsbatch.diffusion.fake import FakeScore
 from smsbatch.diffusion.priors.stable_diffusion import Prior
 from smsbatch.manifest import Prompts
 
-__all__ = ["Ask", "ScoreModels", "ScoreName", "Scores", "Words"]
-
 ScoreName = Literal["style", "fake", "real"]
 Words = Literal["target", "source", "edit", "null"]
 

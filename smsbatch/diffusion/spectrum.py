@@ -11,8 +11,6 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-__all__ = ["SpectralPenalty", "dct_matrix", "low_pass"]
-
 _ROUNDING = 1e-5  # of a coefficient in float32; latents are of order 1
 
 

@@ -7,8 +7,6 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-__all__ = ["allowed", "draw", "to_device"]
-
 
 def allowed(
     step: int,

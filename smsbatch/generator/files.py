@@ -14,8 +14,6 @@ from smsbatch.errors import WeightsError
 from smsbatch.manifest import Storage, Stylize
 from smsbatch.storage.store import Store
 
-__all__ = ["generator_about", "read_generator"]
-
 CONFIG, WEIGHTS = "generator.json", "generator.safetensors"
 _FORMAT, _VERSION = "smsbatch-generator", 1
 

@@ -20,8 +20,6 @@ from torch import Tensor, nn
 
 from smsbatch.errors import WeightsError
 
-__all__ = ["CONFIG", "STRIDE", "WEIGHTS", "Generator", "Moments"]
-
 WEIGHTS, CONFIG = "generator.safetensors", "generator.json"
 STRIDE = 4  # pixels along a side per entry of the residual blocks
 _FORMAT, _VERSION = "smsbatch-generator", 1

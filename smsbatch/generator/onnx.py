@@ -15,8 +15,6 @@ import torch
 from smsbatch.errors import RequestError
 from smsbatch.generator.network import Generator
 
-__all__ = ["difference", "export_onnx"]
-
 INPUT, OUTPUT = "images", "stylized"
 _SMALLEST = 16
 # Shapes of the check: sides that are multiples of the stride, sides that are not, and the smallest side.

@@ -17,8 +17,6 @@ from torch import Tensor
 
 from smsbatch.generator.network import STRIDE
 
-__all__ = ["Tiling", "overview"]
-
 _SHORTEST = 16  # pixels: the shortest side that a generator takes
 
 

@@ -21,33 +21,3 @@ from smsbatch.manifest.sections import (
     Training,
 )
 from smsbatch.manifest.tasks import TASKS, Dataset, Distill, Manifest, Optimize, Styled, Stylize, schema
-
-__all__ = [
-    "HOUSEKEEPING",
-    "PRESETS",
-    "SECRET",
-    "TASKS",
-    "Compute",
-    "Crops",
-    "Dataset",
-    "Destination",
-    "Distill",
-    "Errors",
-    "Fake",
-    "Image",
-    "Manifest",
-    "Model",
-    "Objective",
-    "Optimize",
-    "Output",
-    "Prompts",
-    "ScoreObjective",
-    "Source",
-    "Storage",
-    "Style",
-    "Styled",
-    "Stylize",
-    "Tiles",
-    "Training",
-    "schema",
-]

@@ -7,8 +7,6 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-__all__ = ["SECRET", "Beta", "Section"]
-
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
 SECRET = re.compile(

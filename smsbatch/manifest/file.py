@@ -15,8 +15,6 @@ from pydantic import BaseModel, ValidationError
 from smsbatch.errors import ManifestError
 from smsbatch.manifest import TASKS, Manifest
 
-__all__ = ["load"]
-
 
 def load(path: str | os.PathLike[str], overrides: Iterable[str] = ()) -> Manifest:
     """Read a manifest: fill `${NAME}` and `${NAME:-default}` from the environment, apply overrides, validate.

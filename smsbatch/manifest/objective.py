@@ -10,8 +10,6 @@ from pydantic import Field, field_validator, model_validator
 
 from smsbatch.manifest.base import Beta, Section
 
-__all__ = ["PRESETS", "Fake", "Objective", "Prompts", "ScoreObjective"]
-
 _BARE = {  # the parts that only SMS has, switched off
     "relevance": "off",
     "identity_weight": 0.0,

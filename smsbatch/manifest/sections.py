@@ -8,23 +8,6 @@ from pydantic import Field, field_validator, model_validator
 
 from smsbatch.manifest.base import Beta, Section
 
-__all__ = [
-    "HOUSEKEEPING",
-    "Compute",
-    "Crops",
-    "Destination",
-    "Errors",
-    "Image",
-    "Model",
-    "Output",
-    "Pictures",
-    "Source",
-    "Storage",
-    "Style",
-    "Tiles",
-    "Training",
-]
-
 
 def _or_one(schema: dict[str, Any]) -> None:
     """State in the schema that a list of strings may be given as one string, for editors that validate by it."""

@@ -34,8 +34,6 @@ from smsbatch.manifest.sections import (
     Training,
 )
 
-__all__ = ["TASKS", "Dataset", "Distill", "Manifest", "Optimize", "Styled", "Stylize", "schema"]
-
 
 class Manifest(Section):
     """One job.

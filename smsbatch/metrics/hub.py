@@ -21,8 +21,6 @@ from torch import Tensor, nn
 
 from smsbatch.errors import RequestError, WeightsError
 
-__all__ = ["MEASURES", "ArtInception", "Cfsd", "HpsV2", "PickScore", "fid", "locate_weights", "missing"]
-
 MEASURES = {
     "CFSD": ("vgg19-dcbb9e9d.pth",),
     "ArtFID": ("matthias-wright/art_inception/art_inception.pth",),

@@ -22,8 +22,6 @@ from torch import Tensor, nn
 from smsbatch.errors import RequestError
 from smsbatch.metrics.lpips import MIN_SIDE, network
 
-__all__ = ["StyleReference", "frechet", "style_distance"]
-
 CHANNELS = (64, 192, 384, 256, 256)
 
 

@@ -16,8 +16,6 @@ from smsbatch.text import code_span, count
 if TYPE_CHECKING:
     from smsbatch.report.model import Report
 
-__all__ = ["card"]
-
 
 def card(report: Report) -> str:
     settings = report.settings

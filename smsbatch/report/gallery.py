@@ -26,8 +26,6 @@ from smsbatch.storage.store import Store, storage_errors
 if TYPE_CHECKING:
     from smsbatch.report.model import Report, RowTally
 
-__all__ = ["Group", "Picture", "gallery"]
-
 THUMBNAIL_SIDE = 640  # pixels: twice what a card measures, for dense screens
 _THREADS = 8
 

@@ -21,8 +21,6 @@ if TYPE_CHECKING:
     from smsbatch.report.gallery import Group, Picture
     from smsbatch.report.model import Distribution, Report
 
-__all__ = ["render"]
-
 
 def render(report: Report, gallery: Iterable[Group]) -> str:
     groups = list(gallery)

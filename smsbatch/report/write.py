@@ -38,8 +38,6 @@ from smsbatch.runs.records import PARSE_ERRORS, Commit, Published
 from smsbatch.runs.run import Run
 from smsbatch.storage.store import Store, storage_errors
 
-__all__ = ["summarize", "write_report"]
-
 _AHEAD = 8  # shards whose rows are fetched while others are counted
 
 

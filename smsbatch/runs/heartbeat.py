@@ -23,8 +23,6 @@ from typing import Any, Self
 from smsbatch.errors import RequestError, StorageError
 from smsbatch.storage.store import Store
 
-__all__ = ["Driver", "Heartbeat", "drivers", "process_table"]
-
 HEARTBEATS = "_smsbatch/heartbeats"
 BEAT_S = 10.0
 DEAD_AFTER_S = 6 * BEAT_S

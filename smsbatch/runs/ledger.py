@@ -46,8 +46,6 @@ from smsbatch.runs.records import (
 )
 from smsbatch.storage.store import Store, storage_errors
 
-__all__ = ["Ledger"]
-
 
 class Ledger:
     """The ledger of the run in `store`; `metrics` names the columns that every row has beside the fixed ones.
@@ -127,24 +125,6 @@ class Ledger:
             if lost and (standing is None or standing.generation < commit.generation):
                 raise StorageError(f"{self.store.locate(lost[0])} is gone or cut; run again to compute the unit anew")
         return standing
-
-    def commit(
-        self,
-        unit: Unit,
-        outcomes: Sequence[Outcome],
-        *,
-        worker: str,
-        seconds: float,
-        generation: int = 0,
-        attempt: str | None = None,
-    ) -> Commit:
-        """Attempt and decide, unless the unit has a commit of that generation already; returns the one that stands."""
-        standing = self.committed(unit.id)
-        if standing is not None and standing.generation >= generation:
-            return standing
-        return self.decide(
-            self.attempt(unit, outcomes, worker=worker, seconds=seconds, generation=generation, attempt=attempt)
-        )
 
     # --- what is committed ---
 

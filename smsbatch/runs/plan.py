@@ -8,8 +8,6 @@ from typing import Any
 from smsbatch.data.sample import Unit
 from smsbatch.manifest import Dataset, Distill
 
-__all__ = ["Estimate", "Plan", "TrainingPlan"]
-
 
 @dataclass(frozen=True)
 class Plan:

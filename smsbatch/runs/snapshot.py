@@ -14,8 +14,6 @@ from smsbatch.runs.layout import ATTEMPTS, COMMITS, PUBLISHED, is_reported
 from smsbatch.runs.records import PARSE_ERRORS, Commit, Published, parse_commit_file, published_file
 from smsbatch.runs.run import Run
 
-__all__ = ["Problem", "Remedy", "Snapshot", "StrictSnapshot", "one_line"]
-
 Remedy = Literal["plan", "publish", "recompute", "aside", "report"]
 _DO: dict[Remedy, str] = {
     "plan": "repair plans again from the source",

@@ -26,18 +26,6 @@ from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_rand
 
 from smsbatch.manifest import SECRET, Storage
 
-__all__ = [
-    "Backend",
-    "Fetched",
-    "ObjectInfo",
-    "RemoteError",
-    "TooLarge",
-    "byte_range",
-    "folder_prefix",
-    "redact",
-    "strip_etag",
-]
-
 T = TypeVar("T")
 
 WAIT = wait_random_exponential(multiplier=0.5, max=20)  # seconds: at most 0.5, 1, 2, 4 ... 20

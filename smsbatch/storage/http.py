@@ -18,8 +18,6 @@ from yarl import URL
 from smsbatch.manifest import Storage
 from smsbatch.storage.backend import Backend, Fetched, ObjectInfo, RemoteError, TooLarge, byte_range, redact, strip_etag
 
-__all__ = ["Web"]
-
 _NUMBERS = {401: errno.EACCES, 403: errno.EACCES, 404: errno.ENOENT, 410: errno.ENOENT}
 _PASSING = {408, 425, 429}
 _PERMANENT = (aiohttp.ClientSSLError, aiohttp.ClientConnectorCertificateError, aiohttp.InvalidURL)

@@ -30,8 +30,6 @@ from smsbatch.storage.backend import (
     strip_etag,
 )
 
-__all__ = ["S3"]
-
 CONNECTIONS = 64  # per process and store
 PART = 16 << 20  # bytes of an upload's part; four are in memory at once
 MOST_PARTS = 10_000  # per upload

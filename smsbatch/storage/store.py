@@ -25,8 +25,6 @@ from smsbatch.manifest import Storage
 from smsbatch.storage.backend import Backend, RemoteError, redact
 from smsbatch.storage.resolve import resolve
 
-__all__ = ["Store", "storage_errors"]
-
 # Beside the ledger, not beside the files, so that a glob for shards never finds the leftovers of a killed process.
 TEMPORARY = "_smsbatch/tmp"
 READERS = 16  # parallel requests of `read_all`: its files are small, so latency dominates
@@ -91,11 +89,6 @@ class Store:
     def read(self, path: str) -> bytes:
         with storage_errors("read", self.locate(path)):
             return self._backend.get(self._full(path)).data
-
-    def read_range(self, path: str, start: int, stop: int) -> bytes:
-        """Bytes [start, stop), fewer if the object ends before."""
-        with storage_errors("read", self.locate(path)):
-            return self._backend.get(self._full(path), start, stop).data
 
     def read_all(self, paths: Iterable[str]) -> dict[str, bytes]:
         """Whole objects by path, in the given order, read in parallel; missing ones are left out."""

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-__all__ = ["resolve"]
-
 _HERE = Path(__file__).parent
 
 

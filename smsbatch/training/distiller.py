@@ -26,8 +26,6 @@ from smsbatch.diffusion.timesteps import allowed, draw, to_device
 from smsbatch.generator.network import Generator
 from smsbatch.manifest import Distill, Prompts, Training
 
-__all__ = ["Distiller", "generator_learning_rate"]
-
 
 def generator_learning_rate(step: int, training: Training) -> float:
     """Constant, then linear to zero over the last fraction `decay` of the objective's steps (as arXiv 1703.10593)."""

@@ -27,8 +27,6 @@ from smsbatch.data.sources import load_sample
 from smsbatch.errors import RunError, SampleError
 from smsbatch.manifest import Distill
 
-__all__ = ["Batch", "SampleOrder", "TrainingLoader", "position_seed"]
-
 # A group of the index is read together: another size gives another order. The groups of a shuffle block are shuffled
 # together: enough rows to spread those of one tar, few enough for every worker to hold their entries (21 MB for tars
 # with three fields a sample). Smaller sources are shuffled as a whole.

@@ -31,8 +31,6 @@ from smsbatch.manifest import Distill
 from smsbatch.runs.records import PARSE_ERRORS, new_attempt
 from smsbatch.storage.store import Store
 
-__all__ = ["GRIDS", "TRAINING", "TrainingLog", "TrainingProgress", "read_log", "read_progress"]
-
 TRAINING = "training.jsonl"
 GRIDS = "grids"
 TENSORBOARD = "tensorboard"

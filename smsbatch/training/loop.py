@@ -30,8 +30,6 @@ from smsbatch.training.loader import Batch, TrainingLoader
 from smsbatch.training.log import TrainingLog, TrainingProgress
 from smsbatch.training.result import describe_generator, model_card
 
-__all__ = ["train_here", "train_loop"]
-
 _SHOWN = 8  # pictures in a grid
 
 

@@ -14,8 +14,6 @@ from smsbatch.runs.layout import SUCCESS
 from smsbatch.runs.records import PARSE_ERRORS
 from smsbatch.runs.run import Run
 
-__all__ = ["Distilled", "describe_generator", "model_card"]
-
 GENERATOR = "generator/generator.json"
 
 

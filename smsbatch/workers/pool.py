@@ -24,8 +24,6 @@ from smsbatch.runs.run import Run
 from smsbatch.runs.status import Progress
 from smsbatch.workers.worker import Worker, WorkItem
 
-__all__ = ["LocalPool", "Pool"]
-
 TICK_S = 0.25
 _THREADS = 16  # for what mostly waits
 

@@ -33,8 +33,6 @@ from smsbatch.errors import RequestError, SampleError
 from smsbatch.manifest import Dataset, Manifest
 from smsbatch.metrics import METRICS, Metric
 
-__all__ = ["Stylizer", "sample_seed"]
-
 Picture = NDArray[np.uint8]
 Item = TypeVar("Item")
 

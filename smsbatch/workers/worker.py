@@ -26,8 +26,6 @@ from smsbatch.runs.status import Progress
 if TYPE_CHECKING:
     from smsbatch.workers.stylizer import Stylizer
 
-__all__ = ["Cancelled", "WorkItem", "Worker", "failed"]
-
 _READERS = 16  # threads that wait for a store or a web server
 
 

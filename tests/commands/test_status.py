@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.ledgers import commit_unit
 from support.made_up_run import MIXED, make_run, stylized
 
 import smsbatch as sb
@@ -35,7 +36,7 @@ def retry(store: Store, unit: int, *, publish: bool = False) -> None:
     """The unit's failed samples succeed."""
     ledger, units = Ledger(store, metrics=("lpips",)), read_units(store)
     of = units[unit]
-    ledger.commit(of, [stylized(n) for n in range(of.start, of.stop)], worker="w", seconds=1.0, generation=1)
+    commit_unit(ledger, of, [stylized(n) for n in range(of.start, of.stop)], worker="w", seconds=1.0, generation=1)
     if publish:
         ledger.publish(of.shard, [one for one in units if one.shard == of.shard])
 

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.ledgers import commit_unit
 from support.made_up_run import HOSTILE, MIXED, failed, make_run, stylized
 from support.s3server import Faults, Server
 
@@ -182,7 +183,7 @@ def test_numbers_of_an_older_generation_are_counted_anew(tmp_path: Path) -> None
     store = make_run(tmp_path, MIXED)
     assert write_report(Run.open(store)).failed == 3
     ledger, units = Ledger(store, metrics=("lpips",)), read_units(store)
-    ledger.commit(units[0], [stylized(n) for n in range(4)], worker="w", seconds=1.0, generation=1)
+    commit_unit(ledger, units[0], [stylized(n) for n in range(4)], worker="w", seconds=1.0, generation=1)
     ledger.publish(0, units[:2])
     assert summarize(Run.open(store)).failed == 2
 

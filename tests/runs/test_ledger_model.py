@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from support.ledgers import commit_unit
 
 from smsbatch.data.sample import Outcome, Unit
 from smsbatch.data.shards import read_rows, read_tar
@@ -207,7 +208,7 @@ class Play:
         """All units, in any order; the shards as they get complete."""
         ledger = self.ledger(actor)
         for unit in self.chance.sample(self.units, len(self.units)):
-            commit = ledger.commit(unit, made(unit, actor.name), **self._names(actor.name))
+            commit = commit_unit(ledger, unit, made(unit, actor.name), **self._names(actor.name))
             assert commit.unit == unit.id
             ledger.publish(unit.shard, self.shards[unit.shard])
 
@@ -219,7 +220,7 @@ class Play:
             if standing is not None and standing.failed:
                 outcomes = [self._again(outcome, actor.name) for outcome in ledger.outcomes(standing)]
                 its = standing.generation + 1
-                ledger.commit(unit, outcomes, generation=its, **self._names(actor.name))
+                commit_unit(ledger, unit, outcomes, generation=its, **self._names(actor.name))
             ledger.publish(unit.shard, self.shards[unit.shard])
 
     def attempter(self, actor: Actor) -> None:
@@ -282,7 +283,7 @@ class Play:
         """A last run without any fault, then everything at once."""
         ledger = self.kind(self.store, self.scratch, ["lpips"])
         for unit in self.units:
-            ledger.commit(unit, made(unit, "end"), **self._names("end"))
+            commit_unit(ledger, unit, made(unit, "end"), **self._names("end"))
         for shard, units in self.shards.items():
             assert ledger.publish(shard, units) is not None
         self.check_now()

@@ -92,7 +92,7 @@ def make_run(folder: Path, outcomes: Sequence[Outcome], commit: bool = True, **c
     if commit:
         ledger = Ledger(store, metrics=manifest.metrics)
         for unit in cuts:
-            ledger.commit(unit, outcomes[unit.start : unit.stop], worker="here-0", seconds=3.0)
+            commit(ledger, unit, outcomes[unit.start : unit.stop], worker="here-0", seconds=3.0)
         for shard in {unit.shard for unit in cuts}:
             ledger.publish(shard, [unit for unit in cuts if unit.shard == shard])
     return store

@@ -17,8 +17,6 @@ from smsbatch import tiny
 from smsbatch.errors import WeightsError
 from smsbatch.manifest import Model, Styled
 
-__all__ = ["locate_config", "locate_lora", "locate_model", "model_digests", "parameter_names", "part_file", "variant"]
-
 # The files read from a pipeline folder, which determine results: no pickles, variants or safety checkers.
 _CONFIG = (
     "model_index.json",

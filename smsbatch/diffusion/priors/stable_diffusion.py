@@ -31,8 +31,6 @@ if TYPE_CHECKING:
     from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
     from transformers import CLIPTextModel, CLIPTokenizer
 
-__all__ = ["DTYPES", "GRAPHS", "Prior"]
-
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 Prediction = Literal["epsilon", "v_prediction"]
 Part = TypeVar("Part", bound=nn.Module)
