@@ -33,8 +33,9 @@ from smsbatch.runs.records import (
     published_file,
 )
 from smsbatch.runs.run import Run
-from smsbatch.runs.snapshot import Problem, StrictSnapshot, one_line
+from smsbatch.runs.snapshot import Problem, StrictSnapshot
 from smsbatch.storage.store import storage_errors
+from smsbatch.text import one_line
 
 THREADS = 4  # shards that are looked at together; each has its two files in scratch
 _TOLD = 3  # of many things wrong with one file so many are named

@@ -24,6 +24,7 @@ from smsbatch.manifest import HOUSEKEEPING, Manifest, Storage
 from smsbatch.runs.layout import CHECKPOINTS, COMMITS
 from smsbatch.runs.run import Run
 from smsbatch.storage.store import Store
+from smsbatch.text import flat
 
 DRIFT = "_smsbatch/drift"
 INPUTS = "inputs"
@@ -72,7 +73,7 @@ def check_unchanged(
         raise DriftError(f"{run.store.url}: {here}; choose another output.path")
     changes, digests = [], run.about["weights"]
     if run.about["manifest_sha256"] != manifest.identity:
-        then, now = _flat(run.manifest.dump()), _flat(manifest.dump())
+        then, now = flat(run.manifest.dump()), flat(manifest.dump())
         changes += [
             Change.of(key, then.get(key), now.get(key))
             for key in sorted(then.keys() | now.keys())
@@ -167,7 +168,7 @@ def check_allowed(manifest: Manifest, allow: Collection[str]) -> None:
     Raises:
         RequestError: naming the one that is none.
     """
-    known = [*_flat(manifest.dump()), "weights", INPUTS]
+    known = [*flat(manifest.dump()), "weights", INPUTS]
     for key in allow:
         if not any(_covered(name, [key]) for name in known) and not key.startswith("weights."):
             raise RequestError(
@@ -181,10 +182,3 @@ def _covered(key: str, allow: Collection[str]) -> bool:
 
 def _digest(listed: Sequence[Part]) -> str:
     return hashlib.sha256(json.dumps(sorted(listed)).encode()).hexdigest()
-
-
-def _flat(section: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in section.items():
-        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {prefix + name: value}
-    return flat

@@ -13,6 +13,7 @@ from smsbatch.manifest import Errors, Manifest
 from smsbatch.runs.layout import ATTEMPTS, COMMITS, PUBLISHED, is_reported
 from smsbatch.runs.records import PARSE_ERRORS, Commit, Published, parse_commit_file, published_file
 from smsbatch.runs.run import Run
+from smsbatch.text import one_line
 
 Remedy = Literal["plan", "publish", "recompute", "aside", "report"]
 _DO: dict[Remedy, str] = {
@@ -268,7 +269,3 @@ def _miscounted(commit: Commit, unit: Unit, generation: int) -> str:
     if commit.samples != len(unit) or commit.samples != commit.succeeded + commit.failed:
         return f"counts {commit.succeeded} + {commit.failed} samples, planned are {len(unit)}"
     return ""
-
-
-def one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:200]

@@ -13,6 +13,7 @@ from smsbatch.manifest import Training
 from smsbatch.runs.layout import SUCCESS
 from smsbatch.runs.records import PARSE_ERRORS
 from smsbatch.runs.run import Run
+from smsbatch.text import render_template
 
 GENERATOR = "generator/generator.json"
 
@@ -98,75 +99,10 @@ def describe_generator(run: Mapping[str, Any], checkpoint: Mapping[str, Any]) ->
 
 def model_card(run: Mapping[str, Any], files: Mapping[str, bytes]) -> str:
     """`README.md` of a generator, so that a copied folder explains itself."""
-    told = json.loads(files["generator.json"])
-    made, training, manifest = told["about"], told["about"]["training"], run["manifest"]
-    losses = ", ".join(f"{name} {value:.4g}" for name, value in training["losses"].items())
-    rows = {
-        "style": f"`{_plain(made['style'])}`" + (f", LoRA {_code(made['lora'])}" if made["lora"] else ""),
-        "model": f"{_code([made['model']])}, objective `{manifest['objective']['name']}`",
-        "generator": f"{told['parameters']:,} parameters: width {told['width']}, {told['blocks']} blocks",
-        "trained on": f"{training['samples']:,} pictures, {made['resolution']} x {made['resolution']} pixels",
-        "training": f"{training['steps']:,} steps, {training['images']:,} pictures, {training['seconds']:.0f} s",
-        "last losses": losses or "-",
-        "manifest": f"`{made['manifest_sha256']}`, smsbatch {run['smsbatch']}",
-    }
-    table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
-    return f"""---
-license: other  # yours to state, see below
-library_name: smsbatch
-pipeline_tag: image-to-image
-tags: [smsbatch, style-transfer]
----
-
-# {_plain(run["name"])}
-
-A style distilled into one feed-forward network: a picture of any size goes in, the stylized one comes out, in a single
-pass. Made by [smsbatch](https://arxiv.org/abs/2503.07601).
-
-| | |
-|---|---|
-{table}
-
-## Use
-
-A whole dataset, by `smsbatch run stylize.yaml`:
-
-```yaml
-task: stylize
-name: stylized
-generator: .  # this folder, or its URL
-source: {{format: folder, urls: photos}}
-output: {{path: stylized}}
-```
-
-A picture, in Python:
-
-```python
-import torch
-import smsbatch as sb
-
-generator = sb.Generator.load(".")
-images = torch.rand(1, 3, 512, 512)  # RGB in [0, 1], any height and width from 16
-results = generator(images)
-```
-
-It was trained on {made["resolution"]} x {made["resolution"]} pixels, and works best at about that size.
-
-## Licence
-
-That of the model, the style and the training pictures; smsbatch does not know it.
-"""
+    config = json.loads(files["generator.json"])
+    return render_template("training/card.md.jinja", run=run, training=config["about"]["training"], **config)
 
 
 def _name(path: str) -> str:
     """The last part of a local path, whose folders are private; any other name unchanged."""
     return PurePosixPath(path).name if path.startswith(("/", "~", ".")) else path
-
-
-def _code(names: list[str]) -> str:
-    return ", ".join(f"`{_plain(name)}`" for name in names)
-
-
-def _plain(text: str) -> str:
-    """The text on one line, without the characters of Markdown's code and tables."""
-    return " ".join("".join(" " if letter in "`|" else letter for letter in text).split())
