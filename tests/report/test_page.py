@@ -14,10 +14,11 @@ import pytest
 from support.made_up_run import HOSTILE, MIXED, failed, make_run, picture, stylized
 
 from smsbatch.data import pixels
-from smsbatch.report.model import SHOW_ALL, SHOW_END, SHOW_SAMPLE, duration, moment
+from smsbatch.report.model import SHOW_ALL, SHOW_END, SHOW_SAMPLE
 from smsbatch.report.write import write_report
 from smsbatch.runs.run import Run
 from smsbatch.storage.store import Store
+from smsbatch.text import duration, moment
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
