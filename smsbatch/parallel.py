@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from typing import TypeVar
 
@@ -18,3 +19,16 @@ def started_ahead(started: Iterable[Item], places: int) -> Iterator[Item]:
     while window:
         yield window.popleft()
         window.extend(islice(remaining, 1))
+
+
+def map_ahead(function: Callable[[Item], Result], items: Iterable[Item], threads: int) -> Generator[Result, None, None]:
+    """The function of every item, in their order, by threads that run ahead of the caller by two items each.
+
+    Whoever leaves the iterator early starts no more of them. An exception of the function is raised at its item.
+    """
+    workers = ThreadPoolExecutor(threads, thread_name_prefix=f"smsbatch-{getattr(function, '__name__', 'map')}")
+    try:
+        futures = started_ahead((workers.submit(function, item) for item in items), 2 * threads)
+        yield from (future.result() for future in futures)
+    finally:
+        workers.shutdown(cancel_futures=True)

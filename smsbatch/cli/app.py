@@ -9,15 +9,15 @@ from __future__ import annotations
 import json
 import shlex
 import signal
-import sys
 import time
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from smsbatch.cli.common import display_for, echo, echo_json, fail, located, overrides, reporting, same_again, show
+from smsbatch.cli.common import echo, echo_json, fail, located, overrides, reporting, same_again, show
 from smsbatch.errors import RequestError
+from smsbatch.text import count
 
 app = typer.Typer(
     help="Stylize image datasets with Style Matching Score.",
@@ -72,7 +72,7 @@ def run(
 ) -> None:
     """Run a manifest: plan it if there is no plan yet, then compute. The same command resumes an interrupted run."""
     import smsbatch as sb
-    from smsbatch.cli.display import PROGRESS, lines_of
+    from smsbatch.cli.display import PROGRESS, lines_of, progress_display
 
     # Preempted machines and cancelled jobs get SIGTERM: stop cleanly, as after Ctrl-C.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -80,7 +80,7 @@ def run(
         if code and not retry_failed:
             raise RequestError("--code selects what to retry, so it needs --retry-failed")
         loaded = sb.load(manifest, overrides(set_, limit))
-        with display_for(as_json) as shown:
+        with progress_display(as_json) as shown:
 
             def update(now: sb.Status | sb.TrainingProgress) -> None:
                 shown.update(PROGRESS[loaded.makes](loaded.name, now))
@@ -139,7 +139,7 @@ def status(
         now = sb.status(look)
         if watch:
             try:
-                with display.Watch(as_json) as shown:
+                with display.watch_display(as_json) as shown:
                     shown.update(now)
                     while not now.finished:
                         time.sleep(interval)
@@ -192,8 +192,12 @@ def verify(where: Where, set_: Override = None, full: Full = False, as_json: AsJ
     from smsbatch.cli import dataset, display
 
     with reporting(as_json):
-        with display.Shards(hidden=as_json or not sys.stdout.isatty()) as shown:
-            found = sb.verify(located(where, set_), full, shown.progress)
+        with display.shard_display(as_json) as shown:
+
+            def progress(done: int, shards: int) -> None:
+                shown.show([f"{done:,} of {count(shards, 'shard')} checked"])
+
+            found = sb.verify(located(where, set_), full, progress)
         show(as_json, found.to_dict, dataset.verification(found, same_again(where, set_)))
         raise typer.Exit(0 if found.ok else 1)
 
@@ -212,10 +216,10 @@ def repair(
     Publishes a shard again from the attempts of its units; units whose attempts are gone are computed again.
     """
     import smsbatch as sb
-    from smsbatch.cli import dataset
+    from smsbatch.cli import dataset, display
 
     with reporting(as_json, "the same command goes on from here"):
-        with display_for(as_json) as shown:
+        with display.progress_display(as_json) as shown:
             result = sb.repair(
                 located(where, set_), shown.update, full=full, dry_run=dry_run, allow_drift=allow_drift or ()
             )

@@ -15,7 +15,6 @@ import typer
 from smsbatch.errors import RequestError, SmsbatchError
 
 if TYPE_CHECKING:
-    from smsbatch.cli.display import Display
     from smsbatch.manifest import Manifest
 
 
@@ -44,12 +43,6 @@ def located(argument: str, set_: list[str] | None) -> str | Manifest:
 def same_again(where: str, set_: list[str] | None) -> str:
     """The arguments of this call, quoted for another verb's command line."""
     return shlex.join([where, *(part for override in set_ or () for part in ("--set", override))])
-
-
-def display_for(as_json: bool) -> Display:
-    from smsbatch.cli.display import Live, Plain
-
-    return Live() if sys.stdout.isatty() and not as_json else Plain(as_json)
 
 
 @contextmanager

@@ -45,13 +45,8 @@ def status(now: Status, ages: bool = False) -> list[str]:
         lines.append(f"  {now.failed:,} failed: {_codes(now.errors)}")
     if now.samples_retried:
         lines.append(f"  {now.samples_retried:,} of them are being retried")
-    if now.note:
-        lines.append(f"  {now.note}")
-    elif now.finished:
-        lines.append("  finished")
-    elif now.rate and now.remaining_s is not None:
-        lines.append(f"  {3600 * now.rate:,.0f} images/h, about {duration(now.remaining_s)} left")
-    return lines
+    ending = ", ".join(_ending(now))
+    return [*lines, f"  {ending}"] if ending else lines
 
 
 def status_line(now: Status) -> str:
@@ -61,13 +56,15 @@ def status_line(now: Status) -> str:
         parts.append(f"{now.failed:,} failed ({_codes(now.errors)})")
     if now.samples_retried:
         parts.append(f"{now.samples_retried:,} tried again")
-    if now.note:
-        parts.append(now.note)
-    elif now.finished:
-        parts.append("finished")
-    elif now.rate and now.remaining_s is not None:
-        parts += [f"{3600 * now.rate:,.0f} images/h", f"about {duration(now.remaining_s)} left"]
-    return f"{now.name}: {', '.join(parts)}"
+    return f"{now.name}: {', '.join([*parts, *_ending(now)])}"
+
+
+def _ending(now: Status) -> list[str]:
+    if now.note or now.finished:
+        return [now.note or "finished"]
+    if now.rate and now.remaining_s is not None:
+        return [f"{3600 * now.rate:,.0f} images/h", f"about {duration(now.remaining_s)} left"]
+    return []
 
 
 def _codes(errors: Mapping[str, int]) -> str:
@@ -131,10 +128,7 @@ def verification(found: Verification, where: str) -> Iterator[str]:
         yield f"  not done yet: {line}"
     if found.without_attempts:
         yield f"  {count(found.without_attempts, 'unit')} without attempts: repair would have to compute them again"
-    for problem in found.problems[:_SHOWN]:
-        yield f"  {problem}"
-    if len(found.problems) > _SHOWN:
-        yield f"  and {len(found.problems) - _SHOWN:,} more; --json has all"
+    yield from _problems(found)
     full = " --full" if found.full else ""
     if found.problems:
         yield f"{count(len(found.problems), 'problem')}; repair with: smsbatch repair{full} {where}"
@@ -144,11 +138,14 @@ def verification(found: Verification, where: str) -> Iterator[str]:
         yield "No problem by names, sizes and counts; --full reads every byte."
 
 
+def _problems(found: Verification) -> Iterator[str]:
+    yield from (f"  {problem}" for problem in found.problems[:_SHOWN])
+    if len(found.problems) > _SHOWN:
+        yield f"  and {len(found.problems) - _SHOWN:,} more; --json has all"
+
+
 def repaired(result: Repaired, where: str) -> Iterator[str]:
-    for problem in result.before.problems[:_SHOWN]:
-        yield f"  {problem}"
-    if len(result.before.problems) > _SHOWN:
-        yield f"  and {len(result.before.problems) - _SHOWN:,} more; --json has all"
+    yield from _problems(result.before)
     if result.before.ok:
         yield "Nothing to repair" + ("." if result.before.full else " by names, sizes and counts; --full reads all.")
         return

@@ -7,15 +7,11 @@ import sys
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from time import monotonic
-from typing import Any
+from typing import IO, Any
 
 from smsbatch.cli import dataset, training
 from smsbatch.commands.status import TrainingStatus
 from smsbatch.runs.status import Status
-from smsbatch.text import count
-
-_INTERVAL_S = 10.0  # between two lines of a log
-
 
 _LINES: dict[str, Any] = {
     **dict.fromkeys(("Plan", "Report", "Status"), dataset),
@@ -52,38 +48,41 @@ class Display(AbstractContextManager["Display"]):
 
     worked = False
 
-    def update(self, now: Status | TrainingStatus) -> None:
-        self.worked |= now.works
-
     def __exit__(self, *_: object) -> None:
         pass
 
+    def update(self, now: Status | TrainingStatus) -> None:
+        self.worked |= now.works
+
+    def show(self, lines: Iterable[str]) -> None:
+        """Show these lines, in place of those before."""
+
 
 class Plain(Display):
-    """One line per interval and one at the end, for logs: text, or JSON on stderr if stdout is to be JSON."""
+    """One line per interval and one at the end, for logs: text, or JSON to `file`."""
 
-    def __init__(self, as_json: bool = False) -> None:
-        self._as_json, self._next = as_json, 0.0
+    def __init__(self, as_json: bool = False, interval_s: float = 10.0, file: IO[str] | None = None) -> None:
+        self._as_json, self._interval_s, self._file, self._next = as_json, interval_s, file, 0.0
 
     def update(self, now: Status | TrainingStatus) -> None:
         super().update(now)
         if now.finished or monotonic() >= self._next:
             if self._as_json:
-                print(json.dumps(now.to_dict()), file=sys.stderr, flush=True)
+                print(json.dumps(now.to_dict()), file=self._file or sys.stdout, flush=True)
             else:
                 print(status_line(now), flush=True)
-            self._next = monotonic() + _INTERVAL_S
+            self._next = monotonic() + self._interval_s
 
 
 class Live(Display):
-    """A few lines that are redrawn in place."""
+    """A few lines that are redrawn in place; `ages` adds when workers were last heard of."""
 
-    def __init__(self, transient: bool = True) -> None:
+    def __init__(self, transient: bool = True, ages: bool = False) -> None:
         from rich.console import Console
         from rich.live import Live
         from rich.text import Text
 
-        self._text = Text  # plain text: names may contain what looks like markup
+        self._text, self._ages = Text, ages  # plain text: names may contain what looks like markup
         self._live = Live(console=Console(), refresh_per_second=4, transient=transient)
 
     def __enter__(self) -> Live:
@@ -95,50 +94,22 @@ class Live(Display):
 
     def update(self, now: Status | TrainingStatus) -> None:
         super().update(now)
-        self.show(status(now))
+        self.show(status(now, self._ages))
 
     def show(self, lines: Iterable[str]) -> None:
         self._live.update(self._text("\n".join(lines)))
 
 
-class Watch(Display):
+def progress_display(as_json: bool) -> Display:
+    """The display of a run: JSON goes to stderr, since stdout gets the result."""
+    return Live() if sys.stdout.isatty() and not as_json else Plain(as_json, file=sys.stderr)
+
+
+def watch_display(as_json: bool) -> Display:
     """The display of `status --watch`: live lines that remain at the end, or one line per update."""
-
-    def __init__(self, as_json: bool) -> None:
-        self._as_json = as_json
-        self._live = Live(transient=False) if sys.stdout.isatty() and not as_json else None
-
-    def __enter__(self) -> Watch:
-        if self._live:
-            self._live.__enter__()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        if self._live:
-            self._live.__exit__(*error)
-
-    def update(self, now: Status | TrainingStatus) -> None:
-        if self._live:
-            self._live.show(status(now, ages=True))
-        else:
-            print(json.dumps(now.to_dict()) if self._as_json else status_line(now), flush=True)
+    return Live(transient=False, ages=True) if sys.stdout.isatty() and not as_json else Plain(as_json, interval_s=0)
 
 
-class Shards(AbstractContextManager["Shards"]):
-    """The number of shards that `verify` has checked, on a line that disappears; none if `hidden`."""
-
-    def __init__(self, hidden: bool) -> None:
-        self._live = None if hidden else Live()
-
-    def __enter__(self) -> Shards:
-        if self._live:
-            self._live.__enter__()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        if self._live:
-            self._live.__exit__(*error)
-
-    def progress(self, done: int, shards: int) -> None:
-        if self._live:
-            self._live.show([f"{done:,} of {count(shards, 'shard')} checked"])
+def shard_display(as_json: bool) -> Display:
+    """The display of `verify`: one line that disappears at the end, or nothing."""
+    return Display() if as_json or not sys.stdout.isatty() else Live()

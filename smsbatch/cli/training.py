@@ -23,10 +23,8 @@ def status(now: TrainingStatus, ages: bool = False) -> list[str]:
         lines.append(f"  {now.failed:,} times a sample failed, and another took its place")
     if ages and now.checkpoint is not None and now.checkpoint_age_s is not None:
         lines.append(f"  checkpoint of step {now.checkpoint:,}, {duration(now.checkpoint_age_s)} ago")
-    if now.note:
-        lines.append(f"  {now.note}")
-    elif now.finished:
-        lines.append("  finished")
+    if now.note or now.finished:
+        lines.append(f"  {now.note or 'finished'}")
     else:
         heard = f"; last step {duration(now.age_s)} ago" if ages and now.age_s is not None else ""
         lines.append(f"  {', '.join([now.phase, *_rates(now)])}{heard}")
@@ -40,12 +38,7 @@ def status_line(now: TrainingStatus) -> str:
         parts.append(_losses(now.losses))
     if now.failed:
         parts.append(f"{now.failed:,} times a sample failed")
-    if now.note:
-        parts.append(now.note)
-    elif now.finished:
-        parts.append("finished")
-    else:
-        parts += [now.phase, *_rates(now)]
+    parts += [now.note or "finished"] if now.note or now.finished else [now.phase, *_rates(now)]
     return f"{now.name}: {', '.join(parts)}"
 
 

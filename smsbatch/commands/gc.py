@@ -3,8 +3,8 @@ while a driver is at work."""
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from typing import Any
@@ -12,6 +12,7 @@ from typing import Any
 from smsbatch.commands.verify import Verifier
 from smsbatch.errors import RequestError
 from smsbatch.manifest import Manifest
+from smsbatch.parallel import map_ahead
 from smsbatch.runs.heartbeat import HEARTBEATS, drivers, require_idle
 from smsbatch.runs.layout import ATTEMPTS, GENERATIONS, SUPERSEDED
 from smsbatch.runs.run import Run
@@ -76,9 +77,8 @@ def gc(where: str | Manifest, *, dry_run: bool = False, attempts: bool = False, 
         require_idle(store, _WHEN_IDLE)
     heaps = {kind: files for kind, files in _rubbish(verifier, attempts) if files}
     if not dry_run:
-        with ThreadPoolExecutor(_THREADS, thread_name_prefix="smsbatch-gc") as threads:
-            for files in heaps.values():
-                list(threads.map(store.delete, files))
+        for files in heaps.values():
+            deque(map_ahead(store.delete, files, _THREADS), maxlen=0)
     found = (Heap(kind, len(files), sum(files.values())) for kind, files in heaps.items())
     return Collected(tuple(found), dry_run)
 
@@ -91,9 +91,8 @@ def _rubbish(verifier: Verifier, attempts: bool) -> Iterator[tuple[str, dict[str
         if attempts
         else sorted({_shard_of(path) for path in generations} & verifier.shards.keys())
     )
-    with ThreadPoolExecutor(_THREADS, thread_name_prefix="smsbatch-gc") as threads:
-        found = threads.map(lambda shard: verifier.check_shard(shard, full=False), numbers)
-        whole = {shard for shard, seen in zip(numbers, found, strict=True) if seen.whole and not seen.stale}
+    found = map_ahead(lambda shard: verifier.check_shard(shard, full=False), numbers, _THREADS)
+    whole = {shard for shard, seen in zip(numbers, found, strict=True) if seen.whole and not seen.stale}
     lost: dict[str, int] = {}
     spare: dict[str, int] = {}
     for path, size in verifier.sizes.items():
@@ -125,6 +124,5 @@ def _old(store: Store, files: dict[str, int]) -> dict[str, int]:
     def age_s(path: str) -> float:
         return (datetime.now(UTC) - store.modified(path)).total_seconds()
 
-    with ThreadPoolExecutor(_THREADS, thread_name_prefix="smsbatch-gc") as threads:
-        ages = zip(files.items(), threads.map(age_s, files), strict=True)
-        return {path: size for (path, size), age in ages if age > _YOUNG_S}
+    ages = zip(files.items(), map_ahead(age_s, files, _THREADS), strict=True)
+    return {path: size for (path, size), age in ages if age > _YOUNG_S}

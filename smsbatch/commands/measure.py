@@ -96,7 +96,6 @@ def _pairs(where: str | Manifest) -> tuple[list[dict[str, Any]], list[Picture], 
     """The successful rows of a run with their pictures, before and after."""
     run = Run.open(where)
     store, manifest = run.store, run.dataset
-    image = manifest.image
     reader = Reader(manifest.storage, manifest.source.max_bytes)
     entries = {entry.key: entry for entry in read_index(run.index)}
     rows, sources, results = [], [], []
@@ -107,12 +106,8 @@ def _pairs(where: str | Manifest) -> tuple[list[dict[str, Any]], list[Picture], 
             for key, fields in read_tar(file):
                 rows.append(done[key])
                 results.append(pixels.decode(fields[manifest.output.format], min_side=1))
-                original = pixels.decode(
-                    reader.read(entries[key].fields[entries[key].image]),
-                    min_side=image.min_side,
-                    max_pixels=image.max_pixels,
-                )
-                sources.append(pixels.fit(original, image.resolution, image.fit))
+                original = reader.read(entries[key].fields[entries[key].image])
+                sources.append(pixels.source_picture(original, manifest.image))
     return rows, sources, results
 
 

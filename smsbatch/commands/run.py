@@ -18,11 +18,11 @@ from smsbatch.manifest import Errors, Manifest
 from smsbatch.report.model import Report
 from smsbatch.report.write import summarize, write_report
 from smsbatch.runs.drift import check_allowed, inputs_changed
-from smsbatch.runs.heartbeat import Heartbeat, other_drivers
+from smsbatch.runs.heartbeat import Heartbeat, other_drivers, refuse
 from smsbatch.runs.layout import INDEX, SUCCESS, is_reported
 from smsbatch.runs.records import Published
 from smsbatch.runs.run import Run
-from smsbatch.runs.status import RunTally, Status
+from smsbatch.runs.status import RunTally, Status, over_budget
 from smsbatch.storage.store import Store
 from smsbatch.training.result import Distilled
 from smsbatch.workers.pool import Pool
@@ -131,20 +131,15 @@ def _again(tally: RunTally, codes: Collection[str]) -> list[WorkItem]:
 
 
 def _beside_others(todo: list[WorkItem], store: Store, heart: Heartbeat) -> list[WorkItem]:
-    """What to do in which order, since another driver may be at work; ours can be seen already by the other.
+    """The items in another order, if another driver is at work, which sees our heartbeat by now.
 
     Raises:
         RequestError: one is, on a store where two must not be.
     """
     others = other_drivers(store, heart)
-    if not others:
-        return todo
-    if not store.has_create_only_put:
-        raise RequestError(
-            f"{store.url}: another driver, {others[0].name}, is at work (seen {others[0].age_s:.0f} s ago), and this "
-            "store has no create-only put, so that two cannot share a run; stop one, or try again in a minute"
-        )
-    return _shuffled(todo, heart.name)
+    if others and not store.has_create_only_put:
+        refuse(store, others[0], "this store has no create-only put, so that two cannot share a run; stop one")
+    return _shuffled(todo, heart.name) if others else todo
 
 
 def _work(
@@ -182,23 +177,13 @@ def _shuffled(todo: Sequence[WorkItem], seed: str) -> list[WorkItem]:
 
 def _check_budget(errors: Errors, store: Store, tally: RunTally) -> None:
     """Stop a run that can no longer end well, or in which one unit failed as a whole: it would only cost more."""
-    left = len(tally.units) - len(tally.commits)
-    state = f"stopped, {left} of {len(tally.units)} units are not done" if left else "everything is written"
-    codes = ", ".join(f"{count} {code}" for code, count in tally.errors.most_common())
-    advice = (
-        f"`smsbatch errors {store.url}` lists them; mend the cause and run with --retry-failed (and with --allow-drift "
-        "inputs, if it was in the source), or raise the limit"
-    )
-    if tally.failed > errors.max_failed_fraction * tally.samples:
+    over = over_budget(errors, tally.failed, tally.samples, tally.errors, tally.worst)
+    if over:
+        left = len(tally.units) - len(tally.commits)
+        state = f"stopped, {left} of {len(tally.units)} units are not done" if left else "everything is written"
         raise RunError(
-            f"{tally.failed} of {tally.samples} samples failed ({codes}), more than errors.max_failed_fraction "
-            f"({errors.max_failed_fraction:g}) allows; {state}; {advice}"
-        )
-    worst = tally.worst
-    if worst is not None and worst.failed > errors.max_failed_fraction_per_unit * worst.samples:
-        raise RunError(
-            f"{worst.failed} of the {worst.samples} samples of unit {worst.unit:06d} failed, more than "
-            f"errors.max_failed_fraction_per_unit ({errors.max_failed_fraction_per_unit:g}) allows; {state}; {advice}"
+            f"{over}; {state}; `smsbatch errors {store.url}` lists them; mend the cause and run with --retry-failed "
+            "(and with --allow-drift inputs, if it was in the source), or raise the limit"
         )
 
 

@@ -18,7 +18,7 @@ from smsbatch.errors import RequestError
 from smsbatch.manifest import Distill
 from smsbatch.runs.checkpoints import restore
 from smsbatch.runs.drift import inputs_changed
-from smsbatch.runs.heartbeat import Heartbeat, other_drivers
+from smsbatch.runs.heartbeat import Heartbeat, other_drivers, refuse
 from smsbatch.runs.layout import SUCCESS
 from smsbatch.storage.store import Store
 from smsbatch.training.log import TrainingProgress
@@ -45,7 +45,8 @@ def train(
             relocate(manifest, run, pool)
     training = manifest.distill
     with Heartbeat(store) as heart, _asked_to_stop() as stop:
-        _refuse_others(store, heart)
+        for other in other_drivers(store, heart):
+            refuse(store, other, "two trainings would write one generator; stop it")
         first_step, notices = _to_go_on_from(store)
         progress(TrainingProgress(first_step, training.all_steps, training.phase(first_step), time=time.time()))
         if manifest.compute.pool == "local":
@@ -66,16 +67,6 @@ def _to_go_on_from(store: Store) -> tuple[int, list[str]]:
     length alone does not show all damage."""
     found = restore(store)
     return (found.checkpoint.step if found.checkpoint else 0), found.notices
-
-
-def _refuse_others(store: Store, heart: Heartbeat) -> None:
-    """Two trainings would write one generator."""
-    others = other_drivers(store, heart)
-    if others:
-        raise RequestError(
-            f"{store.url}: another driver, {others[0].name}, is at work (seen {others[0].age_s:.0f} s ago); stop it, "
-            "or, if it is dead, try again in a minute"
-        )
 
 
 @contextmanager

@@ -12,7 +12,6 @@ import hashlib
 import json
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from smsbatch.data import pixels, shards
 from smsbatch.data.index import SAMPLES, UNITS, digest_index, read_index
 from smsbatch.errors import SampleError, StorageError
 from smsbatch.manifest import Manifest
+from smsbatch.parallel import map_ahead
 from smsbatch.runs.layout import REPORT, SUCCESS
 from smsbatch.runs.records import (
     KINDS,
@@ -122,12 +122,10 @@ class Verifier(StrictSnapshot):
         planned, numbers = self.run.about["planned"], list(self.shards if only is None else only)
         problems = list(self.damaged.values()) + self._strangers()
         all_found: dict[int, _Findings] = {}
-        with ThreadPoolExecutor(THREADS, thread_name_prefix="smsbatch-verify") as threads:
-            for shard, found in zip(
-                numbers, threads.map(lambda shard: self.check_shard(shard, full), numbers), strict=True
-            ):
-                all_found[shard] = found
-                progress(len(all_found), len(numbers))
+        checked = map_ahead(lambda shard: self.check_shard(shard, full), numbers, THREADS)
+        for shard, found in zip(numbers, checked, strict=True):
+            all_found[shard] = found
+            progress(len(all_found), len(numbers))
         for found in all_found.values():
             problems += found.problems
         problems += self._index()

@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, UnidentifiedImageError
 
+from smsbatch import manifest
 from smsbatch.errors import SampleError
 
 Pixels = npt.NDArray[np.uint8]
@@ -103,6 +104,12 @@ def _opened(data: bytes, min_side: int, max_pixels: int) -> Iterator[Image.Image
             raise SampleError("decode_error", "not a picture in a known format") from error
         except _DAMAGE as error:
             raise SampleError("decode_error", f"damaged: {error}") from error
+
+
+def source_picture(data: bytes, image: manifest.Image) -> Pixels:
+    """A source's picture as a run stylizes it, decoded and fitted; SampleError as of both."""
+    picture = decode(data, min_side=image.min_side, max_pixels=image.max_pixels)
+    return fit(picture, image.resolution, image.fit)
 
 
 def fit(pixels: Pixels, resolution: int, mode: str = "short_side") -> Pixels:

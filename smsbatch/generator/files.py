@@ -11,11 +11,9 @@ import json
 from typing import Any
 
 from smsbatch.errors import WeightsError
+from smsbatch.generator.config import CONFIG, WEIGHTS, parse_config
 from smsbatch.manifest import Storage, Stylize
 from smsbatch.storage.store import Store
-
-CONFIG, WEIGHTS = "generator.json", "generator.safetensors"
-_FORMAT, _VERSION = "smsbatch-generator", 1
 
 
 def read_generator(where: str, storage: Storage) -> dict[str, bytes]:
@@ -31,10 +29,10 @@ def read_generator(where: str, storage: Storage) -> dict[str, bytes]:
     store, folder = _found(where, storage)
     files = {name: store.read_all([folder + name]).get(folder + name) for name in (CONFIG, WEIGHTS)}
     config, parameters = (files[name] or b"" for name in (CONFIG, WEIGHTS))
-    told, file = _parsed(config, store.locate(folder + CONFIG)), store.locate(folder + WEIGHTS)
+    told, file = parse_config(config, f"generator: {store.locate(folder + CONFIG)}"), store.locate(folder + WEIGHTS)
     if not parameters:
         raise WeightsError(f"generator: {file} is missing; copy both files, {CONFIG} and {WEIGHTS}")
-    if hashlib.sha256(parameters).hexdigest() != told.get("sha256"):
+    if hashlib.sha256(parameters).hexdigest() != told["sha256"]:
         raise WeightsError(f"generator: {file} is not what {CONFIG} says, so it is damaged; copy both files again")
     return {CONFIG: config, WEIGHTS: parameters}
 
@@ -46,7 +44,7 @@ def generator_about(manifest: Stylize) -> dict[str, Any]:
         WeightsError, StorageError: as `read_generator`.
     """
     store, folder = _found(manifest.generator, manifest.storage)
-    told = _parsed(store.read(folder + CONFIG), store.locate(folder + CONFIG))
+    told = parse_config(store.read(folder + CONFIG), f"generator: {store.locate(folder + CONFIG)}")
     return {name: told.get(name) for name in ("width", "blocks", "parameters")} | dict(told.get("about") or {})
 
 
@@ -76,18 +74,3 @@ def _instead(store: Store) -> str:
     if task != "distill":
         return f"is the output of a run of task {task}, which makes no generator; name the output of a `distill` run"
     return "is a distill run that is not finished; `smsbatch run` its manifest to the end first"
-
-
-def _parsed(data: bytes, where: str) -> dict[str, Any]:
-    try:
-        config = json.loads(data)
-    except ValueError as error:
-        raise WeightsError(f"generator: {where} is damaged, it is not JSON; copy it again") from error
-    if not isinstance(config, dict) or config.get("format") != _FORMAT:
-        raise WeightsError(f"generator: {where} is not of a generator of smsbatch; name the output of a `distill` run")
-    if config.get("version") != _VERSION:
-        raise WeightsError(
-            f"generator: {where} is of version {config.get('version')}, this smsbatch reads {_VERSION}; update it, or "
-            "distill again"
-        )
-    return config

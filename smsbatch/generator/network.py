@@ -19,10 +19,9 @@ from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from smsbatch.errors import WeightsError
+from smsbatch.generator.config import CONFIG, FORMAT, VERSION, WEIGHTS, parse_config
 
-WEIGHTS, CONFIG = "generator.safetensors", "generator.json"
 STRIDE = 4  # pixels along a side per entry of the residual blocks
-_FORMAT, _VERSION = "smsbatch-generator", 1
 _EPS = 1e-5  # of the normalization
 
 
@@ -176,8 +175,8 @@ class Generator(nn.Module):
         """The two files by name, parameters in float32; the same generator gives the same bytes."""
         weights = save({name: value.detach().float().cpu().contiguous() for name, value in self.state_dict().items()})
         config = {
-            "format": _FORMAT,
-            "version": _VERSION,
+            "format": FORMAT,
+            "version": VERSION,
             "width": self.width,
             "blocks": len(self.blocks),
             "restore": self.restore,
@@ -213,7 +212,7 @@ class Generator(nn.Module):
         Raises:
             WeightsError: they are damaged, do not belong together, or are not of this format.
         """
-        config = _parsed(files[CONFIG], f"{where}/{CONFIG}")
+        config = parse_config(files[CONFIG], f"{where}/{CONFIG}")
         if hashlib.sha256(files[WEIGHTS]).hexdigest() != config["sha256"]:
             raise WeightsError(f"{where}/{WEIGHTS} is not what {CONFIG} says; copy both files again")
         with torch.device("meta"):  # draws no random numbers, takes no memory
@@ -229,21 +228,3 @@ class Generator(nn.Module):
 def _halved(x: Tensor) -> Tensor:
     """Every second pixel after the blur [1, 2, 1] / 4 along both sides: the mean of two neighbours, taken twice."""
     return F.avg_pool2d(F.avg_pool2d(F.pad(x, (1, 1, 1, 1), mode="reflect"), 2, 1), 2, 2)
-
-
-def _parsed(data: bytes, where: str) -> dict[str, Any]:
-    try:
-        config = json.loads(data)
-    except ValueError as error:
-        raise WeightsError(f"{where} is not JSON; copy it again") from error
-    if not isinstance(config, dict) or config.get("format") != _FORMAT:
-        raise WeightsError(f"{where} is not of a generator of smsbatch")
-    if config.get("version") != _VERSION:
-        raise WeightsError(f"{where} is of version {config.get('version')}, this smsbatch reads {_VERSION}; update it")
-    for name, kind in (("width", int), ("blocks", int), ("restore", bool), ("sha256", str), ("about", dict)):
-        if not isinstance(config.get(name), kind):
-            raise WeightsError(f"{where}: {name} is missing or no {kind.__name__}; copy it again")
-    for name in ("width", "blocks"):
-        if not 1 <= config[name] <= 4096:
-            raise WeightsError(f"{where}: {name} is {config[name]}, not 1 to 4096; copy it again")
-    return config

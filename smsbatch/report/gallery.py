@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -19,12 +18,14 @@ from smsbatch.data.index import StoredFile, read_index
 from smsbatch.data.reader import Reader
 from smsbatch.data.tars import find_members
 from smsbatch.errors import SampleError
-from smsbatch.manifest import Source, Storage
+from smsbatch.manifest import Image, Source, Storage
+from smsbatch.parallel import map_ahead
 from smsbatch.report.model import SHOW_ALL, SHOW_SAMPLE, has_value
 from smsbatch.storage.store import Store, storage_errors
 
 if TYPE_CHECKING:
-    from smsbatch.report.model import Report, RowTally
+    from smsbatch.parallel import map_ahead
+from smsbatch.report.model import Report, RowTally
 
 THUMBNAIL_SIDE = 640  # pixels: twice what a card measures, for dense screens
 _THREADS = 8
@@ -61,12 +62,11 @@ def gallery(store: Store, report: Report, tally: RowTally, index: StoredFile | P
         if name:
             chosen |= {f"Lowest {name.upper()}": tally.lowest, f"Highest {name.upper()}": tally.highest}
     results = _results(store, chain.from_iterable(chosen.values()), report.settings["output"]["format"])
-    with ThreadPoolExecutor(_THREADS, thread_name_prefix="smsbatch-gallery") as threads:
 
-        def picture(row: Mapping[str, Any]) -> Picture:
-            return _picture(index, report, row, results[row["key"]])
+    def picture(row: Mapping[str, Any]) -> Picture:
+        return _picture(index, report, row, results[row["key"]])
 
-        return [Group(title, list(threads.map(picture, rows))) for title, rows in chosen.items()]
+    return [Group(title, list(map_ahead(picture, rows, _THREADS))) for title, rows in chosen.items()]
 
 
 def _results(store: Store, rows: Iterable[Mapping[str, Any]], extension: str) -> dict[str, bytes]:
@@ -80,20 +80,17 @@ def _results(store: Store, rows: Iterable[Mapping[str, Any]], extension: str) ->
         with storage_errors("read", store.locate(tar)), store.open_read(tar) as file:
             return {keys[name]: data for name, data in find_members(file, keys).items()}
 
-    with ThreadPoolExecutor(_THREADS, thread_name_prefix="smsbatch-gallery") as threads:
-        return {key: data for found in threads.map(of_shard, wanted) for key, data in found.items()}
+    return {key: data for found in map_ahead(of_shard, wanted, _THREADS) for key, data in found.items()}
 
 
 def _picture(index: StoredFile | Path, report: Report, row: Mapping[str, Any], result: bytes) -> Picture:
-    image = report.settings["image"]
+    image = Image.model_validate(report.settings["image"])
     entry = read_index(index, row["position"], row["position"] + 1)[0]
     storage = Storage.model_validate(report.settings.get("storage", {}))
     reader = Reader(storage, Source.model_validate(report.settings["source"]).max_bytes)
     try:
-        source = pixels.decode(
-            reader.read(entry.fields[entry.image]), min_side=image["min_side"], max_pixels=image["max_pixels"]
-        )
-        before = pixels.thumbnail(pixels.fit(source, image["resolution"], image["fit"]), THUMBNAIL_SIDE)
+        source = pixels.source_picture(reader.read(entry.fields[entry.image]), image)
+        before = pixels.thumbnail(source, THUMBNAIL_SIDE)
     except SampleError:
         before = None  # it was read when it was stylized; the page says that it is gone
     return Picture(

@@ -15,8 +15,7 @@ import json
 import math
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import asdict
 from datetime import UTC, datetime
 from io import BytesIO
@@ -27,7 +26,7 @@ from typing import Any
 from smsbatch.data.index import ROWS_PER_GROUP, SAMPLES, read_index
 from smsbatch.data.shards import read_rows
 from smsbatch.errors import RunError
-from smsbatch.parallel import started_ahead
+from smsbatch.parallel import map_ahead
 from smsbatch.report.card import card
 from smsbatch.report.gallery import gallery
 from smsbatch.report.model import Distribution, Failure, Report, RowTally
@@ -157,7 +156,7 @@ def _count(
         raise RunError(f"{store.url}: shard {shard:06d} is not published yet; run the manifest again to finish it")
     start, keys = 0, _keys(index)
     records = [published[shard] for shard in planned_in]
-    with _fetched(store, records) as files:
+    with closing(map_ahead(store.read, [record.parquet for record in records], _AHEAD)) as files:
         for record, data in zip(records, files, strict=True):
             planned = list(islice(keys, planned_in[record.shard]))
             tally.add(record, _rows(store, record, data, planned, start))
@@ -205,17 +204,6 @@ def _keys(index: Path) -> Iterator[str]:
     while entries := read_index(index, start, start + ROWS_PER_GROUP):
         yield from (entry.key for entry in entries)
         start += len(entries)
-
-
-@contextmanager
-def _fetched(store: Store, records: Sequence[Published]) -> Iterator[Iterator[bytes]]:
-    """The Parquet files of shards, in order, one request each, a few ahead."""
-    threads = ThreadPoolExecutor(_AHEAD, thread_name_prefix="smsbatch-report")
-    try:
-        waiting = (threads.submit(store.read, record.parquet) for record in records)
-        yield (future.result() for future in started_ahead(waiting, _AHEAD))
-    finally:
-        threads.shutdown(cancel_futures=True)
 
 
 def _rows(store: Store, published: Published, data: bytes, planned: Sequence[str], start: int) -> list[dict[str, Any]]:

@@ -18,7 +18,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, NoReturn, Self
 
 from smsbatch.errors import RequestError, StorageError
 from smsbatch.storage.store import Store
@@ -136,9 +136,14 @@ def driver_name(path: str) -> str:
 
 
 def require_idle(store: Store, advice: str) -> None:
-    alive = [driver for driver in drivers(store) if driver.alive]
-    if alive:
-        raise RequestError(
-            f"{store.url}: a driver, {alive[0].name}, is at work (seen {alive[0].age_s:.0f} s ago); let it finish or "
-            f"stop it, and {advice}; one that was killed counts as dead after {DEAD_AFTER_S:.0f} s"
-        )
+    """Raises RequestError if a driver is at work."""
+    for driver in drivers(store):
+        if driver.alive:
+            refuse(store, driver, f"let it finish or stop it, and {advice}")
+
+
+def refuse(store: Store, driver: Driver, advice: str) -> NoReturn:
+    raise RequestError(
+        f"{store.url}: another driver, {driver.name}, is at work (seen {driver.age_s:.0f} s ago); {advice}; one that "
+        f"was killed counts as dead after {DEAD_AFTER_S:.0f} s"
+    )

@@ -275,8 +275,7 @@ class Ledger:
     def published(self, shard: int) -> Published | None:
         """The record of a shard, if it is published and both its files are there, as long as they were."""
         name = published_file(shard)
-        found = self.store.read_all([name])
-        record = _legible(found[name]) if name in found else None
+        record = Published.parse(self.store.read_all([name]).get(name))
         if record is None:
             return None
         sizes = {path: self.store.size(path) for path in record.paths.values()}
@@ -289,7 +288,7 @@ class Ledger:
         """
         found = self.store.read_all(self.store.list(PUBLISHED))
         sizes = self.store.sizes("shards") | self.store.sizes("metrics")
-        records = [record for _, data in sorted(found.items()) if (record := _legible(data)) is not None]
+        records = [record for _, data in sorted(found.items()) if (record := Published.parse(data)) is not None]
         return {record.shard: record for record in records if record.is_there(sizes)}
 
     @contextmanager
@@ -377,13 +376,6 @@ class Ledger:
     @property
     def _repair(self) -> str:
         return f"run `smsbatch repair {self.store.url}`"
-
-
-def _legible(data: bytes) -> Published | None:
-    try:
-        return Published.from_json(data)
-    except PARSE_ERRORS:
-        return None  # all it says follows from the commits
 
 
 def _recount(built: Mapping[str, Path], samples: int) -> None:

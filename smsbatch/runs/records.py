@@ -97,6 +97,14 @@ class Published(_Record):
     seconds: float
     files: Mapping[str, FileDigest]
 
+    @classmethod
+    def parse(cls, data: bytes | None) -> Published | None:
+        """The record, None where there is none that this version reads: all that it says follows from the commits."""
+        try:
+            return None if data is None else cls.from_json(data)
+        except PARSE_ERRORS:
+            return None
+
     @property
     def tar(self) -> str:
         return f"shards/{self.shard:06d}.tar"

@@ -106,7 +106,7 @@ class Snapshot:
             for shard, units in self.shards.items()
             if shard not in self.records and all(unit.id in self.generations for unit in units)
         }
-        found = {names[name]: _legible(data) for name, data in self.store.read_all(names).items()}
+        found = {names[name]: Published.parse(data) for name, data in self.store.read_all(names).items()}
         later = {
             unit.id: self.generations[unit.id]
             for shard, record in found.items()
@@ -131,13 +131,6 @@ class Snapshot:
             self.commits[unit.id].attempt == attempt if unit.id in self.commits else self.generations[unit.id] == 0
             for unit, attempt in zip(units, record.attempts, strict=True)
         )
-
-
-def _legible(data: bytes) -> Published | None:
-    try:
-        return Published.from_json(data)
-    except PARSE_ERRORS:
-        return None  # all it says follows from the commits
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,11 +187,10 @@ class StrictSnapshot:
 
     def _plan(self) -> list[Unit]:
         """The units; none when they are not planned yet, or when the plan cannot be trusted."""
-        begun = bool(self.store.list(COMMITS))
-        planned = self.run.about["planned"]
+        begun, planned = bool(self.store.list(COMMITS)), self.run.about["planned"]
         if not self.run.is_planned:
             if begun:
-                self.damaged[UNITS] = Problem(UNITS, "is gone", "plan")
+                self._note(UNITS, "is gone", "plan")
             return []
         place = UNITS
         try:
@@ -208,13 +200,16 @@ class StrictSnapshot:
             place = OBJECTS
             read_objects(self.run.objects)
         except (StorageError, OSError, ValueError) as error:  # the latter two are Arrow's, of what is no Parquet
-            self.damaged[place] = Problem(place, f"cannot be read ({one_line(error)})", "plan")
+            self._note(place, f"cannot be read ({one_line(error)})", "plan")
             return []
         if (len(units), samples) != (planned["units"], planned["samples"]):
-            what = f"{len(units)} units and {samples} samples, planned were {planned['units']} and {planned['samples']}"
-            self.damaged[UNITS] = Problem(UNITS, what, "plan")
+            told = f"planned were {planned['units']} and {planned['samples']}"
+            self._note(UNITS, f"{len(units)} units and {samples} samples, {told}", "plan")
             return []
         return units
+
+    def _note(self, place: str, what: str, remedy: Remedy, unit: int | None = None, shard: int | None = None) -> None:
+        self.damaged[place] = Problem(place, what, remedy, unit, shard)
 
     def _commits(self) -> tuple[dict[int, Commit], dict[int, list[str]]]:
         newest: dict[int, Commit] = {}
@@ -223,19 +218,16 @@ class StrictSnapshot:
             unit, generation = parse_commit_file(name) or (-1, 0)
             if unit not in self.by_id:
                 if self.units:
-                    self.damaged[name] = Problem(name, "is of no unit of the plan", "aside")
+                    self._note(name, "is of no unit of the plan", "aside")
                 continue
             files.setdefault(unit, []).append(name)
-            shard = self.by_id[unit].shard
             try:
                 commit = Commit.from_json(data)
+                wrong = _miscounted(commit, self.by_id[unit], generation)
             except PARSE_ERRORS as error:
-                what = f"is no record of this version ({one_line(error)})"
-                self.damaged[name] = Problem(name, what, "recompute", unit, shard)
-                continue
-            wrong = _miscounted(commit, self.by_id[unit], generation)
+                wrong = f"is no record of this version ({one_line(error)})"
             if wrong:
-                self.damaged[name] = Problem(name, wrong, "recompute", unit, shard)
+                self._note(name, wrong, "recompute", unit, self.by_id[unit].shard)
             elif unit not in newest or newest[unit].generation < generation:
                 newest[unit] = commit
         return newest, files
@@ -244,20 +236,16 @@ class StrictSnapshot:
         records: dict[int, Published] = {}
         for name, data in self.store.read_all(self.store.list(PUBLISHED)).items():
             number = name.rpartition("/")[2].removesuffix(".json")
-            if not number.isdigit() or int(number) not in self.shards:
+            shard = int(number) if number.isdigit() else -1
+            if shard not in self.shards:
                 if self.units:
-                    self.damaged[name] = Problem(name, "is of no shard of the plan", "aside")
+                    self._note(name, "is of no shard of the plan", "aside")
                 continue
-            shard = int(number)
-            try:
-                record = Published.from_json(data)
-            except PARSE_ERRORS as error:
-                what = f"is no record of this version ({one_line(error)})"
-                self.damaged[name] = Problem(name, what, "publish", shard=shard)
-                continue
-            if record.shard != shard:
-                what = f"is the record of shard {record.shard:06d}"
-                self.damaged[name] = Problem(name, what, "publish", shard=shard)
+            record = Published.parse(data)
+            if record is None:
+                self._note(name, "is no record of this version", "publish", shard=shard)
+            elif record.shard != shard:
+                self._note(name, f"is the record of shard {record.shard:06d}", "publish", shard=shard)
             else:
                 records[shard] = record
         return records

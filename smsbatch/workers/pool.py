@@ -17,7 +17,7 @@ from itertools import islice
 from smsbatch.data.sample import Entry
 from smsbatch.engines.table import ENGINES
 from smsbatch.manifest import Dataset, Manifest
-from smsbatch.parallel import Item, Result, started_ahead
+from smsbatch.parallel import Item, Result, map_ahead
 from smsbatch.runs.plan import Estimate
 from smsbatch.runs.records import Commit
 from smsbatch.runs.run import Run
@@ -49,12 +49,7 @@ class Pool(AbstractContextManager["Pool"], ABC):
 
     def map(self, function: Callable[[Item], Result], items: Sequence[Item]) -> Generator[Result, None, None]:
         """The function of every item, in their order, several at a time; without models. Closed, it starts no more."""
-        threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="smsbatch-map")
-        try:
-            futures = started_ahead((threads.submit(function, item) for item in items), 2 * _THREADS)
-            yield from (future.result() for future in futures)
-        finally:
-            threads.shutdown(cancel_futures=True)
+        yield from map_ahead(function, items, _THREADS)
 
 
 class LocalPool(Pool):
