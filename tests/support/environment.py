@@ -16,6 +16,7 @@ os.environ |= {
     "AWS_EC2_METADATA_DISABLED": "true",  # else a test without credentials would ask beyond loopback for some
     "NO_PROXY": "127.0.0.1,localhost",  # some systems know proxies from elsewhere
     "no_proxy": "127.0.0.1,localhost",
+    "RAY_worker_niceness": "0",  # else actors, which are nice, wait for every other test
     "HF_HUB_OFFLINE": "1",  # a test that reaches for a hub fails at once
 }
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # torch's threads cost these small models more than they give
