@@ -1,12 +1,12 @@
-"""The opt-in modes: what each saves, and what it costs in LPIPS to the source and in distance to the style.
+"""The opt-in modes: the time that each saves, and its cost in LPIPS to the source and in style distance.
 
     python benchmarks/cheaper.py [--photos 13]
 
-The embedded model with the constants of manifests/demo.yaml paints its held-out photographs, central squares of 128
-px, one at a time; every setting paints a photograph before the next one's turn, so that all are measured side by
-side. The figures of quality are means over the photographs (LPIPS) or of the set (style distance,
-`metrics/style.py`), as they are stored, in eight bits. `preset: fast` keeps the demo's constants, and has
-as large a part of its iterations, and as many times its learning rate, as of the released ones.
+The embedded model with the constants of manifests/demo.yaml stylizes its held-out photographs, central squares of 128
+px, one at a time; every setting stylizes a photograph before the next photograph, so that all are measured side by
+side. Quality is measured on the stored eight-bit results: LPIPS as the mean over the photographs, style distance
+(`metrics/style.py`) for the whole set. `preset: fast` keeps the demo's constants, and scales its iterations and its
+learning rate by the preset's ratios to the released ones.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ FULL = "full"
 
 
 def settings(demo: Objective) -> dict[str, list[str]]:
-    """Overrides by name; the first is what the others are held against."""
+    """Overrides by name; the others are compared with the first."""
     fast, released = Objective(preset="fast"), Objective()
 
     def steps(part: float) -> str:
@@ -67,10 +67,10 @@ def settings(demo: Objective) -> dict[str, list[str]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--photos", type=int, default=13)
-    parser.add_argument("--steps", type=int, help="of the full setting, instead of the demo's")
+    parser.add_argument("--steps", type=int, help="iterations of the full setting, instead of the demo's")
     options = arguments(parser)
     if options.model != "tiny":
-        parser.error("quality is of a model that has learned something: --model tiny")
+        parser.error("quality needs a trained model: --model tiny")
     common = ["image.fit=center_crop", f"image.resolution={options.side}", "compute.threads=auto"]
     common += [f"compute.precision={options.precision}", *([f"objective.steps={options.steps}"] * bool(options.steps))]
     demo = sb.load(str(DEMO), common)

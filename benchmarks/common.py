@@ -1,7 +1,7 @@
-"""What the benchmarks share: the two models, side-by-side timing, FLOP counts, the machine's measured peak, tables.
+"""Common parts of the benchmarks: the two models, side-by-side timing, FLOP counts, the measured peak, tables.
 
 The models are `tiny`, the embedded one, and `sd15`: random weights in exactly Stable Diffusion 1.5's architecture,
-made on the device without any file. What takes how long does not depend on what the weights have learned.
+made on the device without any file. Times do not depend on the values of the weights.
 """
 
 from __future__ import annotations
@@ -95,13 +95,13 @@ def parts(model: str, device: str) -> Parts:
         assert unet.num_parameters() == SD15_PARAMETERS
     for part in (unet, vae, text_encoder):
         part.requires_grad_(False).eval().float().to(device)
-    tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")  # of sd15 too: its words are as good as any
+    tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")  # for sd15 too: times do not depend on the words
     tokenizer.model_max_length = text_encoder.config.max_position_embeddings
     return Parts(unet, vae, text_encoder, tokenizer, DDIMScheduler.from_pretrained(folder / "scheduler"))
 
 
 def style_deltas(model: str, unet: UNet2DConditionModel) -> dict[str, Tensor]:
-    """What a style adds to the UNet's parameters: the oil LoRA, or for `sd15` noise on all attention."""
+    """A style's differences of the UNet's parameters: the oil LoRA, or for `sd15` noise on all attention."""
     if model == "tiny":
         return _kohya(load_file(tiny.resolve("tiny:styles/oil.safetensors")), dict(unet.named_parameters()))
     torch.manual_seed(1)
@@ -149,7 +149,7 @@ def engine(options: argparse.Namespace, model: Parts | None = None) -> tuple[Pri
 
 
 def pictures(batch: int, side: int, device: str) -> Tensor:
-    """Images [batch, 3, side, side] of noise: what is on them costs nothing."""
+    """Images [batch, 3, side, side] of noise: times do not depend on the content."""
     return torch.rand(batch, 3, side, side, generator=torch.Generator().manual_seed(0)).to(device)
 
 
@@ -161,7 +161,7 @@ def stylize(prior: Prior, style: Prior, images: Tensor, config: Objective) -> Te
 
 
 def arguments(parser: argparse.ArgumentParser) -> argparse.Namespace:
-    """Read the command line, with what all benchmarks take, and set the threads."""
+    """Read the command line, with the options common to all benchmarks, and set the number of threads."""
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--model", choices=("tiny", "sd15"), default="tiny")
@@ -171,7 +171,7 @@ def arguments(parser: argparse.ArgumentParser) -> argparse.Namespace:
     parser.add_argument("--side", type=int, help="pixels of the square images; 128, and 512 with sd15")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of torch on the CPU")
     parser.add_argument(
-        "--rounds", type=int, default=3, help="every case is measured so often, in turn; the best counts"
+        "--rounds", type=int, default=3, help="measurements of every case, the cases in turn; the best counts"
     )
     options = parser.parse_args()
     options.precision = options.precision or ("bf16" if options.device == "cuda" else "fp32")
@@ -200,13 +200,13 @@ def device_name(device: str) -> str:
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Markdown; numbers right-aligned is the reader's renderer's business."""
+    """The table in Markdown."""
     lines = [columns, ["---"] * len(columns), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def seconds(work: Callable[[], Any], device: str) -> float:
-    """What `work` takes, the device's queue included."""
+    """The time that `work` takes, including the device's queue."""
     finish(device)
     began = perf_counter()
     work()
@@ -215,13 +215,13 @@ def seconds(work: Callable[[], Any], device: str) -> float:
 
 
 def finish(device: str) -> None:
-    """Wait until the device has done all it was given."""
+    """Wait until the device's queue is empty."""
     if device == "cuda":
         torch.cuda.synchronize()
 
 
 def interleaved(cases: Mapping[Any, Callable[[], float]], rounds: int) -> dict[Any, float]:
-    """The best of `rounds` measurements of every case, the cases in turn: other work on the machine only ever adds."""
+    """The best of `rounds` measurements of every case, the cases in turn: other work on the machine only adds time."""
     best = dict.fromkeys(cases, float("inf"))
     for _ in range(rounds):
         for case, measure in cases.items():
@@ -240,7 +240,7 @@ def flops(work: Callable[[], Any]) -> int:
 
 
 def measured_peak(device: str, precision: str) -> float:
-    """FLOP/s of a large square matrix product, the best of ten: what this machine gives at most, now."""
+    """FLOP/s of a large square matrix product, the best of ten: the most that this machine reaches now."""
     n = 8192 if device == "cuda" else 2048
     a, b = (torch.randn(n, n, device=device).to(DTYPES[precision]) for _ in range(2))
     work = lambda: a @ b  # noqa: E731

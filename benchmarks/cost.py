@@ -1,10 +1,10 @@
-"""What an image costs against batch, iterations, resolution and threads, relative to one case, side by side in one run.
+"""The cost of an image by batch, iterations, resolution and threads, relative to one case, side by side in one run.
 
     python benchmarks/cost.py
     python benchmarks/cost.py --device cuda --model sd15 --batches 1 2 4 8 16 --sides 384 512 768 --iterations 10 20 40
 
-Everything between pixels and pixels, in our engine with the preset `released`: VAE encoding, the loop, VAE decoding.
-One of the three varies at a time; the base case is the first of each list but batch, whose base is 4.
+Measured are VAE encoding, the loop and VAE decoding, in our engine with the preset `released`. One factor varies at a
+time from the base case, batch 4 and the first of each other list; on the CPU, each batch also runs on 1 and 2 threads.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@
 A step of one picture with B pairs of timestep and noise, preset `released`, guidance 4.5 on both scores. The naive step
 repeats the picture B times first, as the paper's text reads: generator and VAE see it B times, and each score is a call
 of a UNet of its own. Ours runs generator and VAE once per picture, and asks fake and real in one call; scores and fake
-training have the same rows. Draws differ, so results do; that gradients agree is for `tests/diffusion/test_distill.py`.
+training have the same rows. Draws differ, so results do; `tests/training/test_distiller.py` compares gradients.
 
 The second table measures each part alone, forward and, where there is one, backward, at the rows it has in a step with
 the largest B. FLOPs are torch's count of matrix products and convolutions, per row times rows.
@@ -37,7 +37,7 @@ from smsbatch.training.distiller import Distiller
 
 
 class OneByOne(ScoreModels):
-    """Every score a call of its own."""
+    """Every score model in a call of its own."""
 
     def __call__(self, t: Tensor, *asked: Ask) -> list[Tensor]:
         called = super().__call__
@@ -58,7 +58,7 @@ class Step:
 
 
 class Part(NamedTuple):
-    """A part of a step: what one call does with so many rows, and the rows of its calls, ours and naively."""
+    """A part of a step: a call with a number of rows, and the rows of each of its calls, in our and the naive step."""
 
     name: str
     call: Callable[[int], object]
@@ -146,7 +146,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, nargs="+", default=[1, 2, 4], help="B")
     parser.add_argument("--width", type=int, help="of the generator; 64, with tiny 16")
     parser.add_argument("--blocks", type=int, help="of the generator; 9, with tiny 3")
-    parser.add_argument("--count", action="store_true", help="only the FLOPs, of which nothing is computed")
+    parser.add_argument("--count", action="store_true", help="only count the FLOPs; nothing is computed")
     options = arguments(parser)
     options.width = options.width or (64 if options.model == "sd15" else 16)
     options.blocks = options.blocks or (9 if options.model == "sd15" else 3)

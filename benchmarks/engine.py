@@ -1,4 +1,4 @@
-"""Our engine against a plain loop that does what the authors' script does, at equal arithmetic, side by side.
+"""Our engine against a plain loop, which is the authors' script, at equal arithmetic, side by side.
 
     python benchmarks/engine.py                        # the embedded model on the CPU
     python benchmarks/engine.py --check                # only that both loops compute the same
@@ -11,14 +11,14 @@ On an H100, Stable Diffusion 1.5's architecture at 512 px (random weights, made 
     python benchmarks/engine.py --device cuda --model sd15 --precision bf16 --channels-last
     python benchmarks/engine.py --device cuda --model sd15 --precision bf16 --channels-last --compile
 
-Both do what the preset `released` says, guidance 4.5 on both scores. `--steps` iterations are measured, and images
+Both use the preset `released`, with guidance 4.5 on both scores. `--steps` iterations are measured, and images
 per hour are of runs of 500: 3600 / (encoding and decoding + 500 x seconds per iteration), without loading and
 compiling.
 
 The floor is the arithmetic without waste, 7 sample-forwards and 1 sample-backward an iteration, as torch counts it,
 at the speed of a large matrix product of the same precision and threads, measured in the same run; on an H100 also at
-the 989 TFLOP/s of its data sheet. "Of the floor" is floor / time, of the loop alone. Peak memory is of a process of
-its own for every row: the allocator's on CUDA; on Linux the resident memory over what the imports hold.
+the 989 TFLOP/s of its data sheet. "Of the floor" is floor / time, of the loop alone. Peak memory is measured in a
+process of its own for every row: the allocator's on CUDA; on Linux the resident memory beyond that of the imports.
 """
 
 from __future__ import annotations
@@ -97,16 +97,16 @@ class Engine:
 
 
 def around(case: Plain | Engine) -> None:
-    """What images cost besides the loop; decoded one at a time, as the package does."""
+    """The work on images outside the loop; decoding goes one at a time, as in the package."""
     for z in case.prior.encode(case.images):
         case.prior.decode(z[None], (case.images.shape[-2], case.images.shape[-1]))
 
 
 def difference(model: Parts, options: argparse.Namespace, steps: int = 4) -> list[float]:
-    """How far the two loops' gradients lie apart, relative to their norm, in each of the first iterations of a run.
+    """The difference of the two loops' gradients, relative to their norm, in each of the first iterations of a run.
 
-    Both in fp32 and eagerly, from the same seed. The first step's learning rate is zero, and later ones follow from the
-    gradients and the LoRA's training before.
+    Both run in fp32 and eagerly, from the same seed. The first step's learning rate is zero; later gradients depend on
+    the previous ones and on the LoRA's training.
     """
     exact = argparse.Namespace(**{**vars(options), "precision": "fp32", "channels_last": False, "compile": False})
     gradients: dict[str, list[Tensor]] = {"plain loop": [], "engine": []}
@@ -128,7 +128,7 @@ def difference(model: Parts, options: argparse.Namespace, steps: int = 4) -> lis
 
 
 def peak_memory(options: argparse.Namespace, batch: int | None) -> int | None:
-    """Bytes that one row needs at most, without what building its models needs; None where the system cannot say."""
+    """The peak memory of one row in bytes, without building its models; None if the system does not report it."""
     torch.set_num_threads(options.threads)
     before = _resident("VmRSS")
     case = Plain(options) if batch is None else Engine(options, batch)
@@ -161,7 +161,7 @@ def in_a_process_of_its_own(options: argparse.Namespace, batch: int | None) -> i
 def count(options: argparse.Namespace) -> tuple[int, int]:
     """FLOPs of one iteration for one image, (plain loop, ours), counted on torch's meta device: nothing is computed.
 
-    The plain loop differs by the other half of its training step, as costly as the half that counts.
+    The plain loop has in addition the unused half of its training step, as costly as the used one.
     """
     on_meta = argparse.Namespace(**{**vars(options), "device": "meta", "precision": "fp32", "compile": False})
     case, config = Engine(on_meta, 1), Objective()
@@ -185,8 +185,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--batches", type=int, nargs="+", default=(1, 2, 4, 8, 16))
     parser.add_argument("--steps", type=int, default=10, help="iterations measured")
-    parser.add_argument("--check", action="store_true", help="only that both loops compute the same gradients")
-    parser.add_argument("--count", action="store_true", help="only the FLOPs, of which nothing is computed")
+    parser.add_argument("--check", action="store_true", help="only check that both loops compute the same gradients")
+    parser.add_argument("--count", action="store_true", help="only count the FLOPs; nothing is computed")
     options = arguments(parser)
     print(header(options))
     plain_work, floor = count(options)

@@ -1,8 +1,7 @@
-"""The plain loop: what the authors' script does for one image, written anew from a description of it, to be compared
-with.
+"""The plain loop: the authors' script for one image, rewritten from a description of it, as the baseline.
 
 Contract: same arithmetic, same draws and, with the preset `released`, the same result as
-`smsbatch.diffusion.optimize` for one image, at the script's price: fp32 and eager, three UNets, a pass of its own for
+`smsbatch.diffusion.optimize` for one image, at the script's cost: fp32 and eager, three UNets, a pass of its own for
 style, fake and real score, each with its unconditional half (guidance 4.5 on both scores), a LoRA training step whose
 unconditional half is computed, differentiated and thrown away, the relevance map in numpy on the CPU, losses and
 timesteps read back in every iteration. That is 8 sample-forwards and 2 sample-backwards an iteration. Left out are
@@ -34,11 +33,11 @@ class PlainLoop:
 
     Args:
         parts: the model, fp32; its UNet is copied.
-        deltas: what the style adds to the UNet's parameters, by their dotted names.
+        deltas: the style's differences of the UNet's parameters, by dotted name.
     """
 
     def __init__(self, parts: Parts, deltas: Mapping[str, Tensor]) -> None:
-        self.unused = parts.unet  # the script keeps the style's UNet without its LoRA: memory alone
+        self.unused = parts.unet  # the script keeps the style's UNet without its LoRA, which only takes memory
         self.style = copy.deepcopy(parts.unet)
         parameters = dict(self.style.named_parameters())
         for name, delta in deltas.items():

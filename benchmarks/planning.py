@@ -1,13 +1,12 @@
-"""What planning costs: seconds and peak memory of the driver for synthetic sources of 10^4 to 10^7 samples.
+"""The cost of planning: seconds and peak memory of the driver for synthetic sources of 10^4 to 10^7 samples.
 
     python benchmarks/planning.py [--sizes 10000 100000 1000000 10000000]
 
-Synthetic is the scan: the entries of tars with 1,000 samples each (a jpg and a txt of some bytes) are made up here, by
-two processes, as the pool's scans would hand them over; no tar is read. All that follows is what a run does: the
-entries become tables, the tables one index whose keys are proven unique, the samples units, and all three files of
-the plan are stored on the local disk. Every size is measured in a process of its own; memory is the sum of the peaks
-of that process and of the two that scan. On a machine with other work look at the CPU seconds, on two cores of which
-half is the least that `seconds` can be.
+Only the scan is synthetic: two processes make up the entries of tars with 1,000 samples each (a jpg and a txt of some
+bytes), as a backend's scans would return them; no tar is read. The rest is as in a run: the entries become tables, the
+tables one index whose keys are proven unique, the samples units, and all three files of the plan are stored on the
+local disk. Every size is measured in a process of its own; memory is the sum of the peaks of that process and of the
+two that scan. On a machine with other work use the CPU seconds: on two cores, `seconds` is at least half of them.
 """
 
 from __future__ import annotations
@@ -60,12 +59,12 @@ def scanned(number: int) -> pa.Table:
 
 
 def measure(samples: int) -> Measured:
-    """Plan so many samples, a multiple of a tar's."""
+    """Plan `samples` samples, a multiple of a tar's."""
     began = perf_counter()
     with tempfile.TemporaryDirectory() as folder, ProcessPoolExecutor(PROCESSES) as scans:
         store, path = Store(Path(folder, "run")), Path(folder, "samples.parquet")
         tars = range(samples // SAMPLES_PER_TAR)
-        # As many at a time as a pool would have in hand: results wait for nobody, and memory for none.
+        # As many at a time as a backend would submit, so that results do not pile up in memory.
         tables = (table for some in batches(tars) for table in scans.map(scanned, some, chunksize=8))
         built = build_index(path, tables, None)
         assert built.samples == samples

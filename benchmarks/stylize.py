@@ -1,4 +1,4 @@
-"""Does the device of `task: stylize` ever wait? A whole run, held against its parts alone, in one process, in turn.
+"""The waiting time of the device in `task: stylize`: a whole run against its parts alone, in one process, in turn.
 
     python benchmarks/stylize.py
     python benchmarks/stylize.py --device cuda --precision fp16 --width 64 --blocks 9 --side 512 --images 4096 \\
@@ -6,10 +6,9 @@
 
 Parts: the generator on decoded tensors in memory, forward only; decoding and fitting; encoding; each with all the
 threads to itself. Run: `sb.run` in this process without metrics, from the first byte read to the last unit committed;
-planning, loading the model and the report are left out. On the CPU all share the processors, so the run is held against
-the three parts one after the other; on a GPU against the generator alone. `idle_fraction` is the part
-of the time between its first and its last batch in which the device had nothing to do. The sources are the embedded
-photographs, again and again.
+planning, loading the model and the report are left out. On the CPU all share the processors, so the run is compared to
+the three parts one after the other; on a GPU to the generator alone. `idle_fraction` is the part of the time between
+its first and its last batch in which the device had nothing to do. The sources are the embedded photographs, repeated.
 """
 
 from __future__ import annotations
@@ -38,10 +37,10 @@ QUALITY = 95
 
 
 class Bench:
-    """The pictures, the generator and a folder to run in; `cases` are what is measured, in seconds for all pictures.
+    """The pictures, the generator and a folder to run in; `cases` are the measurements, in seconds for all pictures.
 
     Attributes:
-        waited: of the last run of each kind.
+        idle_fraction: of the last run of each kind.
     """
 
     def __init__(self, options: argparse.Namespace, folder: Path, threads: int) -> None:
@@ -127,7 +126,7 @@ class Bench:
 
 
 def measure(options: argparse.Namespace, threads: int) -> list[str]:
-    """A line of the table."""
+    """A row of the table."""
     with tempfile.TemporaryDirectory(prefix="smsbatch-benchmark-") as folder:
         bench = Bench(options, Path(folder), threads)
         for warm in bench.cases.values() if options.device == "cuda" or options.compile else []:

@@ -1,12 +1,12 @@
-"""Where the time of an image goes, percentages first: by phase of our engine, and by kind of operator.
+"""The time of an image, percentages first: by phase of our engine, and by kind of operator.
 
     python benchmarks/where_time_goes.py
     python benchmarks/where_time_goes.py --device cuda --model sd15 --batch 8
 
-Phases are timed by clocks around the package's own functions, each without what is timed inside it; on CUDA the
-device is waited for at every border, which costs overlap. `--steps` iterations of the preset `released` are measured,
-and counted as 500 beside what an image costs once. Operators are those of torch's profiler in the loop alone: self
-time, of the device on CUDA. Where the device's time is well below the loop's, the loop waits for Python.
+Clocks around the package's own functions time the phases, each without the phases inside it; on CUDA they wait for the
+device at every boundary, which prevents overlap. `--steps` iterations of the preset `released` are measured and scaled
+to 500, and added to the costs once per image. Operators are those of torch's profiler in the loop alone: self time, of
+the device on CUDA. If the device's time is well below the loop's, the loop waits for Python.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from smsbatch.metrics import METRICS
 
 RUN = 500
 MADE, REST = "fake score, made", "draws, noising and the rest"
-KINDS = {  # the first kind of which a word is in the operator's name
+KINDS = {  # an operator is of the first kind with a word in the operator's name
     "attention": ("attention", "fmha", "flash"),
     "convolution": ("conv", "cudnn", "xdnn", "implicit_gemm", "wgrad", "dgrad", "fprop"),
     "matrix product": ("mm", "gemm", "addmm", "linear", "cutlass", "nvjet", "dot"),
@@ -46,7 +46,7 @@ KINDS = {  # the first kind of which a word is in the operator's name
 
 
 class Clock:
-    """Seconds by phase; of nested phases each has what the inner ones leave."""
+    """Seconds by phase; an outer phase excludes the phases nested in it."""
 
     def __init__(self, device: str) -> None:
         self.spent: Counter[str] = Counter()
@@ -140,7 +140,7 @@ def operators(loop: Callable[[int], Any], options: argparse.Namespace) -> str:
     kinds: Counter[str] = Counter()
     for event in profiled.key_averages():
         if event.device_type != DeviceType.CPU:
-            continue  # a kernel, whose time the operator that launched it has already
+            continue  # a kernel, whose time is already in the operator that launched it
         time = event.self_device_time_total if cuda else event.self_cpu_time_total
         name = event.key.lower()
         kind = next(

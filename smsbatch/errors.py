@@ -38,7 +38,7 @@ ERROR_CODES = (
     "encode_error",
     "worker_lost",
 )
-"""What a row's `error_code` may be; stable."""
+"""All values of a row's `error_code`; stable."""
 
 
 class SmsbatchError(Exception):
@@ -52,7 +52,7 @@ class RequestError(SmsbatchError):
 
 
 class ManifestError(RequestError):
-    """A manifest that cannot be obeyed; the message begins with `file:line: key:` where they are known."""
+    """An invalid manifest; the message begins with `file:line: key:` as far as they are known."""
 
 
 class SourceError(RequestError):

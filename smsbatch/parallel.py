@@ -1,4 +1,4 @@
-"""Threads and calls that run ahead of whoever takes their results."""
+"""Start work ahead of its consumer."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Result = TypeVar("Result")
 
 
 def started_ahead(started: Iterable[Item], places: int) -> Iterator[Item]:
-    """The same items, each taken from its source so many places before it is given."""
+    """The same items, drawn from `started` up to `places` ahead of the consumer."""
     remaining = iter(started)
     window = deque(islice(remaining, places))
     while window:

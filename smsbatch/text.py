@@ -1,14 +1,14 @@
-"""Numbers, tables and times as people read them."""
+"""Format numbers, tables, sizes and durations for people."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-
-__all__ = ["bar", "count", "duration", "printable", "size", "table"]
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
 
 
 def table(rows: Iterable[tuple[str, ...]]) -> Iterator[str]:
-    """Columns as wide as they must be, the last as long as it is."""
+    """Lines of left-aligned columns, without trailing spaces."""
     known = list(rows)
     widths = [max(map(len, column)) for column in zip(*known, strict=True)]
     for row in known:
@@ -20,7 +20,7 @@ def count(number: int, word: str) -> str:
 
 
 def size(number: float) -> str:
-    """Bytes as people say them."""
+    """A number of bytes to three digits, in a decimal unit."""
     for unit in ("bytes", "kB", "MB", "GB"):
         if number < 1000:
             return f"{number:.0f} {unit}" if unit == "bytes" else f"{number:.3g} {unit}"
@@ -29,22 +29,72 @@ def size(number: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    days, hours = divmod(hours, 24)
-    if days:
-        return f"{days} d {hours:02d} h"
-    if hours:
-        return f"{hours} h {minutes:02d} min"
-    return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
+    """A time in its two largest units: `0.8 s`, `42 s`, `3 min 20 s`, `5 h 2 min`, `4 d 7 h`."""
+    if seconds < 10:
+        return f"{seconds:.1f} s"
+    left = round(seconds)
+    parts: list[tuple[int, str]] = []
+    for unit, size in (("d", 86400), ("h", 3600), ("min", 60), ("s", 1)):
+        amount, left = divmod(left, size)
+        if amount or parts:
+            parts.append((amount, unit))
+    return " ".join(f"{amount} {unit}" for amount, unit in parts[:2] if amount)
+
+
+def moment(iso: str) -> str:
+    """`2026-11-22T14:18:05+00:00` -> `2026-11-22 14:18 UTC`."""
+    return f"{iso[:10]} {iso[11:16]} UTC"
+
+
+def one_line(error: BaseException) -> str:
+    """The message of an error on one line, cut at 200 characters."""
+    return " ".join(str(error).split())[:200]
+
+
+def flat(section: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The values of nested mappings by their dotted keys."""
+    found: dict[str, Any] = {}
+    for name, value in section.items():
+        found |= flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {prefix + name: value}
+    return found
 
 
 def printable(text: str) -> str:
-    """One line without control characters."""
+    """The text with a space for each character that is not printable, such as line breaks."""
     return "".join(letter if letter.isprintable() else " " for letter in text)
 
 
 def bar(done: int, total: int) -> str:
-    """How much of it is done."""
+    """A progress bar of 30 characters."""
     filled = round(30 * done / total) if total else 0
     return "█" * filled + "░" * (30 - filled)
+
+
+def code_span(text: str) -> str:
+    """Text as a Markdown code span of one line that may stand in a table: no bar, fences longer than any inside."""
+    line = " ".join(text.split()).replace("|", "\\|")
+    longest = max((len(run) for run in re.findall("`+", line)), default=0)
+    fence, space = "`" * (longest + 1), " " if longest else ""
+    return f"{fence}{space}{line}{space}{fence}"
+
+
+def render_template(name: str, filters: Mapping[str, Callable[..., Any]] | None = None, **values: Any) -> str:
+    """A Jinja template of the package, with the words of this module as filters; HTML is escaped."""
+    from jinja2 import Environment, PackageLoader, StrictUndefined  # only for who writes a report
+
+    environment = Environment(
+        loader=PackageLoader("smsbatch", ""),
+        autoescape=".html" in name,
+        keep_trailing_newline=True,
+        undefined=StrictUndefined,
+    )
+    environment.filters |= {
+        "code_span": code_span,
+        "count": count,
+        "duration": duration,
+        "moment": moment,
+        "thousands": "{:,}".format,
+        "three": "{:.3f}".format,
+        **(filters or {}),
+    }
+    return environment.get_template(name).render(values)

@@ -1,5 +1,5 @@
 """The command line.
 
-Lines are whole: a path that is cut is of no use. What comes from a dataset, a key or a message, is shown without its
-control characters: a terminal would obey them.
+Lines are never shortened, because a shortened path is of no use. Text from a dataset (keys, messages) is printed
+without control characters, which a terminal would execute.
 """

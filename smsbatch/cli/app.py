@@ -1,7 +1,7 @@
-"""The command line: parse, call, print. Everything it can do, `import smsbatch` can do too.
+"""The verbs of the command line: each parses its options, calls a function of `smsbatch` and prints the result.
 
-Exit codes: 0 done; 1 finished with too many failures, a unit lost, a training that diverged, or a problem found; 2 the
-request was wrong; 3 storage; 130 interrupted.
+Exit codes: 0 done; 1 too many failures, a lost unit, a training that diverged, or a problem found; 2 the request was
+wrong; 3 storage; 130 interrupted.
 """
 
 from __future__ import annotations
@@ -35,23 +35,23 @@ Override = Annotated[
     list[str] | None,
     typer.Option(
         "--set",
-        help="Override a key, the value in YAML: output.path=out/x. Again for more; quote braces.",
+        help="Override a key; the value is YAML: output.path=out/x. Repeatable; quote braces.",
         metavar="KEY=VALUE",
     ),
 ]
 Limit = Annotated[
-    int | None, typer.Option(help="Take only the first N samples: --set source.limit=N.", min=1, metavar="N")
+    int | None, typer.Option(help="Take only the first N samples; short for --set source.limit=N.", min=1, metavar="N")
 ]
 AllowDrift = Annotated[
     list[str] | None,
     typer.Option(
         "--allow-drift",
-        help="Go on although this key of the manifest, `weights` or `inputs` changed; it is noted. Again for more.",
+        help="Accept a changed key of the manifest, `weights` or `inputs`; the change is recorded. Repeatable.",
         metavar="KEY",
     ),
 ]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Only say what would be done.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Only print what would be done.")]
 Full = Annotated[bool, typer.Option("--full", help="Read every byte: digests, archives, rows, pictures.")]
 
 
@@ -61,33 +61,32 @@ def run(
     set_: Override = None,
     limit: Limit = None,
     retry_failed: Annotated[
-        bool, typer.Option("--retry-failed", help="Try failed samples again too, and publish a new generation.")
+        bool, typer.Option("--retry-failed", help="Also retry failed samples, and publish a new generation.")
     ] = False,
     code: Annotated[
         list[str] | None,
-        typer.Option("--code", help="With --retry-failed: only this error code. Again for more.", metavar="CODE"),
+        typer.Option("--code", help="With --retry-failed: only this error code. Repeatable.", metavar="CODE"),
     ] = None,
     allow_drift: AllowDrift = None,
     as_json: AsJson = False,
 ) -> None:
-    """Plan if there is no plan, then work. Running it again goes on where it stopped."""
+    """Run a manifest: plan it if there is no plan yet, then compute. The same command resumes an interrupted run."""
     import smsbatch as sb
-    from smsbatch.cli import dataset, training
+    from smsbatch.cli.display import PROGRESS, lines_of
 
-    # A machine that is taken away, or a job that is cancelled, gets this: leave in order, as by Ctrl-C.
+    # Preempted machines and cancelled jobs get SIGTERM: stop cleanly, as after Ctrl-C.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     with reporting(as_json, "what is done is kept, the same command goes on from here"):
         if code and not retry_failed:
-            raise RequestError("--code says what to retry, so it needs --retry-failed")
+            raise RequestError("--code selects what to retry, so it needs --retry-failed")
         loaded = sb.load(manifest, overrides(set_, limit))
         with display_for(as_json) as shown:
 
             def update(now: sb.Status | sb.TrainingProgress) -> None:
-                shown.update(now if isinstance(now, sb.Status) else sb.TrainingStatus.of(loaded.name, now))
+                shown.update(PROGRESS[loaded.makes](loaded.name, now))
 
             done = sb.run(loaded, update, retry_failed=retry_failed, codes=code or (), allow_drift=allow_drift or ())
-        told = training.summary(done) if isinstance(done, sb.Distilled) else dataset.summary(done, shown.worked)
-        show(as_json, done.to_dict, told)
+        show(as_json, done.to_dict, lines_of(done).summary(done, shown.worked))
 
 
 @app.command()
@@ -96,7 +95,7 @@ def plan(
     set_: Override = None,
     limit: Limit = None,
     probe: Annotated[
-        int, typer.Option(help="Stylize N samples to estimate time and bytes; nothing is kept.", min=0, metavar="N")
+        int, typer.Option(help="Stylize N samples to estimate time and bytes; keeps nothing.", min=0, metavar="N")
     ] = 0,
     price_per_gpu_hour: Annotated[
         float | None, typer.Option(help="With --probe: estimate the cost at this price.", min=0, metavar="PRICE")
@@ -104,9 +103,9 @@ def plan(
     allow_drift: AllowDrift = None,
     as_json: AsJson = False,
 ) -> None:
-    """Say what `run` would do, and what it would cost. Writes nothing."""
+    """Print what `run` would do, and what it would cost. Writes nothing."""
     import smsbatch as sb
-    from smsbatch.cli import dataset, training
+    from smsbatch.cli.display import lines_of
 
     with reporting(as_json):
         planned = sb.plan(
@@ -119,19 +118,18 @@ def plan(
         options += [] if limit is None else ["--limit", str(limit)]
         options += [part for key in allow_drift or () for part in ("--allow-drift", key)]
         start = f"Start it with: smsbatch run {shlex.join([str(manifest), *options])}"
-        told = training.plan(planned) if isinstance(planned, sb.TrainingPlan) else dataset.plan(planned)
-        show(as_json, planned.to_dict, [*told, start])
+        show(as_json, planned.to_dict, [*lines_of(planned).plan(planned), start])
 
 
 @app.command()
 def status(
     where: Where,
     set_: Override = None,
-    watch: Annotated[bool, typer.Option("--watch", help="Go on showing it until the run is finished.")] = False,
-    interval: Annotated[float, typer.Option(help="With --watch: between two looks.", min=0.1, metavar="SECONDS")] = 5.0,
+    watch: Annotated[bool, typer.Option("--watch", help="Update the display until the run is finished.")] = False,
+    interval: Annotated[float, typer.Option(help="With --watch: time per update.", min=0.1, metavar="SECONDS")] = 5.0,
     as_json: AsJson = False,
 ) -> None:
-    """Say how far a run is, from its storage alone."""
+    """Print the progress of a run, read from its storage alone."""
     import smsbatch as sb
     from smsbatch.cli import display
     from smsbatch.runs.snapshot import Snapshot
@@ -149,7 +147,7 @@ def status(
                         now = sb.status(look)
                         shown.update(now)
             except KeyboardInterrupt:
-                raise typer.Exit from None  # to leave is how one ends to watch
+                raise typer.Exit from None  # Ctrl-C is the normal end of --watch
             return
         show(as_json, now.to_dict, display.status(now, ages=True))
 
@@ -158,11 +156,11 @@ def status(
 def errors(
     where: Where,
     set_: Override = None,
-    code: Annotated[str | None, typer.Option(help="Only this error code.", metavar="CODE")] = None,
-    limit: Annotated[int | None, typer.Option(help="At most N samples.", min=1, metavar="N")] = None,
+    code: Annotated[str | None, typer.Option(help="Print only samples with this error code.", metavar="CODE")] = None,
+    limit: Annotated[int | None, typer.Option(help="Print at most N samples.", min=1, metavar="N")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """List the failed samples, and count them by error code. With --json a line for each row."""
+    """List the failed samples, and count them by error code. With --json, one line per sample."""
     import smsbatch as sb
     from smsbatch.cli import dataset
     from smsbatch.runs.snapshot import Snapshot
@@ -186,9 +184,9 @@ def errors(
 
 @app.command()
 def verify(where: Where, set_: Override = None, full: Full = False, as_json: AsJson = False) -> None:
-    """Check that a run's files are what they must be.
+    """Check that the files of a run are complete and unchanged.
 
-    By names, sizes and counts; with --full by every byte. Changes nothing.
+    Compares names, sizes and counts; with --full every byte. Changes nothing.
     """
     import smsbatch as sb
     from smsbatch.cli import dataset, display
@@ -209,9 +207,9 @@ def repair(
     allow_drift: AllowDrift = None,
     as_json: AsJson = False,
 ) -> None:
-    """Mend what `verify` finds.
+    """Repair the problems that `verify` finds.
 
-    A shard is published again from the attempts it was made of; units whose attempts are gone are computed again.
+    Publishes a shard again from the attempts of its units; units whose attempts are gone are computed again.
     """
     import smsbatch as sb
     from smsbatch.cli import dataset
@@ -231,11 +229,11 @@ def replay(
     key: Annotated[str, typer.Argument(help="The sample's key.", metavar="KEY")],
     set_: Override = None,
     to: Annotated[
-        Path | None, typer.Option(help="Where to write it. Default: KEY.FORMAT here.", metavar="FILE|FOLDER")
+        Path | None, typer.Option(help="Where to write it. Default: ./KEY.FORMAT.", metavar="FILE|FOLDER")
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Stylize one image of a run again, to a file. Says whether it is the run's."""
+    """Stylize one image of a run again, to a file. Compares it with the result in the run."""
     import smsbatch as sb
     from smsbatch.cli import dataset
 
@@ -253,12 +251,12 @@ def gc(
     dry_run: DryRun = False,
     attempts: Annotated[
         bool,
-        typer.Option("--attempts", help="Also those of published shards: half of what is stored, and the reserve."),
+        typer.Option("--attempts", help="Also attempts of published shards: half of the storage; repair needs them."),
     ] = False,
-    force: Annotated[bool, typer.Option("--force", help="Even while a driver seems to be at work.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Remove even if a driver seems to be at work.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Remove what nothing needs any more. Lost attempts, older generations, leftovers of the killed."""
+    """Remove objects that are no longer needed. Lost attempts, old generations, leftovers of killed processes."""
     import smsbatch as sb
     from smsbatch.cli import dataset
 
@@ -272,12 +270,10 @@ def export(
     generator: Annotated[
         str, typer.Argument(help="The output of a distill run, or a generator's folder or URL.", metavar="GENERATOR")
     ],
-    to: Annotated[
-        Path, typer.Option(help="Where to write it. Default: generator.onnx here.", metavar="FILE|FOLDER")
-    ] = Path("generator.onnx"),
+    to: Annotated[Path, typer.Option(help="Where to write it.", metavar="FILE|FOLDER")] = Path("generator.onnx"),
     as_json: AsJson = False,
 ) -> None:
-    """Write a generator as an ONNX file, which runs without this package."""
+    """Write a generator as an ONNX file. It runs without this package."""
     import smsbatch as sb
     from smsbatch.cli import training
 
@@ -294,7 +290,7 @@ def doctor(
     set_: Override = None,
     as_json: AsJson = False,
 ) -> None:
-    """Check this machine, storage, source, weights."""
+    """Check this machine, the storage, the source and the weights."""
     import smsbatch as sb
     from smsbatch.cli import dataset
 
@@ -309,16 +305,16 @@ def schema(as_json: AsJson = True) -> None:
     """Print the JSON Schema of manifests. It has every key, default and explanation."""
     from smsbatch.manifest import schema as of_manifests
 
-    del as_json  # it is JSON either way; the option is there because every verb has it
+    del as_json  # the output is always JSON; the option exists because every verb has it
     echo_json(of_manifests())
 
 
 @app.command()
 def init(
-    path: Annotated[Path, typer.Argument(help="Where to write it.", metavar="MANIFEST")] = Path("manifest.yaml"),
+    path: Annotated[Path, typer.Argument(help="The file to write.", metavar="MANIFEST")] = Path("manifest.yaml"),
     as_json: AsJson = False,
 ) -> None:
-    """Write a commented manifest to start from. It runs as it is, on the embedded model."""
+    """Write a commented manifest to start from. It runs unchanged, on the embedded model."""
     from importlib.resources import files
 
     with reporting():

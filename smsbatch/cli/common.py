@@ -1,4 +1,4 @@
-"""What every verb needs: its arguments understood, its errors and results told."""
+"""Helpers of all verbs: resolve arguments, print results, report errors."""
 
 from __future__ import annotations
 
@@ -18,17 +18,15 @@ if TYPE_CHECKING:
     from smsbatch.cli.display import Display
     from smsbatch.manifest import Manifest
 
-__all__ = ["display_for", "echo", "echo_json", "fail", "located", "overrides", "reporting", "same_again", "show"]
-
 
 def overrides(set_: list[str] | None, limit: int | None) -> list[str]:
     return [*(set_ or ()), *([] if limit is None else [f"source.limit={limit}"])]
 
 
 def located(argument: str, set_: list[str] | None) -> str | Manifest:
-    """A manifest if it is a file, else an output, of which only the way there can be set: `storage` keys."""
+    """A manifest if the argument is a file, else an output, for which only `storage` keys can be overridden."""
     import smsbatch as sb
-    from smsbatch.runs.run_file import of_output
+    from smsbatch.runs.run import of_output
 
     if Path(argument).is_file() or argument.endswith((".yaml", ".yml")):
         return sb.load(argument, set_ or ())
@@ -38,13 +36,13 @@ def located(argument: str, set_: list[str] | None) -> str | Manifest:
     for key in options:
         if not key.startswith("storage."):
             raise RequestError(
-                f"--set {key}: {argument} is an output, whose manifest stands; only storage.* can be set"
+                f"--set {key}: {argument} is an output, whose manifest is fixed; only storage.* can be set"
             )
     return of_output(argument, {key.removeprefix("storage."): value for key, value in options.items()})
 
 
 def same_again(where: str, set_: list[str] | None) -> str:
-    """The same arguments for another verb."""
+    """The arguments of this call, quoted for another verb's command line."""
     return shlex.join([where, *(part for override in set_ or () for part in ("--set", override))])
 
 
@@ -56,7 +54,7 @@ def display_for(as_json: bool) -> Display:
 
 @contextmanager
 def reporting(as_json: bool = False, interrupted: str = "") -> Iterator[None]:
-    """Errors on purpose become lines and an exit code; any other is a bug and keeps its traceback."""
+    """Turn every SmsbatchError into lines and an exit code; any other exception is a bug and keeps its traceback."""
     try:
         yield
     except SmsbatchError as error:

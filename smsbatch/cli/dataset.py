@@ -1,4 +1,4 @@
-"""A run that makes a dataset, as lines: its status, and what every verb found."""
+"""Format a run that makes a dataset as lines: its status, and the result of every verb."""
 
 from __future__ import annotations
 
@@ -18,26 +18,11 @@ if TYPE_CHECKING:
     from smsbatch.runs.plan import Plan
     from smsbatch.runs.status import Status
 
-__all__ = [
-    "FAILURE_HEAD",
-    "checks",
-    "collected",
-    "failed",
-    "failure",
-    "plan",
-    "repaired",
-    "replayed",
-    "status",
-    "status_line",
-    "summary",
-    "verification",
-]
-
-_SHOWN = 20  # problems, of which there may be thousands
+_SHOWN = 20  # problems printed; there may be thousands
 
 
 def status(now: Status, ages: bool = False) -> list[str]:
-    """A status as a few lines; with `ages` also when each worker was last heard of."""
+    """A status as a few lines; with `ages`, also the time since each worker's last heartbeat."""
     done = bar(now.samples_done, now.samples)
     lines = [f"{now.name}  {done}  {now.samples_done:,}/{now.samples:,} images  {now.units_done:,}/{now.units:,} units"]
     for worker in now.workers:
@@ -52,14 +37,14 @@ def status(now: Status, ages: bool = False) -> list[str]:
             told = f"unit {worker.unit}  {worker.done}/{worker.samples} images  {step}{idle_fraction}{age}"
             lines.append(f"  {worker.worker}  {told}")
     lines += [
-        f"  driver {driver.name} was heard of {duration(driver.age_s)} ago: it is not at work any more"
+        f"  driver {driver.name} last reported {duration(driver.age_s)} ago: it no longer runs"
         for driver in now.drivers
         if not driver.alive
     ]
     if now.errors:
         lines.append(f"  {now.failed:,} failed: {_codes(now.errors)}")
     if now.samples_retried:
-        lines.append(f"  {now.samples_retried:,} of them are tried again")
+        lines.append(f"  {now.samples_retried:,} of them are being retried")
     if now.note:
         lines.append(f"  {now.note}")
     elif now.finished:
@@ -90,7 +75,7 @@ def _codes(errors: Mapping[str, int]) -> str:
 
 
 def summary(report: Report, worked: bool) -> Iterator[str]:
-    """What there is now, and where."""
+    """The results of a finished run, and their locations."""
     if not worked:
         yield "Nothing to do: every unit is committed already."
     images = f"{report.succeeded:,} stylized, {report.failed:,} failed, {report.planned:,} planned"
@@ -108,7 +93,7 @@ def summary(report: Report, worked: bool) -> Iterator[str]:
 
 
 def plan(planned: Plan) -> Iterator[str]:
-    """What would be done, and what it would cost."""
+    """The work that a run would do, and its cost."""
     manifest = planned.manifest
     each = "in one pass each" if planned.steps is None else f"of {planned.steps} steps each"
     yield f"{planned} {each}, to {manifest.output.path}"
@@ -127,7 +112,7 @@ def plan(planned: Plan) -> Iterator[str]:
 
 
 def _hours(planned: Plan) -> str:
-    """What is left to compute, few hours as a person would say them."""
+    """The remaining computing time; less than an hour in minutes and seconds."""
     hours, on_gpu = planned.gpu_hours or 0.0, planned.estimate is not None and planned.estimate.device != "cpu"
     if hours >= 1:
         return f"about {hours:,.1f} {'GPU-hours' if on_gpu else 'hours of a worker without a GPU'}"
@@ -135,7 +120,7 @@ def _hours(planned: Plan) -> str:
 
 
 def verification(found: Verification, where: str) -> Iterator[str]:
-    """What was looked at, what is not done yet, what is wrong."""
+    """The number of checked files, the work not done yet, and the problems."""
     yield f"{found.name}: {found.units_done:,} of {count(found.units, 'unit')} done, " + (
         f"{found.shards_published:,} of {count(found.shards, 'shard')} published"
     )
@@ -145,14 +130,14 @@ def verification(found: Verification, where: str) -> Iterator[str]:
     for line in found.pending:
         yield f"  not done yet: {line}"
     if found.without_attempts:
-        yield f"  {count(found.without_attempts, 'unit')} without attempts: repair could only compute them again"
+        yield f"  {count(found.without_attempts, 'unit')} without attempts: repair would have to compute them again"
     for problem in found.problems[:_SHOWN]:
         yield f"  {problem}"
     if len(found.problems) > _SHOWN:
         yield f"  and {len(found.problems) - _SHOWN:,} more; --json has all"
     full = " --full" if found.full else ""
     if found.problems:
-        yield f"{count(len(found.problems), 'problem')}; mend with: smsbatch repair{full} {where}"
+        yield f"{count(len(found.problems), 'problem')}; repair with: smsbatch repair{full} {where}"
     elif found.full:
         yield "No problem: every byte that is there is as it was written."
     else:
@@ -172,7 +157,7 @@ def repaired(result: Repaired, where: str) -> Iterator[str]:
     if result.after is not None:
         yield from (f"  still wrong: {problem}" for problem in result.after.problems[:_SHOWN])
         yield (
-            "Mended; what was touched is verified, every byte of it."
+            "Mended; every byte of the repaired files is verified."
             if result.ok
             else f"{count(len(result.after.problems), 'problem')} left; look at: smsbatch verify --full {where}"
         )
@@ -196,7 +181,7 @@ def checks(found: Sequence[Check]) -> Iterator[str]:
 
 
 def failure(row: dict[str, Any]) -> str:
-    """A failed sample as a line of the table of `errors`."""
+    """A failed sample as a line in the table of `errors`."""
     message = printable(row["error_message"] or "")
     return f"{printable(row['key']):24}  {row['error_code']:13}  {row['attempts']:>8}  {message}"
 
@@ -205,7 +190,7 @@ FAILURE_HEAD = f"{'key':24}  {'code':13}  {'attempts':>8}  message"
 
 
 def failed(now: Status, shown: int) -> Iterator[str]:
-    """The last lines of `errors`: how many there are in all."""
+    """The last line of `errors`: the number of failed samples in all."""
     done = "" if now.samples_done == now.samples else f" so far, of {now.samples_done:,} done"
     if not now.errors:
         yield f"No image of {now.samples:,} failed{done}."
@@ -236,4 +221,4 @@ def replayed(result: Replayed) -> Iterator[str]:
         yield f"Not the same bytes: pixels differ by {result.largest} of 255 at most, {result.mean:.3g} on average."
         yield from (f"  changed since: {change}" for change in result.changed)
         if not result.changed:
-            yield "  Weights and versions are those of the run: alone or in a batch, or on another device, sums round."
+            yield "  Weights and versions are those of the run; another batch size or device rounds differently."

@@ -1,47 +1,66 @@
-"""What is seen of a run while it works: lines that renew themselves, or plain ones for logs."""
+"""Progress of a run while it works: a live display for terminals, plain lines for logs."""
 
 from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from time import monotonic
+from typing import Any
 
 from smsbatch.cli import dataset, training
 from smsbatch.commands.status import TrainingStatus
 from smsbatch.runs.status import Status
 from smsbatch.text import count
 
-__all__ = ["Display", "Live", "Plain", "Shards", "Watch", "status"]
+_INTERVAL_S = 10.0  # between two lines of a log
 
-_INTERVAL_S = 10.0  # between two lines where nobody watches
+
+_LINES: dict[str, Any] = {
+    **dict.fromkeys(("Plan", "Report", "Status"), dataset),
+    **dict.fromkeys(("TrainingPlan", "Distilled", "TrainingStatus"), training),
+}
+
+
+PROGRESS: dict[str, Callable[[str, Any], Status | TrainingStatus]] = {
+    "dataset": lambda name, now: now,
+    "generator": TrainingStatus.of,
+}
+"""The status that a run's name and progress make, by what its task makes."""
+
+
+def lines_of(result: Any) -> Any:
+    """The module that has the lines of what a verb gave."""
+    return _LINES[type(result).__name__]
 
 
 def status(now: Status | TrainingStatus, ages: bool = False) -> list[str]:
     """A status as a few lines; with `ages` also when its workers were last heard of."""
-    return training.status(now, ages) if isinstance(now, TrainingStatus) else dataset.status(now, ages)
+    lines: list[str] = lines_of(now).status(now, ages)
+    return lines
 
 
 def status_line(now: Status | TrainingStatus) -> str:
     """A status as one line."""
-    return training.status_line(now) if isinstance(now, TrainingStatus) else dataset.status_line(now)
+    line: str = lines_of(now).status_line(now)
+    return line
 
 
 class Display(AbstractContextManager["Display"]):
-    """What is seen of a run while it works."""
+    """Base of the displays of a run's progress; shows nothing."""
 
     worked = False
 
     def update(self, now: Status | TrainingStatus) -> None:
-        self.worked |= isinstance(now, Status) and (now.units_done < now.units or bool(now.workers))
+        self.worked |= now.works
 
     def __exit__(self, *_: object) -> None:
         pass
 
 
 class Plain(Display):
-    """One line an interval and one at the end, for logs: text, or JSON beside the output that is to be JSON."""
+    """One line per interval and one at the end, for logs: text, or JSON on stderr if stdout is to be JSON."""
 
     def __init__(self, as_json: bool = False) -> None:
         self._as_json, self._next = as_json, 0.0
@@ -57,14 +76,14 @@ class Plain(Display):
 
 
 class Live(Display):
-    """A few lines that renew themselves."""
+    """A few lines that are redrawn in place."""
 
     def __init__(self, transient: bool = True) -> None:
         from rich.console import Console
         from rich.live import Live
         from rich.text import Text
 
-        self._text = Text  # plain: what looks like markup in a name is none
+        self._text = Text  # plain text: names may contain what looks like markup
         self._live = Live(console=Console(), refresh_per_second=4, transient=transient)
 
     def __enter__(self) -> Live:
@@ -83,7 +102,7 @@ class Live(Display):
 
 
 class Watch(Display):
-    """What `status --watch` shows: the live lines, which stay at the end, or a line for each look."""
+    """The display of `status --watch`: live lines that remain at the end, or one line per update."""
 
     def __init__(self, as_json: bool) -> None:
         self._as_json = as_json
@@ -106,7 +125,7 @@ class Watch(Display):
 
 
 class Shards(AbstractContextManager["Shards"]):
-    """How many shards `verify` has looked at, on a line that goes away; none if `hidden`."""
+    """The number of shards that `verify` has checked, on a line that disappears; none if `hidden`."""
 
     def __init__(self, hidden: bool) -> None:
         self._live = None if hidden else Live()
@@ -122,4 +141,4 @@ class Shards(AbstractContextManager["Shards"]):
 
     def progress(self, done: int, shards: int) -> None:
         if self._live:
-            self._live.show([f"{done:,} of {count(shards, 'shard')} looked at"])
+            self._live.show([f"{done:,} of {count(shards, 'shard')} checked"])

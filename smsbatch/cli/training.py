@@ -1,4 +1,4 @@
-"""A run that trains a generator, as lines: its status, its plan, its end."""
+"""Format a run that trains a generator as lines: its status, plan and result."""
 
 from __future__ import annotations
 
@@ -13,11 +13,9 @@ if TYPE_CHECKING:
     from smsbatch.runs.plan import TrainingPlan
     from smsbatch.training.result import Distilled
 
-__all__ = ["exported", "plan", "status", "status_line", "summary"]
-
 
 def status(now: TrainingStatus, ages: bool = False) -> list[str]:
-    """A status as a few lines; with `ages` also when it was last heard of."""
+    """A status as a few lines; with `ages`, also the time since its last step."""
     lines = [f"{now.name}  {bar(now.step, now.steps)}  step {now.step:,} of {now.steps:,}"]
     if now.losses:
         lines.append(f"  {_losses(now.losses)}")
@@ -30,7 +28,7 @@ def status(now: TrainingStatus, ages: bool = False) -> list[str]:
     elif now.finished:
         lines.append("  finished")
     else:
-        heard = f"; heard of {duration(now.age_s)} ago" if ages and now.age_s is not None else ""
+        heard = f"; last step {duration(now.age_s)} ago" if ages and now.age_s is not None else ""
         lines.append(f"  {', '.join([now.phase, *_rates(now)])}{heard}")
     return lines
 
@@ -51,9 +49,9 @@ def status_line(now: TrainingStatus) -> str:
     return f"{now.name}: {', '.join(parts)}"
 
 
-def summary(done: Distilled) -> Iterator[str]:
-    """What there is now, where, and what to do with it."""
-    if done.resumed_from is None:
+def summary(done: Distilled, worked: bool) -> Iterator[str]:
+    """The generator, its location, and the next step."""
+    if done.resumed_from is None:  # else it worked, though perhaps for no step
         yield "Nothing to do: the generator is there already."
     rows = [
         ("run", done.name),
@@ -72,14 +70,14 @@ def summary(done: Distilled) -> Iterator[str]:
 
 
 def plan(planned: TrainingPlan) -> Iterator[str]:
-    """What would be done."""
+    """The work that a training would do."""
     training, workers = planned.manifest.distill, planned.workers
     yield f"{planned}, to {planned.manifest.output.path}"
     rows = [("generator", f"{planned.parameters:,} parameters: width {training.width}, {training.blocks} blocks")]
     rows.append(("sees", f"every image {planned.epochs:,.3g} times, with {count(training.repeats, 'noise')} each time"))
     rows.append(("workers", "as many as the cluster has GPUs" if workers == "auto" else str(workers)))
     if planned.bytes_in:
-        rows.append(("reads", f"{size(planned.bytes_in)} for each time"))
+        rows.append(("reads", f"{size(planned.bytes_in)} for each pass"))
     yield from table(rows)
     for notice in planned.notices:
         yield f"note: {notice}"
@@ -88,7 +86,7 @@ def plan(planned: TrainingPlan) -> Iterator[str]:
 def exported(written: Exported) -> Iterator[str]:
     yield f"{written.path} is written: {written.parameters:,} parameters, {size(written.bytes)}."
     if written.largest is None:
-        yield "It was not tried: onnxruntime is not installed (pip install onnxruntime)."
+        yield "It was not tested: onnxruntime is not installed (pip install onnxruntime)."
     else:
         yield f"onnxruntime gives what torch gives, within {written.largest:.2g}."
 

@@ -16,8 +16,6 @@ from typing import Any, NamedTuple
 from smsbatch.errors import RequestError
 from smsbatch.manifest import Compute
 
-__all__ = ["Sizing", "check_installed", "connect", "size_up"]
-
 
 class Sizing(NamedTuple):
     """How many workers of what size."""

@@ -17,11 +17,10 @@ from smsbatch.manifest import Manifest
 from smsbatch.parallel import Item, Result, started_ahead
 from smsbatch.runs.plan import Estimate
 from smsbatch.runs.records import Commit
+from smsbatch.runs.run import Run
 from smsbatch.runs.status import Progress
-from smsbatch.workers.pool import TICK_S, LocalPool, Pool, in_flight
+from smsbatch.workers.pool import TICK_S, LocalPool, Pool
 from smsbatch.workers.worker import Worker, WorkItem
-
-__all__ = ["RayPool", "pool_of"]
 
 _FEW = 64  # things to do that are not worth starting a cluster for
 _LOOK_S = 10.0  # between two looks whether there is a cluster at all
@@ -111,7 +110,8 @@ class RayPool(Pool):
                 f"a worker died before the work began ({reason}); look at the memory of the nodes"
             ) from error
 
-    def work(self, items: Iterable[WorkItem]) -> Iterator[Commit | None]:
+    def work(self, run: Run, items: Iterable[WorkItem]) -> Iterator[Commit | None]:
+        """As `Pool.work`; each actor opens the run for itself."""
         self._connect()
         import ray
 
@@ -180,7 +180,7 @@ class RayPool(Pool):
             .options(
                 num_gpus=sizing.gpus,
                 num_cpus=sizing.cpus,
-                max_concurrency=in_flight(self.manifest) + 1,  # and `progress`
+                max_concurrency=self.units_in_flight + 1,  # and `progress`
             )
             .remote(self.manifest.model_copy(update={"compute": compute}), name, "cuda" if sizing.gpus else "cpu")
         )
@@ -190,7 +190,7 @@ class RayPool(Pool):
 
     def _deal(self, actor: _Actor, queue: deque[UnitRetry], calls: dict[Any, tuple[_Actor, UnitRetry | None]]) -> None:
         """Give an actor what it can take; a unit that saw a death has one for itself: the next then has one cause."""
-        while actor.ready and queue and len(actor.jobs) < in_flight(self.manifest):
+        while actor.ready and queue and len(actor.jobs) < self.units_in_flight:
             idle = sum(not other.jobs for other in self._actors)
             if actor.jobs and (queue[0].deaths or any(job.deaths for job in actor.jobs) or len(queue) <= idle):
                 return  # the last units are for those who have none, also for those who still load

@@ -21,11 +21,9 @@ from typing import Any
 from smsbatch.cluster.connect import Sizing, check_installed, connect, size_up
 from smsbatch.errors import RunError, SmsbatchError, StorageError
 from smsbatch.manifest import Distill
-from smsbatch.runs.run_file import store_of
+from smsbatch.runs.run import store_of
 from smsbatch.storage.store import Store
 from smsbatch.training.log import TrainingProgress, read_progress
-
-__all__ = ["train_on_ray"]
 
 _LOOK_S = 1.0  # between two looks at what is stored: the progress, by the driver; a request to stop, by worker 0
 

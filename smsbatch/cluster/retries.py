@@ -7,8 +7,6 @@ from dataclasses import dataclass, field
 
 from smsbatch.workers.worker import WorkItem
 
-__all__ = ["UnitRetry"]
-
 
 @dataclass(eq=False)
 class UnitRetry:

@@ -19,17 +19,14 @@ from importlib.metadata import PackageNotFoundError, version
 from time import perf_counter
 from typing import Any, Literal
 
+from smsbatch.commands.plan import PLANNERS
 from smsbatch.data.reader import Reader, list_files, open_url, public
 from smsbatch.data.sources import parts
 from smsbatch.data.tables import read_table
-from smsbatch.diffusion.lora_files import check_style
 from smsbatch.errors import RequestError, SmsbatchError
-from smsbatch.generator.files import generator_about
-from smsbatch.manifest import Manifest, Storage, Styled, Stylize
-from smsbatch.runs.run_file import read_run, require_empty
+from smsbatch.manifest import Manifest, Storage
+from smsbatch.runs.run import find_or_require_empty
 from smsbatch.storage.store import TEMPORARY, Store
-
-__all__ = ["Check", "doctor"]
 
 _SCRATCH_FAILS, _SCRATCH_WARNS = 1e9, 10e9  # bytes: a shard or two; comfort
 _CLOCK_WARNS_S, _CLOCK_FAILS_S = 60, 600  # S3 refuses a clock that is 15 minutes off
@@ -133,9 +130,7 @@ def _output(where: str | Manifest) -> Iterator[Check]:
     try:
         path, storage = (where, Storage()) if isinstance(where, str) else (where.output.path, where.storage)
         store = Store(path, _impatient(storage))
-        run = read_run(store)
-        if run is None:
-            require_empty(store)
+        run = find_or_require_empty(store)
     except SmsbatchError as error:
         yield _failed("output", error)
         return
@@ -160,7 +155,7 @@ def _output(where: str | Manifest) -> Iterator[Check]:
             return
         if name == "clock":
             off_s = (datetime.now(UTC) - answers[name]).total_seconds()
-    stands = "no run yet" if run is None else f"the run {run['name']}"
+    stands = "no run yet" if run is None else f"the run {run.name}"
     done = ", ".join(name for name in answers if name != "clock")
     took_ms = 1000 * (perf_counter() - started)
     yield Check("output", "ok", f"{store.url}: {done} in {took_ms:.0f} ms; {stands}")
@@ -213,18 +208,10 @@ def _source(manifest: Manifest) -> Check:
 
 def _weights(manifest: Manifest) -> Check:
     try:
-        if isinstance(manifest, Stylize):
-            told = generator_about(manifest)
-            style = f"{told.get('style') or 'a style that it does not name'}, {told['parameters']:,} parameters"
-            return Check("generator", "ok", f"{manifest.generator}: {style}")
-        assert isinstance(manifest, Styled), "there are no other tasks"
-        notices = check_style(manifest)
+        found, notices = PLANNERS[manifest.makes].check_weights(manifest)
     except SmsbatchError as error:
-        return _failed("generator" if isinstance(manifest, Stylize) else "weights", error)
-    state: Literal["ok", "warn"] = "warn" if notices else "ok"
-    models = {manifest.model.path} | ({manifest.style.model.path} if manifest.style.model else set())
-    found = f"{' and '.join(sorted(models))} with {' and '.join(manifest.style.lora) or 'no LoRA'}"
-    return Check("weights", state, found, "; ".join(notices))
+        return _failed("weights", error)
+    return Check("weights", "warn" if notices else "ok", found, "; ".join(notices))
 
 
 def _failed(name: str, error: SmsbatchError) -> Check:

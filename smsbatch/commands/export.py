@@ -17,8 +17,6 @@ from smsbatch.generator.onnx import difference, export_onnx
 from smsbatch.manifest import Storage
 from smsbatch.storage.store import storage_errors
 
-__all__ = ["Exported", "export"]
-
 _TOLERANCE = 1e-3  # of values in [0, 1]; a pixel's step is four times that
 
 

@@ -10,10 +10,7 @@ from typing import Any
 from smsbatch.data.shards import read_rows
 from smsbatch.manifest import Manifest
 from smsbatch.runs.records import attempt_file
-from smsbatch.runs.run_file import check_dataset
 from smsbatch.runs.snapshot import Snapshot
-
-__all__ = ["failures"]
 
 
 def failures(
@@ -31,7 +28,7 @@ def failures(
         StorageError: rows cannot be read.
     """
     look = where if isinstance(where, Snapshot) else Snapshot(where)
-    check_dataset(look.store, look.run)
+    look.run.require_dataset()
     return islice(_failures(look, code), limit)
 
 

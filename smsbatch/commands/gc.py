@@ -14,7 +14,7 @@ from smsbatch.errors import RequestError
 from smsbatch.manifest import Manifest
 from smsbatch.runs.heartbeat import HEARTBEATS, drivers, require_idle
 from smsbatch.runs.layout import ATTEMPTS, GENERATIONS, SUPERSEDED
-from smsbatch.runs.run_file import store_of
+from smsbatch.runs.run import Run
 from smsbatch.storage.store import TEMPORARY, Store
 
 _YOUNG_S = 3600.0  # what is younger may be somebody's work in hand
@@ -63,11 +63,12 @@ def gc(where: str | Manifest, *, dry_run: bool = False, attempts: bool = False, 
         RequestError: no run stands there, a driver is at work, or a record is damaged.
         StorageError: something cannot be listed or deleted.
     """
-    store = store_of(where)
+    run = Run.open(where)
+    store = run.store
     # Before and after: a commit that comes between two of our looks would make its attempt look lost.
     if not force:
         require_idle(store, _WHEN_IDLE)
-    verifier = Verifier(store)
+    verifier = Verifier(run)
     if verifier.damaged:
         first = next(iter(verifier.damaged.values()))
         raise RequestError(f"{store.locate(first.place)}: {first.what}; run `smsbatch repair` first, then gc")

@@ -20,11 +20,8 @@ from smsbatch.data.shards import read_rows, read_tar
 from smsbatch.errors import RequestError, SampleError
 from smsbatch.manifest import Manifest
 from smsbatch.metrics import Lpips, hub, style
-from smsbatch.runs.ledger import Ledger
-from smsbatch.runs.run_file import dataset_of, require_run, store_of
+from smsbatch.runs.run import Run, store_of
 from smsbatch.storage.store import storage_errors
-
-__all__ = ["Measured", "measure", "style_distance"]
 
 Picture = NDArray[np.uint8]
 
@@ -97,13 +94,13 @@ def measure(where: str | Manifest, reference: str | Path, *, of_sources: bool = 
 
 def _pairs(where: str | Manifest) -> tuple[list[dict[str, Any]], list[Picture], list[Picture]]:
     """The successful rows of a run with their pictures, before and after."""
-    store = store_of(where)
-    manifest = dataset_of(store, require_run(store))
+    run = Run.open(where)
+    store, manifest = run.store, run.dataset
     image = manifest.image
     reader = Reader(manifest.storage, manifest.source.max_bytes)
-    entries = {entry.key: entry for entry in read_index(store)}
+    entries = {entry.key: entry for entry in read_index(run.index)}
     rows, sources, results = [], [], []
-    for _, shard in sorted(Ledger(store).publications().items()):
+    for _, shard in sorted(run.ledger.publications().items()):
         with storage_errors("read", store.locate(shard.parquet)), store.open_read(shard.parquet) as file:
             done = {row["key"]: row for row in read_rows(file) if row["status"] == "success"}
         with storage_errors("read", store.locate(shard.tar)), store.open_read(shard.tar) as file:

@@ -18,19 +18,17 @@ from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from itertools import count
 from pathlib import Path
-from typing import Any, overload
+from typing import Any
 
 from smsbatch.cluster.ray_pool import pool_of
-from smsbatch.commands.weights import check_weights, weight_digests
 from smsbatch.data.index import (
     SAMPLES,
-    UNITS,
     Built,
     Part,
+    StoredFile,
     build_index,
     move_index,
     read_index,
-    read_units,
     write_index,
     write_moved,
     write_objects,
@@ -38,19 +36,18 @@ from smsbatch.data.index import (
 )
 from smsbatch.data.sample import Unit
 from smsbatch.data.sources import Scanned, nothing_found, parts, scan
+from smsbatch.engines.base import Weights
+from smsbatch.engines.optimize import OptimizeEngine
+from smsbatch.engines.table import ENGINES
 from smsbatch.errors import DriftError, RequestError
-from smsbatch.generator.files import generator_about
-from smsbatch.manifest import Dataset, Distill, Manifest, Stylize
+from smsbatch.manifest import Manifest
 from smsbatch.runs.checkpoints import latest
 from smsbatch.runs.drift import check_allowed, check_unchanged, inputs_changed
 from smsbatch.runs.layout import RUN
-from smsbatch.runs.ledger import Ledger
 from smsbatch.runs.plan import Estimate, Plan, TrainingPlan
-from smsbatch.runs.run_file import read_run, require_empty, store_of
+from smsbatch.runs.run import Run, find_or_require_empty, store_of
 from smsbatch.storage.store import Store
 from smsbatch.workers.pool import Pool
-
-__all__ = ["cut", "establish", "plan", "relocate"]
 
 # fmt: off
 _RECORDED = (
@@ -70,12 +67,6 @@ def cut(samples: int, samples_per_unit: int, samples_per_shard: int) -> Iterator
             yield Unit(next(number), shard, start, min(start + samples_per_unit, end))
 
 
-@overload
-def plan(manifest: Distill, *, allow_drift: Collection[str] = ...) -> TrainingPlan: ...
-@overload
-def plan(
-    manifest: Manifest, *, probe: int = ..., price_per_gpu_hour: float | None = ..., allow_drift: Collection[str] = ...
-) -> Plan | TrainingPlan: ...
 def plan(
     manifest: Manifest,
     *,
@@ -83,7 +74,7 @@ def plan(
     price_per_gpu_hour: float | None = None,
     allow_drift: Collection[str] = (),
 ) -> Plan | TrainingPlan:
-    """The plan this manifest would get, or that of the run that stands there; nothing is written.
+    """The plan that this manifest would get, or that of the run at `output.path`; nothing is written.
 
     Args:
         probe: stylize so many samples, spread over the source, to estimate time and bytes; on the manifest's pool.
@@ -98,97 +89,213 @@ def plan(
         RequestError: a probe is asked of a training.
     """
     check_allowed(manifest, allow_drift)
-    if isinstance(manifest, Distill) and (probe or price_per_gpu_hour is not None):
-        raise RequestError(
-            "--probe and --price-per-gpu-hour: of a distill run they tell nothing; start it with few steps "
-            "(--set distill.steps=100 and another output.path), which tells the rate"
-        )
-    store = store_of(manifest)
-    run = read_run(store)
+    planner, store = PLANNERS[manifest.makes], store_of(manifest)
+    planner.check_probe(probe, price_per_gpu_hour)
+    run = find_or_require_empty(store)
     if run is not None:
-        check_unchanged(store, run, manifest, weight_digests(manifest), allow_drift, note=False)
-    else:
-        require_empty(store)
-    planned: Plan | TrainingPlan
+        check_unchanged(run, manifest, planner.digests(manifest), allow_drift, note=False)
+    planned: Any
     with pool_of(manifest) as pool:
-        if run is None or not store.exists(_last_file(manifest)):
+        if run is None or not run.is_planned:
             with _drafted(manifest, pool, probe) as draft:
                 planned = draft.plan
         else:
-            planned = _begun(_standing(manifest, store, run), store)
+            planned = planner.begun(manifest, run)
             if not planned.done:
-                inputs_changed(store, manifest, allow_drift, note=False)
-            if isinstance(planned, Plan):
-                planned = replace(planned, estimate=_estimate(pool, store, planned.samples, probe))
-    return replace(planned, price_per_gpu_hour=price_per_gpu_hour) if isinstance(planned, Plan) else planned
+                inputs_changed(run, manifest, allow_drift, note=False)
+            if probe:
+                planned = replace(planned, estimate=_estimate(pool, run.index, planned.samples, probe))
+    if price_per_gpu_hour is not None:
+        planned = replace(planned, price_per_gpu_hour=price_per_gpu_hour)
+    found: Plan | TrainingPlan = planned
+    return found
 
 
-def _begun(planned: Plan | TrainingPlan, store: Store) -> Plan | TrainingPlan:
-    """The plan of a run that stands, with how far it is."""
-    if isinstance(planned, TrainingPlan):
-        checkpoint, steps = latest(store), planned.manifest.distill.all_steps
-        steps_done = checkpoint.step if checkpoint else 0
-        begun = f"{store.url} has this run already: it goes on from step {steps_done:,} of {steps:,}"
-        return replace(planned, steps_done=steps_done, notices=(*planned.notices, begun))
-    done = Ledger(store).done()
-    begun = f"{store.url} has this run already: {len(done)} of {len(planned.units)} units are done"
-    samples_done = sum(len(unit) for unit in planned.units if unit.id in done)
-    return replace(planned, samples_done=samples_done, notices=(*planned.notices, begun))
-
-
-@overload
-def establish(manifest: Distill, store: Store, pool: Pool, allow_drift: Collection[str] = ...) -> TrainingPlan: ...
-@overload
-def establish(manifest: Dataset, store: Store, pool: Pool, allow_drift: Collection[str] = ...) -> Plan: ...
-def establish(manifest: Manifest, store: Store, pool: Pool, allow_drift: Collection[str] = ()) -> Plan | TrainingPlan:
-    """The plan of the run at `store`: the one that stands there, or else a new one, written now.
+def establish(manifest: Manifest, pool: Pool, allow_drift: Collection[str] = ()) -> Run:
+    """The planned run of a manifest: the one that exists at `output.path`, or else a new one, written now.
 
     Raises:
         DriftError: manifest, weights or index are not those of the run that stands there.
         SourceError, StorageError, WeightsError.
     """
-    run, weights = read_run(store), weight_digests(manifest)
+    planner, store = PLANNERS[manifest.makes], store_of(manifest)
+    weights, run = planner.digests(manifest), find_or_require_empty(store)
     if run is not None:
-        check_unchanged(store, run, manifest, weights, allow_drift)
-        if store.exists(_last_file(manifest)):
-            return _standing(manifest, store, run)
-    else:
-        require_empty(store)
-    with _drafted(manifest, pool, samples_per_unit=run["planned"].get("samples_per_unit") if run else None) as draft:
+        check_unchanged(run, manifest, weights, allow_drift)
+        if run.is_planned:
+            return run
+    per_unit = run.about["planned"].get("samples_per_unit") if run is not None else None
+    with _drafted(manifest, pool, samples_per_unit=per_unit) as draft:
         if run is None:
-            store.check_writable()
-            store.conditional = store.supports_create()
-            commits = "workers" if store.conditional else "driver"
-            store.create(RUN, json.dumps(_run_json(draft, weights, commits), indent=2).encode())
-            run = read_run(store)  # ours, or that of a driver who was faster
-            assert run is not None
-            check_unchanged(store, run, manifest, weights)
-        if run["index_sha256"] != draft.built.sha256:
+            run = _begin(store, draft, weights)
+        if run.about["index_sha256"] != draft.built.sha256:
             raise DriftError(f"{store.url}: the source is not the one this run began with; choose another output.path")
-        write_objects(store, draft.parts)
-        write_index(store, draft.index)
-        if isinstance(manifest, Dataset):
-            # As run.json has them: a faster driver may have measured another size of unit.
-            per_unit, per_shard = run["planned"]["samples_per_unit"], manifest.output.samples_per_shard
-            write_units(store, cut(draft.built.samples, per_unit, per_shard))
-    return _standing(manifest, store, run)
+        written = [write_objects(run.store, draft.parts), write_index(run.store, draft.index)]
+        units = planner.units(manifest, run)
+        if units:
+            written.append(write_units(run.store, units))
+        if all(written):
+            run.plan_is(units)
+    return run
 
 
-def _last_file(manifest: Manifest) -> str:
-    """Which file of a plan is written last."""
-    return UNITS if isinstance(manifest, Dataset) else SAMPLES
+def _begin(store: Store, draft: _Draft, weights: Mapping[str, str]) -> Run:
+    """The run of a new `run.json`, which is that of another driver if it was faster."""
+    if not store.supports_create():
+        store.check_writable()
+        store = store.without_create_only_put()
+    about = _run_json(draft, weights, "workers" if store.has_create_only_put else "driver")
+    if store.create(RUN, json.dumps(about, indent=2).encode()):
+        return Run(store, about)
+    run = Run.open(store)
+    check_unchanged(run, draft.plan.manifest, weights)
+    return run
 
 
-def relocate(manifest: Manifest, store: Store, pool: Pool) -> None:
-    """Look up the bytes of the planned samples anew, in a source that has changed; samples neither come nor go.
+def relocate(manifest: Manifest, run: Run, pool: Pool) -> None:
+    """Look up the bytes of the planned samples again, in a source that has changed; samples neither come nor go.
 
     Raises:
         SourceError: the source is missing, empty or has clashing keys.
     """
     with _indexed(manifest, pool, [], chosen=False) as (listed, index, _):
         moved = index.with_name("moved.parquet")
-        move_index(store, index, moved)
-        write_moved(store, moved, listed)
+        move_index(StoredFile(run.store, SAMPLES), index, moved)
+        write_moved(run.store, run.index_number + 1, moved, listed)
+        run.renew()
+
+
+# ---------------------------------------------------------------------------------------------------- by what is made
+
+
+class DatasetPlanner:
+    """Units of rows, by the engine of the task."""
+
+    def check_probe(self, probe: int, price_per_gpu_hour: float | None) -> None:
+        """Any probe will do."""
+
+    def check_weights(self, manifest: Any) -> Weights:
+        return ENGINES[manifest.task].check_weights(manifest)
+
+    def digests(self, manifest: Any) -> dict[str, str]:
+        return ENGINES[manifest.task].digests(manifest)
+
+    def draft(
+        self,
+        manifest: Any,
+        pool: Pool,
+        index: Path,
+        built: Built,
+        notices: Sequence[str],
+        probe: int,
+        per_unit: int | None,
+    ) -> Plan:
+        """The plan of a new run, or of one whose `run.json` has chosen `per_unit` samples for a unit already."""
+        output = manifest.output
+        by_time = output.seconds_per_unit if per_unit is None else None
+        estimate = _estimate(pool, index, built.samples, max(probe, _PROBED if by_time else 0))
+        if per_unit is None:
+            per_unit = output.samples_per_unit
+            if by_time and estimate:
+                per_unit = max(1, round(by_time / estimate.seconds_per_image))
+        units = tuple(cut(built.samples, per_unit, output.samples_per_shard))
+        steps = ENGINES[manifest.task].steps_per_image(manifest)
+        return Plan(
+            manifest,
+            built.samples,
+            units,
+            tuple(notices),
+            built.bytes,
+            samples_per_unit=per_unit,
+            steps=steps,
+            estimate=estimate,
+        )
+
+    def begun(self, manifest: Any, run: Run) -> Plan:
+        """The plan of a run that exists, with how far it is."""
+        planned, done = run.about["planned"], run.ledger.done() & run.by_id.keys()
+        far = f"{run.store.url} has this run already: {len(done)} of {len(run.units)} units are done"
+        return Plan(
+            manifest,
+            planned["samples"],
+            tuple(run.units),
+            (*run.about["notices"], far),
+            planned["bytes"],
+            samples_done=sum(len(run.by_id[unit]) for unit in done),
+            steps=ENGINES[manifest.task].steps_per_image(manifest),
+        )
+
+    def units(self, manifest: Any, run: Run) -> list[Unit]:
+        """As `run.json` has them: a faster driver may have measured another size of unit."""
+        planned = run.about["planned"]
+        return list(cut(planned["samples"], planned["samples_per_unit"], manifest.output.samples_per_shard))
+
+    def record(self, planned: Any) -> dict[str, Any]:
+        """What `run.json` has of a plan."""
+        return {
+            "samples": planned.samples,
+            "units": len(planned.units),
+            "shards": planned.shards,
+            "bytes": planned.bytes_in,
+            "samples_per_unit": planned.samples_per_unit,
+            "seconds_per_image": planned.seconds_per_image,
+        }
+
+    def generator(self, manifest: Any) -> dict[str, Any] | None:
+        return ENGINES[manifest.task].about(manifest)
+
+
+class TrainingPlanner:
+    """The pictures of a training, which has no units."""
+
+    def check_probe(self, probe: int, price_per_gpu_hour: float | None) -> None:
+        """Raises RequestError if a probe is asked for: it would tell nothing of the rate of a training."""
+        if probe or price_per_gpu_hour is not None:
+            raise RequestError(
+                "--probe and --price-per-gpu-hour: of a distill run they tell nothing; start it with few steps "
+                "(--set distill.steps=100 and another output.path), which tells the rate"
+            )
+
+    def check_weights(self, manifest: Any) -> Weights:
+        return OptimizeEngine.check_weights(manifest)
+
+    def digests(self, manifest: Any) -> dict[str, str]:
+        return OptimizeEngine.digests(manifest)
+
+    def draft(
+        self,
+        manifest: Any,
+        pool: Pool,
+        index: Path,
+        built: Built,
+        notices: Sequence[str],
+        probe: int,
+        per_unit: int | None,
+    ) -> TrainingPlan:
+        return TrainingPlan(manifest, built.samples, tuple(notices), built.bytes)
+
+    def begun(self, manifest: Any, run: Run) -> TrainingPlan:
+        """The plan of a run that exists, with how far it is."""
+        planned, checkpoint, steps = run.about["planned"], latest(run.store), manifest.distill.all_steps
+        done = checkpoint.step if checkpoint else 0
+        far = f"{run.store.url} has this run already: it goes on from step {done:,} of {steps:,}"
+        return TrainingPlan(manifest, planned["samples"], (*run.about["notices"], far), planned["bytes"], done)
+
+    def units(self, manifest: Any, run: Run) -> list[Unit]:
+        return []
+
+    def record(self, planned: Any) -> dict[str, Any]:
+        return {"samples": planned.samples, "units": 0, "shards": 0, "bytes": planned.bytes_in}
+
+    def generator(self, manifest: Any) -> None:
+        return None
+
+
+PLANNERS: dict[str, DatasetPlanner | TrainingPlanner] = {"dataset": DatasetPlanner(), "generator": TrainingPlanner()}
+"""By what a task makes."""
+
+
+# ------------------------------------------------------------------------------------------------------------ drafts
 
 
 @dataclass(frozen=True)
@@ -199,28 +306,15 @@ class _Draft:
     parts: Sequence[Part]
     index: Path
     built: Built
-    samples_per_unit: int | None
 
 
 @contextmanager
 def _drafted(manifest: Manifest, pool: Pool, probe: int = 0, samples_per_unit: int | None = None) -> Iterator[_Draft]:
-    notices = check_weights(manifest)
+    planner = PLANNERS[manifest.makes]
+    notices = planner.check_weights(manifest).notices
     with _indexed(manifest, pool, notices, chosen=True) as (listed, index, built):
-        if isinstance(manifest, Distill):
-            training = TrainingPlan(manifest, built.samples, tuple(notices), built.bytes)
-            yield _Draft(training, listed, index, built, None)
-            return
-        assert isinstance(manifest, Dataset)
-        output = manifest.output
-        by_time = output.seconds_per_unit if samples_per_unit is None else None
-        estimate = _estimate(pool, index, built.samples, max(probe, _PROBED if by_time else 0))
-        if samples_per_unit is None:
-            samples_per_unit = output.samples_per_unit
-            if by_time and estimate:
-                samples_per_unit = max(1, round(by_time / estimate.seconds_per_image))
-        units = tuple(cut(built.samples, samples_per_unit, output.samples_per_shard))
-        drafted = Plan(manifest, built.samples, units, tuple(notices), built.bytes, estimate=estimate)
-        yield _Draft(drafted, listed, index, built, samples_per_unit)
+        planned = planner.draft(manifest, pool, index, built, notices, probe, samples_per_unit)
+        yield _Draft(planned, listed, index, built)
 
 
 @contextmanager
@@ -251,39 +345,25 @@ def _heard(scanned: Iterable[Scanned], notices: list[str]) -> Iterator[Scanned]:
         yield part
 
 
-def _estimate(pool: Pool, index: Store | Path, samples: int, wanted: int) -> Estimate | None:
+def _estimate(pool: Pool, index: StoredFile | Path, samples: int, wanted: int) -> Estimate | None:
     """Try samples spread evenly over the source, so that one odd shard does not speak for all."""
     rows = sorted({samples * number // wanted for number in range(wanted)})
     return pool.estimate_cost([entry for row in rows for entry in read_index(index, row, row + 1)]) if rows else None
 
 
-def _standing(manifest: Manifest, store: Store, run: Mapping[str, Any]) -> Plan | TrainingPlan:
-    planned, notices = run["planned"], tuple(run["notices"])
-    if isinstance(manifest, Distill):
-        return TrainingPlan(manifest, planned["samples"], notices, planned["bytes"])
-    assert isinstance(manifest, Dataset)
-    return Plan(manifest, planned["samples"], tuple(read_units(store)), notices, planned["bytes"])
-
-
 def _run_json(draft: _Draft, weights: Mapping[str, str], commits: str) -> dict[str, Any]:
-    plan = draft.plan
-    planned: dict[str, Any] = {"samples": plan.samples, "units": 0, "shards": 0, "bytes": plan.bytes_in}
-    if isinstance(plan, Plan):
-        planned |= {
-            "units": len(plan.units),
-            "shards": plan.shards,
-            "samples_per_unit": draft.samples_per_unit,
-            "seconds_per_image": plan.seconds_per_image,
-        }
+    plan, manifest = draft.plan, draft.plan.manifest
+    planner = PLANNERS[manifest.makes]
+    generator = planner.generator(manifest)
     return {
         "smsbatch": version("smsbatch"),
-        "name": plan.manifest.name,
-        "manifest": plan.manifest.dump(),
-        "manifest_sha256": plan.manifest.identity,
+        "name": manifest.name,
+        "manifest": manifest.dump(),
+        "manifest_sha256": manifest.identity,
         "weights": dict(weights),
-        **({"generator": generator_about(plan.manifest)} if isinstance(plan.manifest, Stylize) else {}),
+        **({} if generator is None else {"generator": generator}),
         "index_sha256": draft.built.sha256,
-        "planned": planned,
+        "planned": planner.record(plan),
         "commits": commits,  # by workers, or by the driver alone where the store has no create-only put
         "notices": list(plan.notices),
         "versions": {"python": platform.python_version()} | _versions(),

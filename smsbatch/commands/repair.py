@@ -12,20 +12,17 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
+from smsbatch.commands.plan import PLANNERS
 from smsbatch.commands.run import run as drive
 from smsbatch.commands.verify import Verification, Verifier
-from smsbatch.commands.weights import weight_digests
 from smsbatch.manifest import Errors, Manifest
 from smsbatch.report.write import write_report
 from smsbatch.runs.drift import check_unchanged, inputs_changed
 from smsbatch.runs.heartbeat import require_idle
 from smsbatch.runs.layout import FOREIGN, SUCCESS, SUPERSEDED
-from smsbatch.runs.ledger import Ledger
-from smsbatch.runs.run_file import manifest_at, store_of
+from smsbatch.runs.run import Run
 from smsbatch.runs.snapshot import Problem
 from smsbatch.runs.status import Status
-
-__all__ = ["Repaired", "repair"]
 
 
 @dataclass(frozen=True)
@@ -87,8 +84,8 @@ def repair(
         StorageError: it cannot be read or written.
         RunError: computing an unfinished run, too many samples failed.
     """
-    store = store_of(where)
-    verifier = Verifier(store)
+    run = Run.open(where)
+    verifier, store = Verifier(run), run.store
     before = verifier.verify(full)
     if before.ok:
         return Repaired(before, (), None if dry_run else before)
@@ -99,14 +96,14 @@ def repair(
     if dry_run:
         return Repaired(before, tuple(work.lines), None)
     require_idle(store, "repair it then")
-    manifest = where if isinstance(where, Manifest) else manifest_at(store, verifier.run)
+    manifest = where if isinstance(where, Manifest) else run.manifest_here
     if work.plan or work.recompute:  # what cannot be computed must not be moved aside
-        check_unchanged(store, verifier.run, manifest, weight_digests(manifest), allow_drift, note=False)
+        check_unchanged(run, manifest, PLANNERS[manifest.makes].digests(manifest), allow_drift, note=False)
         if not work.plan:
-            inputs_changed(store, manifest, allow_drift, note=False)
+            inputs_changed(run, manifest, allow_drift, note=False)
     _do(verifier, work, manifest, progress, allow_drift)
     touched = None if work.plan else sorted(shards)
-    return Repaired(before, tuple(work.lines), Verifier(store).verify(True, only=touched))
+    return Repaired(before, tuple(work.lines), Verifier(Run.open(store)).verify(True, only=touched))
 
 
 def _work(verifier: Verifier, problems: Iterable[Problem]) -> _Work:
@@ -148,9 +145,8 @@ def _do(
         ours = place.startswith(("_smsbatch/", "plan/"))
         store.copy(place, f"{SUPERSEDED if ours else FOREIGN}/{stamp}/{place.removeprefix('_smsbatch/')}")
         store.delete(place)
-    ledger = Ledger(store, metrics=verifier.run["manifest"]["metrics"])
     for shard in work.publish:
-        ledger.publish(shard, verifier.shards[shard], again=True)
+        verifier.run.ledger.publish(shard, verifier.shards[shard], again=True)
     if work.plan or work.recompute:
         succeeded, finished = store.exists(SUCCESS), len(verifier.commits) == len(verifier.units)
         # What failed in a finished run has been judged then, and is no reason to leave it in pieces now.
@@ -159,4 +155,4 @@ def _do(
         if finished and not succeeded:
             store.delete(SUCCESS)
     elif verifier.reported or work.report:
-        write_report(store)  # its list of files has their digests
+        write_report(verifier.run)  # its list of files has their digests

@@ -17,23 +17,20 @@ from typing import Any
 
 import numpy as np
 
-from smsbatch.commands.weights import weight_digests
 from smsbatch.data import pixels
-from smsbatch.data.index import UNITS, find_key, index_size, read_index, read_units
+from smsbatch.data.index import find_key, index_size, read_index
 from smsbatch.data.reader import Reader
 from smsbatch.data.sample import Outcome, Unit
 from smsbatch.data.shards import read_rows
 from smsbatch.data.sources import load_sample
 from smsbatch.data.tars import find_members
+from smsbatch.engines.table import ENGINES
 from smsbatch.errors import RequestError, SampleError
 from smsbatch.manifest import Dataset, Manifest
-from smsbatch.runs.ledger import Ledger
 from smsbatch.runs.records import attempt_file
-from smsbatch.runs.run_file import dataset_of, require_run, store_of
-from smsbatch.storage.store import Store, storage_errors
+from smsbatch.runs.run import Run
+from smsbatch.storage.store import storage_errors
 from smsbatch.workers.worker import failed
-
-__all__ = ["Replayed", "replay"]
 
 _COMPARED = 100_000  # keys among which one is looked for that was meant
 
@@ -80,21 +77,20 @@ def replay(where: str | Manifest, key: str, target: str | Path | None = None) ->
             in the way.
         StorageError: the run cannot be read, or the file not be written.
     """
-    store = store_of(where)
-    run = require_run(store)
-    manifest = dataset_of(store, run)
-    if not store.exists(UNITS):
+    run = Run.open(where)
+    store, manifest = run.store, run.dataset
+    if not run.is_planned:
         raise RequestError(f"{store.url}: the run here has no plan yet; `smsbatch run` goes on")
     if isinstance(where, Manifest):
         manifest = manifest.model_copy(update={"compute": where.compute, "storage": where.storage})
-    row = find_key(store, key)
+    row = find_key(run.index, key)
     if row is None:
-        raise RequestError(f"{store.url}: {key!r} is not in the plan{_meant(store, key)}")
+        raise RequestError(f"{store.url}: {key!r} is not in the plan{_meant(run, key)}")
     path = _target(target, f"{key.replace('/', '__')}.{manifest.output.format}")
 
-    outcome = _again(store, manifest, row)
-    unit = next(unit for unit in read_units(store) if unit.start <= row < unit.stop)
-    before, picture = _result_of_run(store, unit, key, manifest.output.format)
+    outcome = _again(run, manifest, row)
+    unit = next(unit for unit in run.units if unit.start <= row < unit.stop)
+    before, picture = _result_of_run(run, unit, key, manifest.output.format)
     stamped = {"unit", "shard", "generation", "attempt", "worker"}
     shown = {name: value for name, value in outcome.row(unit, "", "", manifest.metrics).items() if name not in stamped}
     if outcome.image is None:
@@ -105,14 +101,14 @@ def replay(where: str | Manifest, key: str, target: str | Path | None = None) ->
     if picture == outcome.image:
         return Replayed(key, shown, path, before, same=True, largest=0, mean=0.0)
     largest, mean = _difference(picture, outcome.image)
-    changed = tuple(_changed(run, manifest, before or {}, shown))
+    changed = tuple(_changed(run.about, manifest, before or {}, shown))
     return Replayed(key, shown, path, before, same=False, largest=largest, mean=mean, changed=changed)
 
 
-def _again(store: Store, manifest: Dataset, row: int) -> Outcome:
+def _again(run: Run, manifest: Dataset, row: int) -> Outcome:
     from smsbatch.workers.stylizer import Stylizer  # loads torch
 
-    (entry,) = read_index(store, row, row + 1)
+    (entry,) = read_index(run.index, row, row + 1)
     reader = Reader(manifest.storage, manifest.source.max_bytes)
     try:
         sample = load_sample(entry, manifest.source, reader)
@@ -122,9 +118,9 @@ def _again(store: Store, manifest: Dataset, row: int) -> Outcome:
     return outcome
 
 
-def _result_of_run(store: Store, unit: Unit, key: str, extension: str) -> tuple[dict[str, Any] | None, bytes | None]:
+def _result_of_run(run: Run, unit: Unit, key: str, extension: str) -> tuple[dict[str, Any] | None, bytes | None]:
     """Row and picture of a sample in the run: published, or else of its unit's attempt."""
-    ledger = Ledger(store)
+    store, ledger = run.store, run.ledger
     commit = ledger.committed(unit.id)
     if commit is None:
         return None, None
@@ -158,7 +154,7 @@ def _changed(run: Mapping[str, Any], manifest: Dataset, before: Mapping[str, Any
     found = []
     if before.get("source_sha256") != now["source_sha256"]:
         found.append("the source picture is another")
-    weights = weight_digests(manifest)
+    weights = ENGINES[manifest.task].digests(manifest)
     found += [f"the file {name} is another" for name in weights if run["weights"].get(name) != weights[name]]
     for name, then in run["versions"].items():
         with suppress(PackageNotFoundError):
@@ -168,11 +164,11 @@ def _changed(run: Mapping[str, Any], manifest: Dataset, before: Mapping[str, Any
     return found
 
 
-def _meant(store: Store, key: str) -> str:
+def _meant(run: Run, key: str) -> str:
     """What may have been meant, of a plan that is not too long to look through."""
-    if index_size(store) > _COMPARED:
+    if index_size(run.index) > _COMPARED:
         return "; `plan/samples.parquet` has every key"
-    keys = [entry.key for entry in read_index(store)]
+    keys = [entry.key for entry in read_index(run.index)]
     inside = [known for known in keys if key in known][:3]
     close = inside or difflib.get_close_matches(key, keys, n=3)
     return f"; did you mean {' or '.join(close)}?" if close else f"; its first key is {keys[0]}"

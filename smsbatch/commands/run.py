@@ -8,53 +8,27 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Collection, Sequence
 from itertools import groupby
-from typing import Any, overload
+from typing import Any
 
 from smsbatch.cluster.ray_pool import pool_of
 from smsbatch.commands.plan import establish, relocate
-from smsbatch.commands.run_training import _train
+from smsbatch.commands.run_training import train
 from smsbatch.errors import ERROR_CODES, RequestError, RunError
-from smsbatch.manifest import Dataset, Distill, Errors, Manifest
+from smsbatch.manifest import Errors, Manifest
 from smsbatch.report.model import Report
 from smsbatch.report.write import summarize, write_report
 from smsbatch.runs.drift import check_allowed, inputs_changed
 from smsbatch.runs.heartbeat import Heartbeat, other_drivers
 from smsbatch.runs.layout import INDEX, SUCCESS, is_reported
-from smsbatch.runs.ledger import Ledger
 from smsbatch.runs.records import Published
-from smsbatch.runs.run_file import store_of
+from smsbatch.runs.run import Run
 from smsbatch.runs.status import RunTally, Status
 from smsbatch.storage.store import Store
-from smsbatch.training.log import TrainingProgress
 from smsbatch.training.result import Distilled
 from smsbatch.workers.pool import Pool
 from smsbatch.workers.worker import WorkItem
 
-__all__ = ["run"]
 
-
-@overload
-def run(
-    manifest: Distill, progress: Callable[[TrainingProgress], None] = ..., *, allow_drift: Collection[str] = ...
-) -> Distilled: ...
-@overload
-def run(
-    manifest: Dataset,
-    progress: Callable[[Status], None] = ...,
-    *,
-    retry_failed: bool = ...,
-    codes: Collection[str] = ...,
-    allow_drift: Collection[str] = ...,
-) -> Report: ...
-@overload
-def run(
-    manifest: Manifest,
-    progress: Callable[[Any], None] = ...,
-    *,
-    retry_failed: bool = ...,
-    codes: Collection[str] = ...,
-    allow_drift: Collection[str] = ...,
-) -> Report | Distilled: ...
 def run(
     manifest: Manifest,
     progress: Callable[[Any], None] = lambda now: None,
@@ -81,38 +55,45 @@ def run(
         StorageError: the output cannot be read or written; what is committed is kept.
         RunError: more samples failed than `errors` allows; a training diverged, or its workers kept dying.
     """
-    if isinstance(manifest, Distill):
-        if retry_failed:
-            raise RequestError("--retry-failed is of runs that make a dataset; a training takes other samples instead")
-        return _train(manifest, progress, allow_drift)
-    assert isinstance(manifest, Dataset), "there are no other tasks"
-    _check_codes(codes, retry_failed)
     check_allowed(manifest, allow_drift)
+    return RUNNERS[manifest.makes](manifest, progress, retry_failed=retry_failed, codes=codes, allow_drift=allow_drift)
+
+
+def make_dataset(
+    manifest: Any,
+    progress: Callable[[Status], None],
+    *,
+    retry_failed: bool,
+    codes: Collection[str],
+    allow_drift: Collection[str],
+) -> Report:
+    """`run` of a task that makes a dataset."""
+    _check_codes(codes, retry_failed)
     with pool_of(manifest) as pool:
-        store = store_of(manifest)
-        plan = establish(manifest, store, pool, allow_drift)
-        ledger = Ledger(store, metrics=manifest.metrics)
-        tally = RunTally(manifest.name, plan.units, ledger.commits())
+        run = establish(manifest, pool, allow_drift)
+        store = run.store
+        tally = RunTally(manifest.name, run.units, {} if run.is_new else run.ledger.commits())
         todo = _again(tally, codes) if retry_failed else []
-        undone = [WorkItem(unit) for unit in plan.units if unit.id not in tally.commits]
+        undone = [WorkItem(unit) for unit in run.units if unit.id not in tally.commits]
         if undone and not todo:
             _check_budget(manifest.errors, store, tally)
         todo += undone
         progress(tally.status())
         if todo:
-            if inputs_changed(store, manifest, allow_drift):
-                relocate(manifest, store, pool)
+            if inputs_changed(run, manifest, allow_drift):
+                relocate(manifest, run, pool)
             with Heartbeat(store, tally.status().beat()) as heart:
                 todo = _beside_others(todo, store, heart)
-                for name in (SUCCESS, INDEX):  # neither is true of what will be; the report is written anew at the end
-                    store.delete(name)
-                _work(manifest, pool, ledger, tally, todo, heart, progress)
-                _publish(ledger, tally)
-                report = write_report(store, tally.commits)
+                if not run.is_new:
+                    for name in (SUCCESS, INDEX):  # neither will be true; the report is written again at the end
+                        store.delete(name)
+                _work(manifest, pool, run, tally, todo, heart, progress)
+                published = _publish(run, tally)
+                report = write_report(run, tally.commits, published)
         else:
-            published = _publish(ledger, tally)
+            published = _publish(run, tally)
             told = published is not None and is_reported(store) and not allow_drift  # which the report tells, too
-            report = (summarize if told else write_report)(store, tally.commits, published)
+            report = (summarize if told else write_report)(run, tally.commits, published)
     progress(tally.status(finished=True))
     try:
         _check_budget(manifest.errors, store, tally)
@@ -121,6 +102,10 @@ def run(
         raise
     store.create(SUCCESS, b"")
     return report
+
+
+RUNNERS: dict[str, Callable[..., Report | Distilled]] = {"dataset": make_dataset, "generator": train}
+"""By what a task makes."""
 
 
 def _check_codes(codes: Collection[str], retry_failed: bool) -> None:
@@ -154,7 +139,7 @@ def _beside_others(todo: list[WorkItem], store: Store, heart: Heartbeat) -> list
     others = other_drivers(store, heart)
     if not others:
         return todo
-    if not store.conditional:
+    if not store.has_create_only_put:
         raise RequestError(
             f"{store.url}: another driver, {others[0].name}, is at work (seen {others[0].age_s:.0f} s ago), and this "
             "store has no create-only put, so that two cannot share a run; stop one, or try again in a minute"
@@ -163,26 +148,26 @@ def _beside_others(todo: list[WorkItem], store: Store, heart: Heartbeat) -> list
 
 
 def _work(
-    manifest: Dataset,
+    manifest: Manifest,
     pool: Pool,
-    ledger: Ledger,
+    run: Run,
     tally: RunTally,
     todo: Sequence[WorkItem],
     heart: Heartbeat,
     progress: Callable[[Status], None],
 ) -> None:
-    store, retried = ledger.store, {item.unit.id for item in todo if item.generation}
-    for commit in pool.work(todo):
+    retried = {item.unit.id for item in todo if item.generation}
+    for commit in pool.work(run, todo):
         if commit is not None:
-            if not store.conditional:
-                commit = ledger.decide(commit)
+            if not run.store.has_create_only_put:
+                commit = run.ledger.decide(commit)
             tally.add(commit)
             retried.discard(commit.unit)
-            if not store.conditional:
-                unit = tally.units[commit.unit]
-                ledger.publish(unit.shard, tally.shard(unit.shard))
+            if not run.store.has_create_only_put:
+                shard = run.by_id[commit.unit].shard
+                run.ledger.publish(shard, run.shards[shard])
             if not retried and len(tally.commits) < len(tally.units):  # while it mends, it may still be over
-                _check_budget(manifest.errors, store, tally)
+                _check_budget(manifest.errors, run.store, tally)
         now = tally.status(pool.progress())
         heart.now = now.beat()
         progress(now)
@@ -217,18 +202,18 @@ def _check_budget(errors: Errors, store: Store, tally: RunTally) -> None:
         )
 
 
-def _publish(ledger: Ledger, tally: RunTally) -> dict[int, Published] | None:
+def _publish(run: Run, tally: RunTally) -> dict[int, Published] | None:
     """Publish what no worker has: shards whose last unit was another's, or whose files are gone.
 
     Returns:
         The records of all shards, None if any was missing.
     """
-    published = ledger.publications()
+    published = run.ledger.publications()
     missing = [
         shard
-        for shard in tally.shards
-        if shard not in published or not published[shard].made_of(tally.commits[unit.id] for unit in tally.shard(shard))
+        for shard, units in run.shards.items()
+        if shard not in published or not published[shard].made_of(tally.commits[unit.id] for unit in units)
     ]
     for shard in missing:
-        ledger.publish(shard, tally.shard(shard))
+        run.ledger.publish(shard, run.shards[shard])
     return None if missing else published

@@ -17,25 +17,32 @@ from smsbatch.commands.plan import establish, relocate
 from smsbatch.errors import RequestError
 from smsbatch.manifest import Distill
 from smsbatch.runs.checkpoints import restore
-from smsbatch.runs.drift import check_allowed, inputs_changed
+from smsbatch.runs.drift import inputs_changed
 from smsbatch.runs.heartbeat import Heartbeat, other_drivers
 from smsbatch.runs.layout import SUCCESS
-from smsbatch.runs.run_file import require_run, store_of
 from smsbatch.storage.store import Store
 from smsbatch.training.log import TrainingProgress
 from smsbatch.training.result import Distilled
 
 
-def _train(manifest: Distill, progress: Callable[[TrainingProgress], None], allow_drift: Collection[str]) -> Distilled:
-    """Plan if there is no plan, train what is not trained."""
-    check_allowed(manifest, allow_drift)
-    store = store_of(manifest)
+def train(
+    manifest: Distill,
+    progress: Callable[[TrainingProgress], None],
+    *,
+    retry_failed: bool,
+    codes: Collection[str],
+    allow_drift: Collection[str],
+) -> Distilled:
+    """`run` of a task that makes a generator."""
+    if retry_failed or codes:
+        raise RequestError("--retry-failed is of runs that make a dataset; a training takes other samples instead")
     with pool_of(manifest) as pool:
-        establish(manifest, store, pool, allow_drift)
+        run = establish(manifest, pool, allow_drift)
+        store = run.store
         if store.exists(SUCCESS):
-            return Distilled.of(store, require_run(store))
-        if inputs_changed(store, manifest, allow_drift):
-            relocate(manifest, store, pool)
+            return Distilled.of(run)
+        if inputs_changed(run, manifest, allow_drift):
+            relocate(manifest, run, pool)
     training = manifest.distill
     with Heartbeat(store) as heart, _asked_to_stop() as stop:
         _refuse_others(store, heart)
@@ -51,7 +58,7 @@ def _train(manifest: Distill, progress: Callable[[TrainingProgress], None], allo
             done = train_on_ray(manifest, store, stop.is_set, progress)
     if not done:
         raise KeyboardInterrupt
-    return Distilled.of(store, require_run(store), first_step, notices)
+    return Distilled.of(run, first_step, notices)
 
 
 def _to_go_on_from(store: Store) -> tuple[int, list[str]]:

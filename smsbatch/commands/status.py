@@ -4,39 +4,32 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime
-from typing import Any, overload
+from typing import Any
 
-from smsbatch.manifest import Distill, Manifest
+from smsbatch.manifest import Manifest
 from smsbatch.runs.checkpoints import latest
 from smsbatch.runs.heartbeat import DEAD_AFTER_S, Driver, driver_name, drivers, read_beats
 from smsbatch.runs.layout import SUCCESS, is_reported
-from smsbatch.runs.run_file import is_training, manifest_of
 from smsbatch.runs.snapshot import Snapshot
 from smsbatch.runs.status import Progress, Status, _at_work, over_budget
-from smsbatch.storage.store import Store
 from smsbatch.training.log import TrainingProgress, read_progress
 
-__all__ = ["TrainingStatus", "status", "training_status"]
 
-QUIET_S = 60.0  # without a step or a word of its driver: nobody is at work on it
-
-
-@overload
-def status(where: Distill) -> TrainingStatus: ...
-@overload
-def status(where: str | Manifest | Snapshot) -> Status | TrainingStatus: ...
 def status(where: str | Manifest | Snapshot) -> Status | TrainingStatus:
-    """How far a run is, from what is stored alone; of a manifest, an output path or URL, or as it was looked at.
+    """How far a run is, from what is stored alone; of a manifest, an output path or URL, or a snapshot.
 
     Raises:
         RequestError: no run stands there.
     """
     look = where if isinstance(where, Snapshot) else Snapshot(where)
-    if is_training(look.run):
-        return training_status(look.store, look.run, any(driver.alive for driver in drivers(look.store)))
+    return STATUSES[look.run.makes](look)
+
+
+def dataset_status(look: Snapshot) -> Status:
+    """`status` of a run that makes a dataset."""
     errors: Counter[str] = Counter()
     for counted in (
         *(record.errors for record in look.records.values()),
@@ -53,7 +46,7 @@ def status(where: str | Manifest | Snapshot) -> Status | TrainingStatus:
     )
     done = bool(look.units) and len(look.generations) == len(look.units)
     now = Status(
-        name=look.run["name"],
+        name=look.run.name,
         units=len(look.units),
         units_done=len(look.generations),
         samples=sum(map(len, look.units.values())),
@@ -140,6 +133,11 @@ class TrainingStatus:
         )
 
     @property
+    def works(self) -> bool:
+        """Steps are left."""
+        return self.step < self.steps
+
+    @property
     def remaining_s(self) -> float | None:
         """Seconds left at the present rate."""
         return (self.steps - self.step) / self.steps_per_second if self.steps_per_second else None
@@ -148,11 +146,11 @@ class TrainingStatus:
         return asdict(self) | {"remaining_s": self.remaining_s}
 
 
-def training_status(store: Store, run: Mapping[str, Any], alive: bool) -> TrainingStatus:
-    """What `run.json`, the newest checkpoint and the training's own words say; `alive`: a driver is at work."""
-    manifest = manifest_of(run)
-    assert isinstance(manifest, Distill)
-    training = manifest.distill
+def training_status(look: Snapshot) -> TrainingStatus:
+    """`status` of a run that makes a generator."""
+    run, store = look.run, look.store
+    manifest: Any = run.manifest
+    training, alive = manifest.distill, any(driver.alive for driver in drivers(store))
     now, checkpoint, finished = read_progress(store), latest(store), store.exists(SUCCESS)
     saved = checkpoint.step if checkpoint else 0
     age_s = None if now is None else max(0.0, time.time() - now.time)
@@ -165,7 +163,7 @@ def training_status(store: Store, run: Mapping[str, Any], alive: bool) -> Traini
     else:
         note = f"nobody is at work on it; `smsbatch run` goes on from step {saved:,}"
     return TrainingStatus(
-        name=run["name"],
+        name=run.name,
         step=step,
         steps=training.all_steps,
         phase=training.phase(step),
@@ -179,6 +177,13 @@ def training_status(store: Store, run: Mapping[str, Any], alive: bool) -> Traini
         finished=finished,
         note=note,
     )
+
+
+STATUSES: dict[str, Callable[[Snapshot], Status | TrainingStatus]] = {
+    "dataset": dataset_status,
+    "generator": training_status,
+}
+"""By what a task makes."""
 
 
 def _age_s(moment: str) -> float:

@@ -32,11 +32,10 @@ from smsbatch.runs.records import (
     commit_file,
     published_file,
 )
-from smsbatch.runs.run_file import store_of
-from smsbatch.runs.snapshot import Problem, StrictSnapshot, one_line
+from smsbatch.runs.run import Run
+from smsbatch.runs.snapshot import Problem, StrictSnapshot
 from smsbatch.storage.store import storage_errors
-
-__all__ = ["Verification", "Verifier", "verify"]
+from smsbatch.text import one_line
 
 THREADS = 4  # shards that are looked at together; each has its two files in scratch
 _TOLD = 3  # of many things wrong with one file so many are named
@@ -89,7 +88,7 @@ def verify(
         RequestError: no run stands there.
         StorageError: it cannot be read at all.
     """
-    return Verifier(store_of(where)).verify(full, progress=progress)
+    return Verifier(Run.open(where)).verify(full, progress=progress)
 
 
 @dataclass
@@ -120,7 +119,7 @@ class Verifier(StrictSnapshot):
         progress: Callable[[int, int], None] = lambda done, shards: None,
     ) -> Verification:
         """As `verify`; `only` some shards, if given."""
-        numbers = list(self.shards if only is None else only)
+        planned, numbers = self.run.about["planned"], list(self.shards if only is None else only)
         problems = list(self.damaged.values()) + self._strangers()
         all_found: dict[int, _Findings] = {}
         with ThreadPoolExecutor(THREADS, thread_name_prefix="smsbatch-verify") as threads:
@@ -135,13 +134,13 @@ class Verifier(StrictSnapshot):
         if full and only is None:
             problems += self._samples()
         return Verification(
-            name=self.run["name"],
+            name=self.run.name,
             full=full,
-            units=self.run["planned"]["units"],
+            units=planned["units"],
             units_done=len(self.commits),
-            shards=self.run["planned"]["shards"],
+            shards=planned["shards"],
             shards_published=sum(found.published for found in all_found.values()),
-            samples=self.run["planned"]["samples"],
+            samples=planned["samples"],
             samples_done=sum(found.rows for found in all_found.values()),
             files=sum(found.files for found in all_found.values()),
             bytes=sum(found.bytes for found in all_found.values()),
@@ -252,7 +251,7 @@ class Verifier(StrictSnapshot):
         """What is wrong inside a shard's tar and Parquet, held against the plan and each other."""
         wrong: dict[str, list[str]] = {"tar": [], "parquet": []}
         units = self.shards[shard]
-        planned = [entry.key for entry in read_index(self.store, units[0].start, units[-1].stop)]
+        planned = [entry.key for entry in read_index(self.run.index, units[0].start, units[-1].stop)]
         try:
             rows = shards.read_rows(parquet)
         except (OSError, ValueError) as error:
@@ -270,7 +269,7 @@ class Verifier(StrictSnapshot):
             return wrong
         stylized = {row["key"]: row["sha256"] for row in rows if row["status"] == "success"}
         wrong["tar"] += _first_difference(keys, list(stylized), "among the rows")
-        extension = self.run["manifest"]["output"]["format"]
+        extension = self.run.about["manifest"]["output"]["format"]
         with tar.open("rb") as file:
             for key, fields in shards.read_tar(file):
                 image = fields.get(extension)
@@ -326,7 +325,7 @@ class Verifier(StrictSnapshot):
         with _scratch() as folder:
             path = Path(folder, "samples.parquet")
             self.store.fetch(SAMPLES, path)
-            same = digest_index(path) == self.run["index_sha256"]
+            same = digest_index(path) == self.run.about["index_sha256"]
         return [] if same else [Problem(SAMPLES, "is not the index that was planned", "plan")]
 
     def _pending(self, found: dict[int, _Findings]) -> Iterator[str]:

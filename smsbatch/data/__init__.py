@@ -1,1 +1,1 @@
-"""The data room: bytes and rows, from a source to published shards. No torch, no ray."""
+"""Bytes and rows, from a source to published shards. Imports neither torch nor ray."""

@@ -1,10 +1,10 @@
-"""The stored plan of a run, written once, then only read: `plan/{samples,objects,units}.parquet`.
+"""The stored plan of a run: `plan/{samples,objects,units}.parquet`, written once, then only read.
 
-Where the user lets inputs change under a run, the rows stay what they are and their bytes are looked up anew, in
-`samples.1.parquet` and `objects.1.parquet`, `.2` and so on, of which the last counts.
+If the user allows changed inputs, the rows stay and their bytes are located anew, in `samples.1.parquet` and
+`objects.1.parquet`, then `.2` and so on; the highest number is valid.
 
-An index is an Arrow table from the scan of an object to the file; only the rows a unit reads become entries. All three
-files are create-only: of two drivers that plan at once the first one's stand, and the other obeys them.
+An index is an Arrow table from the scan of an object to the file; only the rows that a unit reads become entries. All
+three files are create-only: if two drivers plan at once, the first one's files stay and both drivers use them.
 """
 
 from __future__ import annotations
@@ -27,36 +27,12 @@ from smsbatch.data.sample import Entry, Span, Unit
 from smsbatch.errors import SourceError, StorageError
 from smsbatch.storage.store import Store, storage_errors
 
-__all__ = [
-    "INDEX_SCHEMA",
-    "OBJECTS",
-    "SAMPLES",
-    "UNITS",
-    "Built",
-    "Part",
-    "build_index",
-    "digest_index",
-    "find_key",
-    "from_table",
-    "index_size",
-    "move_index",
-    "read_index",
-    "read_index_table",
-    "read_objects",
-    "read_units",
-    "to_table",
-    "write_index",
-    "write_moved",
-    "write_objects",
-    "write_units",
-]
-
 SAMPLES = "plan/samples.parquet"
 OBJECTS = "plan/objects.parquet"
 UNITS = "plan/units.parquet"
 
-# A worker reads the groups its unit touches: small enough to be cheap, large enough that ten million rows have a short
-# footer. Files are read without Arrow's threads: one that holds a Python file when the interpreter ends aborts it.
+# A worker reads the row groups of its unit: small enough to be cheap, large enough that ten million rows have a short
+# footer. Arrow's threads are off in every read: one that holds a Python file when the interpreter exits aborts it.
 ROWS_PER_GROUP = 8192
 
 
@@ -66,7 +42,7 @@ def _schema(repeated: pa.DataType) -> pa.Schema:
             pa.field("extension", pa.string()),
             pa.field("url", repeated),
             pa.field("offset", pa.int64()),
-            pa.field("length", pa.int64()),  # null: the whole object, whose size nobody has asked
+            pa.field("length", pa.int64()),  # null: the whole object, of unknown size
             pa.field("etag", repeated),
         ]
     )
@@ -75,8 +51,8 @@ def _schema(repeated: pa.DataType) -> pa.Schema:
 
 
 INDEX_SCHEMA = _schema(pa.dictionary(pa.int32(), pa.string()))
-"""Of an index on its way: all of a tar's spans name the same object."""
-# Parquet finds the repetitions itself, and Arrow cannot read dictionaries inside of lists back.
+"""Schema of an index in memory. URLs and etags are dictionary-encoded: all spans of a tar name the same object."""
+# On disk without dictionaries: Parquet finds the repetitions itself, and Arrow cannot read dictionaries inside lists.
 _STORED_SCHEMA = _schema(pa.string())
 _UNIT_SCHEMA = pa.schema([(name, pa.int64()) for name in ("id", "shard", "start", "stop")])
 _OBJECT_SCHEMA = pa.schema([("format", pa.string()), ("url", pa.string()), ("size", pa.int64()), ("etag", pa.string())])
@@ -85,7 +61,7 @@ _OBJECT_SCHEMA = pa.schema([("format", pa.string()), ("url", pa.string()), ("siz
 class Part(NamedTuple):
     """An object that is indexed on its own: a tar, a table, or a folder with all its files.
 
-    Of a folder `size` is the bytes of all files and `etag` the digest of its listing.
+    For a folder, `size` is the bytes of all its files and `etag` the digest of its listing.
     """
 
     format: str
@@ -94,10 +70,17 @@ class Part(NamedTuple):
     etag: str
 
 
-class Built(NamedTuple):
-    """What `build_index` wrote: entries, the bytes of all their fields as far as known, and a digest.
+class StoredFile(NamedTuple):
+    """An object of a store, for readers that also take a local `Path`."""
 
-    `sha256` covers every key, caption and place of bytes, in order, and not how they were chunked or stored.
+    store: Store
+    path: str
+
+
+class Built(NamedTuple):
+    """Result of `build_index`: the number of samples, the bytes of all their fields as far as known, and a digest.
+
+    `sha256` covers every key, caption and byte range in order, but not how the rows were chunked or stored.
     """
 
     samples: int
@@ -127,7 +110,7 @@ def to_table(entries: Sequence[Entry]) -> pa.Table:
 
 
 def from_table(table: pa.Table) -> list[Entry]:
-    """The entries in a table, which may be a stored one."""
+    """The entries of a table, in memory or stored."""
     return [
         Entry(
             row["key"],
@@ -144,12 +127,12 @@ def from_table(table: pa.Table) -> list[Entry]:
 
 
 def build_index(target: Path, tables: Iterable[pa.Table], limit: int | None = None, skip: int = 0) -> Built:
-    """Stream tables into one Parquet file: after the first `skip` rows of them at most `limit`.
+    """Stream tables into one Parquet file: skip the first `skip` rows, then take at most `limit`.
 
-    In memory are a few tables and eight bytes per key.
+    Memory holds a few tables and eight bytes per key.
 
     Raises:
-        SourceError: keys stand twice; the message has the first of them with both places, and their number.
+        SourceError: duplicate keys; the message names the first with both its places, and how many there are.
     """
     digest, hashes, size = _Digest(), [], 0
     with storage_errors("write", target), _writer(target) as writer:
@@ -172,25 +155,25 @@ def build_index(target: Path, tables: Iterable[pa.Table], limit: int | None = No
 
 
 def write_index(store: Store, path: Path) -> bool:
-    """Store what `build_index` wrote; False if another driver was first, whose index then stands."""
+    """Store the file of `build_index`; False if another driver was first, whose index then stays."""
     return store.create(SAMPLES, path)
 
 
-def index_size(store: Store) -> int:
-    """How many entries the stored index has."""
-    with _opened(store) as file:
+def index_size(index: StoredFile | Path) -> int:
+    """Number of entries in the stored index."""
+    with _opened(index) as file:
         return int(file.metadata.num_rows)
 
 
-def read_index(source: Store | Path, start: int = 0, stop: int | None = None) -> list[Entry]:
-    """Entries [start, stop) of an index, stored or just built; only the row groups that hold them are read."""
-    return from_table(read_index_table(source, start, stop))
+def read_index(index: StoredFile | Path, start: int = 0, stop: int | None = None) -> list[Entry]:
+    """Entries [start, stop) of an index, stored or just built; reads only the row groups that hold them."""
+    return from_table(read_index_table(index, start, stop))
 
 
-def read_index_table(source: Store | Path, start: int = 0, stop: int | None = None) -> pa.Table:
-    """The same as a table for `from_table`, whole or in parts: it holds many more rows in as much memory."""
+def read_index_table(index: StoredFile | Path, start: int = 0, stop: int | None = None) -> pa.Table:
+    """Rows [start, stop) as a table for `from_table`, which needs much less memory than entries."""
     found = [_STORED_SCHEMA.empty_table()]
-    with _opened(source, _latest(source, SAMPLES) if isinstance(source, Store) else SAMPLES) as file:
+    with _opened(index) as file:
         for group, first, count in _groups(file):
             low, high = max(start, first), first + count if stop is None else min(stop, first + count)
             if low < high:
@@ -198,9 +181,9 @@ def read_index_table(source: Store | Path, start: int = 0, stop: int | None = No
     return pa.concat_tables(found)
 
 
-def find_key(store: Store, key: str) -> int | None:
-    """The row of a key, None if it is not planned."""
-    with _opened(store) as file:
+def find_key(index: StoredFile | Path, key: str) -> int | None:
+    """Row number of a key, None if the key is not planned."""
+    with _opened(index) as file:
         for group, first, _ in _groups(file):
             bounds = file.metadata.row_group(group).column(0).statistics
             if bounds is not None and bounds.has_min_max and not bounds.min <= key <= bounds.max:
@@ -212,7 +195,7 @@ def find_key(store: Store, key: str) -> int | None:
 
 
 def digest_index(path: Path) -> str:
-    """The `sha256` that `build_index` gave for an index."""
+    """`Built.sha256` of an index file."""
     digest = _Digest()
     with _opened(path) as file:
         for group, _, _ in _groups(file):
@@ -220,22 +203,22 @@ def digest_index(path: Path) -> str:
     return digest.hexdigest()
 
 
-def move_index(store: Store, found: Path, target: Path) -> tuple[int, int]:
-    """The stored index with its keys' bytes where `found`, an index of the source as it is now, has them.
+def move_index(planned: StoredFile | Path, found: Path, target: Path) -> tuple[int, int]:
+    """Write the planned index to `target` with the byte ranges of `found`, an index of the source as it is now.
 
-    Rows whose key is gone stay as they are, and fail when they are read. In memory are all rows of `found`.
+    Rows whose key is gone stay unchanged and fail when they are read. Memory holds all rows of `found`.
 
     Returns:
-        How many keys are gone, and how many new ones are left out.
+        Number of keys that are gone, and of new keys that are left out.
     """
     with _opened(found) as file:
         now = file.read(use_threads=False)
     gone = 0
-    with _opened(store) as planned, storage_errors("write", target), _writer(target) as writer:
-        keys = planned.read(columns=["key"], use_threads=False)["key"]
+    with _opened(planned) as file, storage_errors("write", target), _writer(target) as writer:
+        keys = file.read(columns=["key"], use_threads=False)["key"]
         rows = pc.index_in(keys, value_set=now["key"])
-        for group, first, count in _groups(planned):
-            old = planned.read_row_group(group, use_threads=False)
+        for group, first, count in _groups(file):
+            old = file.read_row_group(group, use_threads=False)
             stays = pa.array(np.arange(len(now), len(now) + count), pa.int64())
             moved = rows.slice(first, count)
             gone += moved.null_count
@@ -244,46 +227,43 @@ def move_index(store: Store, found: Path, target: Path) -> tuple[int, int]:
     return gone, len(now) - (len(keys) - gone)
 
 
-def write_moved(store: Store, path: Path, parts: Sequence[Part]) -> None:
-    """Store what `move_index` wrote, and the objects it was made of, beside those that were planned."""
-    number = 1 + _latest_number(store, OBJECTS)
-    store.put(_numbered(SAMPLES, number), path)  # first, and over what a driver left who died before the second
-    store.create(_numbered(OBJECTS, number), _parquet(parts, _OBJECT_SCHEMA))
+def write_moved(store: Store, number: int, path: Path, parts: Sequence[Part]) -> None:
+    """Store the file of `move_index` and the objects it was made from, as number `number` beside the planned ones."""
+    store.put(numbered(SAMPLES, number), path)  # first, over what a driver left that died before the second
+    store.create(numbered(OBJECTS, number), _parquet(parts, _OBJECT_SCHEMA))
 
 
-def write_objects(store: Store, parts: Sequence[Part]) -> list[Part]:
-    """Store what was indexed; returns what is stored: this, or that of whoever was first."""
-    store.create(OBJECTS, _parquet(parts, _OBJECT_SCHEMA))
-    return read_objects(store)
+def write_objects(store: Store, parts: Sequence[Part]) -> bool:
+    """Store which objects were indexed; False if another driver was first, whose list then stands."""
+    return store.create(OBJECTS, _parquet(parts, _OBJECT_SCHEMA))
 
 
-def read_objects(store: Store) -> list[Part]:
-    with _opened(store, _latest(store, OBJECTS)) as file:
+def read_objects(objects: StoredFile) -> list[Part]:
+    with _opened(objects) as file:
         return [Part(**row) for row in file.read(use_threads=False).to_pylist()]
 
 
-def write_units(store: Store, units: Iterable[Unit]) -> list[Unit]:
-    """Store the units; returns those that are stored: these, or those of whoever was first."""
-    store.create(UNITS, _parquet(list(units), _UNIT_SCHEMA))
-    return read_units(store)
+def write_units(store: Store, units: Iterable[Unit]) -> bool:
+    """Store the units; False if another driver was first, whose units then stand."""
+    return store.create(UNITS, _parquet(list(units), _UNIT_SCHEMA))
 
 
 def read_units(store: Store) -> list[Unit]:
-    with _opened(store, UNITS) as file:
+    with _opened(StoredFile(store, UNITS)) as file:
         return [Unit(**row) for row in file.read(use_threads=False).to_pylist()]
 
 
 class _Digest:
-    """A SHA-256 per column, of its values and of their lengths, so that no chunk's edge leaves a trace.
+    """A SHA-256 per column, of its values and their lengths, so that chunk edges do not change it.
 
-    etags are not in it: they tell versions of an object apart, and `objects.parquet` has them.
+    Etags are left out: they distinguish versions of an object, and `objects.parquet` has them.
     """
 
     def __init__(self) -> None:
         self._streams: dict[str, Any] = {}
 
     def update(self, table: pa.Table) -> int:
-        """Take in a table; returns the bytes that its fields have."""
+        """Add a table; returns the bytes of its fields."""
         size = 0
         for batch in table.to_batches():
             for name in ("key", "original_key", "image", "caption"):
@@ -328,10 +308,10 @@ def _chosen(tables: Iterable[pa.Table], limit: int | None, skip: int) -> Iterato
 
 
 def _check_unique(path: Path, hashes: npt.NDArray[np.int64]) -> None:
-    """Keys of one hash are read again and compared; all but never does that find anything."""
+    """Raise SourceError for duplicate keys. Only keys with equal hashes, nearly always none, are read and compared."""
     ordered = np.sort(hashes)
     again = np.unique(ordered[1:][ordered[1:] == ordered[:-1]])
-    for begin in range(0, len(again), 1000):  # of a source that is listed twice all keys are here
+    for begin in range(0, len(again), 1000):  # a source that is listed twice has all its keys here
         seen: dict[str, str] = {}
         with _opened(path) as file:
             for group, first, count in _groups(file):
@@ -339,7 +319,7 @@ def _check_unique(path: Path, hashes: npt.NDArray[np.int64]) -> None:
                 for entry in from_table(file.read_row_group(group, use_threads=False).take(rows)) if len(rows) else ():
                     if entry.key in seen:
                         origin = "" if entry.original_key is None else f" (made of {entry.original_key!r})"
-                        number = f"; {len(again):,} keys stand twice" if len(again) > 1 else ""
+                        number = f"; {len(again):,} keys are duplicated" if len(again) > 1 else ""
                         raise SourceError(
                             f"{public(entry.url)}: key {entry.key!r}{origin} is also in {public(seen[entry.key])}; "
                             f"keys must be unique, rename one of them{number}"
@@ -348,16 +328,16 @@ def _check_unique(path: Path, hashes: npt.NDArray[np.int64]) -> None:
 
 
 def _writer(path: Path) -> pq.ParquetWriter:
-    # Every reader of a unit reads the footer first, which has the statistics: only of what `find_key` asks for.
+    # Every reader of a unit reads the footer first, so it has only the statistics that `find_key` needs.
     return pq.ParquetWriter(path, _STORED_SCHEMA, compression="zstd", write_statistics=["key"])
 
 
 @contextmanager
-def _opened(source: Store | Path, name: str = SAMPLES) -> Iterator[pq.ParquetFile]:
-    where = source.locate(name) if isinstance(source, Store) else source
+def _opened(source: StoredFile | Path) -> Iterator[pq.ParquetFile]:
+    where = source.store.locate(source.path) if isinstance(source, StoredFile) else source
     with (
         storage_errors("read", where),
-        source.open_read(name) if isinstance(source, Store) else source.open("rb") as file,
+        source.store.open_read(source.path) if isinstance(source, StoredFile) else source.open("rb") as file,
     ):
         try:
             parquet = pq.ParquetFile(file, pre_buffer=False)
@@ -367,17 +347,14 @@ def _opened(source: Store | Path, name: str = SAMPLES) -> Iterator[pq.ParquetFil
         yield parquet
 
 
-def _latest(store: Store, name: str) -> str:
-    return _numbered(name, _latest_number(store, name))
-
-
-def _latest_number(store: Store, name: str) -> int:
+def newest_number(name: str, paths: Iterable[str]) -> int:
+    """The highest number that SAMPLES or OBJECTS has among the files of a plan; 0 is the file without a number."""
     stem = name.removesuffix("parquet")
-    numbers = (path.removeprefix(stem).removesuffix(".parquet") for path in store.list("plan") if path != name)
+    numbers = (path.removeprefix(stem).removesuffix(".parquet") for path in paths if path != name)
     return max((int(number) for number in numbers if number.isdigit()), default=0)
 
 
-def _numbered(name: str, number: int) -> str:
+def numbered(name: str, number: int) -> str:
     return name if number == 0 else f"{name.removesuffix('parquet')}{number}.parquet"
 
 

@@ -1,10 +1,10 @@
-"""The key rule: what a source calls a sample, made safe to be a file's name in anybody's folder and tar.
+"""The key rule: makes a source's name for a sample safe as a file name in any folder and tar.
 
-A key is taken as it is when it has no dot (readers of tars end the key at the first one), no backslash, no control
-character, only non-empty parts between its slashes, and fits with its longest extension into the 100 bytes of a USTAR
-name. Any other is mapped: what offends becomes '_', empty parts go, the rest is cut to fit, and '~' with ten hex digits
-of the SHA-256 of the original make it one of its own. A key that already ends like a mapped one is mapped too, so no
-mapped key is ever equal to another.
+A key is kept unchanged if it has no dot (tar readers end the key at the first dot), no backslash, no control character
+and no empty part between its slashes, and fits with its longest extension into the 100 bytes of a USTAR name. Any other
+key is mapped: offending characters become '_', empty parts are dropped, the rest is cut to fit, and '~' with ten hex
+digits of the original's SHA-256 makes it unique. A key that already ends like a mapped one is mapped too, so no mapped
+key equals another key.
 """
 
 from __future__ import annotations
@@ -13,26 +13,24 @@ import hashlib
 import re
 from collections.abc import Iterable
 
-__all__ = ["LONGEST_NAME", "is_extension", "map_key", "printable", "sanitize"]
-
-# What a USTAR name holds without its prefix field, which not every reader joins.
+# Bytes of a USTAR name without its prefix field, which some readers ignore.
 LONGEST_NAME = 100
 LONGEST_EXTENSION = 32
-# Beside the source's own fields every result has these.
+# Fields that every result has besides the source's own.
 OURS = ("json", "webp")
 
 _OFFENDING = r"\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff\\"
 _EXTENSION = re.compile(rf"[^/{_OFFENDING}]+")
 _KEY = re.compile(rf"[^/.{_OFFENDING}]+(/[^/.{_OFFENDING}]+)*")
 _BAD = re.compile(rf"[.{_OFFENDING}]")
-_META = re.compile(r"__[^/]*__/")  # readers of tars take what begins so for no sample
+_META = re.compile(r"__[^/]*__/")  # tar readers skip names that begin like this
 _MAPPED = re.compile(r"~[0-9a-f]{10}$")
 
 
 def map_key(wish: str, extensions: Iterable[str], original: str | None = None) -> tuple[str, str | None]:
-    """(key, original_key) of a sample with these extensions; original_key is None where the key is the original.
+    """(key, original_key) of a sample with these extensions; original_key is None if the key is the original.
 
-    `wish` is what the key should be, `original`, by default the same, what the source calls the sample.
+    `wish` is the preferred key; `original`, by default the same, is the source's name for the sample.
     """
     original = wish if original is None else original
     room = LONGEST_NAME - 1 - max(len(name.encode()) for name in (*extensions, *OURS))
@@ -47,15 +45,15 @@ def map_key(wish: str, extensions: Iterable[str], original: str | None = None) -
 
 
 def sanitize(text: str) -> str:
-    """The text with '_' for each of its dots and other offending characters."""
+    """The text with '_' in place of each dot and other offending character."""
     return _BAD.sub("_", text)
 
 
 def is_extension(name: str) -> bool:
-    """Whether a field of this name can stand beside a key: no control character, no slash, at most 32 bytes."""
+    """True if a field's name can follow a key: no control character, no slash, at most 32 bytes."""
     return _EXTENSION.fullmatch(name) is not None and len(name.encode()) <= LONGEST_EXTENSION
 
 
 def printable(text: str) -> str:
-    """The text with what no file can hold as UTF-8 (names of tars and disks in other encodings) written as escapes."""
+    """The text with escapes for what UTF-8 cannot encode (from names of tars and disks in other encodings)."""
     return text.encode("utf-8", "backslashreplace").decode()

@@ -1,7 +1,7 @@
-"""The one door to PIL: bytes to arrays and back. A picture here is uint8 [H, W, 3], sRGB values, upright, opaque.
+"""Decode, resize and encode pictures; the only module that imports PIL.
 
-Whatever a file may hold becomes such an array or a SampleError: decode_error (not a picture, or damaged anywhere),
-too_small, too_large (known from the header, before any memory is spent), encode_error.
+A picture is uint8 [H, W, 3], sRGB, upright, opaque. Any input becomes such an array or a SampleError: decode_error (not
+a picture, or damaged anywhere), too_small, too_large (from the header, before memory is allocated), encode_error.
 """
 
 from __future__ import annotations
@@ -21,35 +21,20 @@ from PIL import Image, UnidentifiedImageError
 
 from smsbatch.errors import SampleError
 
-__all__ = [
-    "FITS",
-    "FORMATS",
-    "MAX_PIXELS",
-    "MIN_SIDE",
-    "Pixels",
-    "crop",
-    "decode",
-    "encode",
-    "fit",
-    "fitted",
-    "size",
-    "thumbnail",
-]
-
 Pixels = npt.NDArray[np.uint8]
 
 MIN_SIDE = 16
-MAX_PIXELS = 89_478_485  # PIL's own limit of a bomb: 256 MiB of pixels
+MAX_PIXELS = 89_478_485  # PIL's decompression bomb limit: 256 MiB of pixels
 FITS = ("short_side", "center_crop", "bucket", "none")
-_OVER = 1.05  # of resolution x resolution: the area that a bucket may have
+_OVER = 1.05  # largest area of a bucket, relative to resolution x resolution
 FORMATS = {"webp": "WEBP", "png": "PNG", "jpg": "JPEG"}
 
 # Pictures only: PIL also opens documents, some by starting other programs (EPS runs ghostscript).
 _READABLE = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000")
 
-Image.init()  # registers all of them; PIL does so by itself only after the common ones have failed
+Image.init()  # registers all formats; by itself PIL does so only after the common ones have failed
 
-# What PIL's decoders raise on damaged files, by experience and by its source; all of it means the same to us.
+# Exceptions of PIL's decoders on damaged files, observed or found in its source; all are treated alike.
 _DAMAGE = (
     OSError,
     SyntaxError,
@@ -78,31 +63,31 @@ _LYING = (5, 6, 7, 8)  # those that swap width and height
 
 
 def decode(data: bytes, *, min_side: int = MIN_SIDE, max_pixels: int = MAX_PIXELS) -> Pixels:
-    """The picture in a file, turned as its EXIF says; alpha over white, 16 bits to 8, an animation's first frame."""
+    """The picture in a file, turned by its EXIF tag; alpha over white, 16 bits to 8, an animation's first frame."""
     with _opened(data, min_side, max_pixels) as image:
-        image.load()  # all of it: a header proves nothing
+        image.load()  # completely: an intact header proves nothing
         return np.array(_rgb(_upright(image)))
 
 
 def size(data: bytes, *, min_side: int = MIN_SIDE, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
-    """(width, height) of what `decode` will make of it, by the header alone: a PNG whose EXIF stands behind its pixels
-    may be turned after all."""
+    """(width, height) of `decode`'s result, from the header alone: `decode` may still turn a PNG whose EXIF follows its
+    pixels."""
     with _opened(data, min_side, max_pixels) as image:
         width, height = image.size
         known = image.format != "PNG" or "exif" in image.info
-        # PIL gives a TIFF's size as it will be.
+        # PIL already swaps the sides of a turned TIFF.
         turned = known and image.format != "TIFF" and _orientation(image) in _LYING
         return (height, width) if turned else (width, height)
 
 
 @contextmanager
 def _opened(data: bytes, min_side: int, max_pixels: int) -> Iterator[Image.Image]:
-    """The file with its header read, if it is a picture of that size; what goes wrong with it inside is damage."""
+    """A picture with its header read and its size checked; errors of PIL inside the context become SampleErrors."""
     if not data:
         raise SampleError("decode_error", "an empty file (0 bytes)")
     with warnings.catch_warnings():
-        # PIL warns of odd metadata, which costs us nothing, and of sizes, which are judged here. The filters belong to
-        # all threads: of two that decode at once one may leave them like this, and some warning goes unseen.
+        # PIL warns of odd metadata, which is harmless, and of sizes, which are checked here. Filters are shared by all
+        # threads: two that decode at once may leave them like this, which hides later warnings.
         warnings.simplefilter("ignore")
         try:
             with Image.open(io.BytesIO(data), formats=_READABLE) as image:
@@ -121,10 +106,10 @@ def _opened(data: bytes, min_side: int, max_pixels: int) -> Iterator[Image.Image
 
 
 def fit(pixels: Pixels, resolution: int, mode: str = "short_side") -> Pixels:
-    """Resize, antialiased and never distorted; what becomes of a picture depends on its own size alone.
+    """Resize with antialiasing and without distortion; the result's size depends on the picture's own size alone.
 
-    `short_side` to that length, aspect kept; `center_crop` then cuts a square; `bucket` covers the nearest of a few
-    sizes and cuts the rest, alike on both sides; or `none`.
+    `short_side` scales the short side to `resolution`; `center_crop` then cuts out a square; `bucket` scales to cover
+    the nearest of a few sizes and crops both sides equally; `none` changes nothing.
     """
     if mode not in FITS:
         raise ValueError(f"unknown fit {mode!r}, expected one of {', '.join(FITS)}")
@@ -144,7 +129,7 @@ def fit(pixels: Pixels, resolution: int, mode: str = "short_side") -> Pixels:
 
 
 def fitted(width: int, height: int, resolution: int, mode: str = "short_side") -> tuple[int, int]:
-    """(width, height) that `fit` gives a picture of this size; the same SampleError."""
+    """(width, height) that `fit` gives a picture of this size; raises the same SampleError."""
     if mode == "none":
         return width, height
     if mode == "bucket":
@@ -163,19 +148,19 @@ def _short_side(width: int, height: int, resolution: int) -> tuple[int, int]:
 
 
 def _cover(pixels: Pixels, size: tuple[int, int]) -> Pixels:
-    """The central part of that shape, scaled to `size` (width, height)."""
+    """The largest central part with the shape of `size` (width, height), scaled to it."""
     height, width = pixels.shape[:2]
     scale = max(size[0] / width, size[1] / height)
     left, top = (max(0.0, width - size[0] / scale) / 2, max(0.0, height - size[1] / scale) / 2)
-    # Cut and scaled at once: a picture a hundred times as long as wide is never held at full length.
+    # Crop and scale in one step: a picture a hundred times as long as wide is never held at full length.
     return np.array(Image.fromarray(pixels).resize(size, _kernel(scale), (left, top, width - left, height - top)))
 
 
 def crop(pixels: Pixels, resolution: int, zoom: float, x: float, y: float, flip: bool) -> Pixels:
-    """A square [resolution, resolution, 3] of the picture, antialiased and never distorted.
+    """A square [resolution, resolution, 3] of the picture, antialiased and without distortion.
 
-    As if the short side were scaled to `resolution * zoom` pixels and the square cut out then: `x` and `y` in [0, 1]
-    say where, from the left or top to as far as it goes. `flip` mirrors it left to right.
+    Equals scaling the short side to `resolution * zoom` pixels and then cutting out the square. `x` and `y` in [0, 1]
+    are its position from the left to the right edge and from top to bottom. `flip` mirrors it left to right.
     """
     height, width = pixels.shape[:2]
     side = min(height, width) / zoom
@@ -186,7 +171,7 @@ def crop(pixels: Pixels, resolution: int, zoom: float, x: float, y: float, flip:
 
 
 def _kernel(scale: float) -> Image.Resampling:
-    """Lanczos is sharpest when it averages, but rings at edges that it has to invent."""
+    """Lanczos is sharpest when it reduces, but rings at edges when it enlarges."""
     return Image.Resampling.LANCZOS if scale < 1 else Image.Resampling.BICUBIC
 
 
@@ -195,15 +180,15 @@ def _bucket(width: int, height: int, resolution: int) -> tuple[int, int]:
     return min(_buckets(resolution), key=lambda size: abs(log(size[0] / size[1]) - log(width / height)))
 
 
-_SHORTEST = 32  # pixels; LPIPS sees nothing below
+_SHORTEST = 32  # pixels; LPIPS needs at least as many
 
 
 @cache
 def _buckets(resolution: int) -> tuple[tuple[int, int], ...]:
-    """Widths and heights from 1:2 to 2:1: for either side of whole units the longest other one within the area.
+    """(width, height) of all buckets, 1:2 to 2:1: for each side in whole units, the longest other one within the area.
 
-    The unit is an eighth of the resolution, in whole multiples of 8 pixels; of 512 that makes 384 x 704, 384 x 640,
-    448 x 576, 512 x 512 and the same lying.
+    The unit is an eighth of the resolution, rounded to a multiple of 8 pixels. 512 gives 384 x 704, 384 x 640,
+    448 x 576, 512 x 512 and their transposes.
     """
     unit = max(8, round(resolution / 64) * 8)
     area = resolution**2 * _OVER
@@ -213,10 +198,10 @@ def _buckets(resolution: int) -> tuple[tuple[int, int], ...]:
 
 
 def encode(pixels: Pixels, format: str, quality: int = 95) -> bytes:
-    """The same array gives the same bytes. `quality` 1 to 100 is for webp and jpg; png is lossless."""
+    """Encode a picture; equal arrays give equal bytes. `quality`, 1 to 100, is for webp and jpg; png is lossless."""
     if format not in FORMATS:
         raise ValueError(f"unknown image format {format!r}, expected one of {', '.join(FORMATS)}")
-    # 4:4:4 at high quality: strokes of colour are what a style is made of.
+    # 4:4:4 at high quality, because a style consists of strokes of colour.
     jpg = {"quality": quality, "subsampling": 0 if quality >= 90 else 2}
     options = {"png": {}, "webp": {"quality": quality}, "jpg": jpg}[format]
     sink = io.BytesIO()
@@ -229,7 +214,7 @@ def encode(pixels: Pixels, format: str, quality: int = 95) -> bytes:
 
 
 def thumbnail(picture: Pixels | bytes, side: int, quality: int = 80) -> bytes:
-    """A small WebP, at most `side` pixels a side and never enlarged, for pages that embed it."""
+    """A WebP to embed in a page: at most `side` pixels a side, never enlarged."""
     pixels = decode(picture, min_side=1) if isinstance(picture, bytes) else picture
     image = Image.fromarray(pixels)
     image.thumbnail((side, side), Image.Resampling.LANCZOS)
@@ -244,7 +229,7 @@ def _upright(image: Image.Image) -> Image.Image:
 def _orientation(image: Image.Image) -> int:
     try:
         orientation = image.getexif().get(_ORIENTATION_TAG)
-    except _DAMAGE:  # damaged EXIF beside good pixels: the picture as it lies is better than none
+    except _DAMAGE:  # damaged EXIF beside good pixels: keep the picture, unturned
         return 1
     return orientation if isinstance(orientation, int) else 1
 

@@ -1,11 +1,11 @@
-"""Source objects wherever they lie, read only: what a name means, what a folder holds, and the bytes of one sample.
+"""Read-only access to source objects: expand names, list folders, read the bytes of one sample.
 
-    local paths, `tiny:` names, `file://`      etag = time of change and size; `tiny:` names have none
-    s3:// and what fsspec has a driver for     etag = the store's
+    local paths, `tiny:` names, `file://`      etag = modification time and size; `tiny:` names have none
+    s3:// and every driver of fsspec           etag = the store's
     http(s)://                                 etag = ETag or Last-Modified; no globs and no folders
 
-`expand`, `list_files` and `open_url` raise OSErrors for the caller to name. `Reader` knows whose fault it is:
-one sample's, or that of a store which would fail all others too.
+`expand`, `list_files` and `open_url` raise OSErrors, to which the caller adds the name. `Reader` separates the failure
+of one sample from that of the store, which would fail all other samples too.
 """
 
 from __future__ import annotations
@@ -20,14 +20,12 @@ from smsbatch.manifest import Storage
 from smsbatch.storage.backend import RemoteError, TooLarge, redact
 from smsbatch.storage.resolve import resolve
 
-__all__ = ["Listed", "Reader", "Stat", "absolute", "expand", "list_files", "open_url", "public"]
-
-GAP = 64 << 10  # bytes between two spans that are rather read in vain than left out by a second request
-EXTRA = 1 << 20  # bytes beyond `max_bytes` of spans that are read at once
+GAP = 64 << 10  # bytes; a smaller gap between two spans is read too, which is cheaper than a second request
+EXTRA = 1 << 20  # bytes by which a joint request of several spans may exceed `max_bytes`
 
 
 class Stat(NamedTuple):
-    """An object's bytes, and what its version is called, '' if nobody says."""
+    """An object's size in bytes, and its version, '' if unknown."""
 
     size: int
     etag: str
@@ -43,18 +41,18 @@ class Listed(NamedTuple):
 
 
 def absolute(url: str, storage: Storage) -> str:
-    """A folder's or a file's name for any process: a worker's working folder is another.
+    """The absolute name of a folder or file, valid in any process: a worker has another working folder.
 
-    `tiny:` names stay as they are, because the same run on another machine has the same ones.
+    `tiny:` names stay unchanged, because they are the same on every machine.
     """
     backend, path = resolve(url, storage)
     return url if _tiny(url) else backend.url_of(path)
 
 
 def expand(pattern: str, storage: Storage) -> list[tuple[str, Stat]]:
-    """The objects that a path or URL with or without `*`, `?`, `[]` names, absolute, sorted; none if there are none.
+    """The objects that a path or URL, with or without `*`, `?`, `[]`, names: absolute, sorted, perhaps none.
 
-    It costs one look for the very name, and a listing for a pattern, however many objects that means.
+    Costs one look-up of the exact name, and for a pattern one listing, however many objects match.
     """
     backend, path = resolve(pattern, storage)
     found = backend.find(path)
@@ -66,7 +64,7 @@ def expand(pattern: str, storage: Storage) -> list[tuple[str, Stat]]:
 
 
 def list_files(folder: str, storage: Storage) -> Iterator[Listed]:
-    """Every regular file below a folder, sorted by path; OSError if it is none."""
+    """Every regular file below a folder, sorted by path; OSError if `folder` is not a folder."""
     backend, root = resolve(folder, storage)
     prefix = absolute(folder, storage).rstrip("/")
     start = len(root.rstrip("/")) + 1
@@ -78,13 +76,13 @@ def list_files(folder: str, storage: Storage) -> Iterator[Listed]:
 
 
 def open_url(url: str, storage: Storage) -> IO[bytes]:
-    """The object as a seekable file, to be closed by the caller; a remote one is read ahead by 1 MiB."""
+    """The object as a seekable file, which the caller closes; a remote one is read ahead by 1 MiB."""
     backend, path = resolve(url, storage)
     return backend.open(path)
 
 
 class Reader:
-    """Reads samples' bytes, from any number of threads. A file of more than `max_bytes` is refused, not read."""
+    """Reads samples' bytes, in any number of threads. Files of more than `max_bytes` are refused without reading."""
 
     def __init__(self, storage: Storage, max_bytes: int, check_etag: bool = True) -> None:
         self.storage, self.max_bytes, self.check_etag = storage, max_bytes, check_etag
@@ -92,29 +90,29 @@ class Reader:
     def read(self, span: Span) -> bytes:
         """The bytes of a span.
 
-        SampleError: `read_error` (missing, forbidden, fewer than planned, of another version), `timeout`, `too_large`.
-        StorageError: the store itself refuses or does not answer, so that no other sample would be read either.
+        SampleError: `read_error` (missing, forbidden, fewer than planned, another version), `timeout`, `too_large`.
+        StorageError: the store itself refuses or does not answer, so every other sample would fail too.
         """
         if span.length is not None and span.length > self.max_bytes:
             raise self._too_large(redact(span.url), span.length)
         return self._read(span, self.max_bytes)
 
     def read_all(self, spans: Sequence[Span]) -> list[bytes]:
-        """The bytes of several spans, as `read` of one after the other, which raises the same.
+        """The bytes of several spans; results and errors are those of `read` on one after the other.
 
-        Those that lie close together, as all fields of a sample in a tar, are one request.
+        Spans that lie close together, such as all fields of a sample in a tar, are one request.
         """
         found: dict[Span, bytes] = {}
         for run in self._runs(spans):
             start, stop = run[0].offset, max(map(_end, run))
-            with suppress(SampleError):  # whose fault it is comes out below, where each is read alone
+            with suppress(SampleError):  # the last line reads each span alone and raises the error of the right one
                 data = self._read(run[0]._replace(length=stop - start), self.max_bytes + EXTRA)
                 found |= {span: data[span.offset - start : _end(span) - start] for span in run}
         return [found[span] if span in found else self.read(span) for span in spans]
 
     def _runs(self, spans: Sequence[Span]) -> Iterator[list[Span]]:
-        """Those of the spans that are better read together."""
-        # A span at 0 is a whole file, not a part of a tar, and `read` looks whether it still is.
+        """Groups of spans that are cheaper to read in one request."""
+        # A span at 0 is a whole file, not a part of a tar, and `read` checks that its size is unchanged.
         parts = (span for span in spans if span.offset and span.length is not None and span.length <= self.max_bytes)
         run: list[Span] = []
         for span in sorted(parts, key=lambda span: (span.url, span.etag, span.offset)):
@@ -150,7 +148,7 @@ class Reader:
         if self.check_etag and span.etag and etag and etag != span.etag:
             raise SampleError("read_error", f"{name}: was replaced since it was planned")
         if span.length is not None:
-            if not span.offset and size is not None and size > span.length:  # what a tar holds never begins at 0
+            if not span.offset and size is not None and size > span.length:  # no member of a tar begins at 0
                 raise SampleError("read_error", f"{name}: larger than when it was planned: it was replaced")
             if len(data) != span.length:
                 missing = span.length - len(data)
@@ -164,7 +162,7 @@ class Reader:
 
 
 def public(url: str) -> str:
-    """A URL as anybody may read it: without passwords and the values of signatures."""
+    """A URL without passwords and signature values, for rows and messages."""
     return redact(url) if "://" in url else url
 
 

@@ -1,8 +1,7 @@
-"""The words of the data room: what is known of one input image before, during and after the work, and its row.
+"""Types that describe one input image before, during and after the work, and the schema of its row.
 
-`Span` and `Entry` locate a sample without reading it, `Unit` is a run of entries, `Sample` is the bytes read,
-`Outcome` what became of them. Every planned entry ends as exactly one Outcome and so as one row of `row_schema`,
-failed ones too.
+`Span` and `Entry` locate a sample without reading it, `Unit` is a range of entries, `Sample` holds the bytes read,
+`Outcome` the result. Every planned entry, failed or not, ends as exactly one Outcome and so as one row of `row_schema`.
 """
 
 from __future__ import annotations
@@ -15,14 +14,12 @@ from typing import Any, NamedTuple
 
 import pyarrow as pa
 
-__all__ = ["ROW_SCHEMA", "Entry", "Outcome", "Sample", "Span", "Unit", "row_schema"]
-
 
 class Span(NamedTuple):
     """Bytes [offset, offset + length) of the object at `url`: an absolute path, a URL or a `tiny:` name.
 
-    Of a table's pictures nobody has asked the size yet: `length` None is the whole object, however long. `etag` is what
-    the object's version was called when it was planned, '' if that is not known.
+    `length` None is the whole object, of unknown size: planning does not look up the pictures of a table. `etag` is the
+    version of the object when it was planned, '' if unknown.
     """
 
     url: str
@@ -35,8 +32,8 @@ class Span(NamedTuple):
 class Entry:
     """One planned sample.
 
-    `fields` maps extensions ('jpg', 'txt', 'seg.png') to their bytes; `image` is the picture's, '' if none is. A table
-    gives the `caption` itself. `original_key` is what the source calls it, where that could not be the key.
+    `fields` maps extensions ('jpg', 'txt', 'seg.png') to spans; `image` is the picture's extension, '' if it has none.
+    Only tables set `caption`. `original_key` is the source's name for the sample if it could not be the key.
     """
 
     key: str
@@ -47,13 +44,13 @@ class Entry:
 
     @property
     def url(self) -> str:
-        """Where the sample comes from: its picture's object, else that of its first field."""
+        """The object of the picture, else that of the first field."""
         return self.fields[self.image].url if self.image else next(iter(self.fields.values())).url
 
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """The bytes of one entry: the picture in use, and in `fields` all others, as they came, a second picture too."""
+    """The bytes of one entry: the picture in use, and in `fields` all others unchanged, also a second picture."""
 
     key: str
     url: str
@@ -70,7 +67,7 @@ class Sample:
 
 @dataclass(frozen=True, slots=True)
 class Unit:
-    """Rows [start, stop) of the index, done and committed at once; `shard` is where they are published."""
+    """Rows [start, stop) of the index, computed and committed together; `shard` is where they are published."""
 
     id: int
     shard: int
@@ -87,11 +84,11 @@ class Unit:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What became of one sample: success when there is an `image`, else failed, with `error_code` and `error_message`.
+    """Result of one sample: a success if it has an `image`, else a failure with `error_code` and `error_message`.
 
     `image` is the encoded result and `image_field` its extension; `fields` are the source's others, passed through.
-    `attempts` counts how often it was tried. Unit, shard, generation, attempt and worker are not here: the ledger
-    stamps them on the row when the unit is committed.
+    `attempts` counts the tries. The ledger adds unit, shard, generation, attempt and worker to the row when the unit is
+    committed.
     """
 
     key: str
@@ -141,17 +138,17 @@ class Outcome:
         }
 
     def provenance(self) -> bytes:
-        """The `<key>.json` of a sample whose source has none: only what a re-run reproduces.
+        """The `<key>.json` of a sample whose source has none: only values that a re-run reproduces.
 
-        No times, no workers, and not where the source lies: moved elsewhere it gives the same shards. Nothing is null:
-        readers take a column's type from the first samples they meet.
+        Times, workers and the source's URL are left out, so a moved source gives the same shards. No value is null,
+        because readers infer a column's type from the first samples.
         """
         values = {name: getattr(self, name) for name in _PROVENANCE}
         values |= {"caption": self.caption or "", "original_key": self.original_key or self.key}
         return json.dumps(values, ensure_ascii=False, sort_keys=True).encode()
 
 
-# The names are img2dataset's where it has them, because data teams already filter on those.
+# The names are img2dataset's if it has them, because data teams already filter by those.
 ROW_SCHEMA = pa.schema(
     [
         pa.field("key", pa.string(), nullable=False),
@@ -159,7 +156,7 @@ ROW_SCHEMA = pa.schema(
         pa.field("status", pa.string(), nullable=False),  # success | failed
         pa.field("error_code", pa.string()),
         pa.field("error_message", pa.string()),
-        pa.field("attempts", pa.int32(), nullable=False),  # how often the sample was tried
+        pa.field("attempts", pa.int32(), nullable=False),  # tries of the sample
         pa.field("caption", pa.string()),
         pa.field("prompt", pa.string()),
         pa.field("width", pa.int32()),
@@ -171,11 +168,11 @@ ROW_SCHEMA = pa.schema(
         pa.field("sha256", pa.string()),
         pa.field("seed", pa.uint64()),  # a hash of (run seed, key) may use all 64 bits
         pa.field("steps", pa.int32()),
-        pa.field("batch_size", pa.int32()),  # how many samples were optimized together; null where it came to none
+        pa.field("batch_size", pa.int32()),  # samples optimized together; null if the sample failed before
         pa.field("seconds", pa.float64()),
         pa.field("unit", pa.int64(), nullable=False),
         pa.field("shard", pa.int64(), nullable=False),
-        pa.field("generation", pa.int32(), nullable=False),  # 0, and one more with every retry of failed samples
+        pa.field("generation", pa.int32(), nullable=False),  # 0, plus one for every retry of failed samples
         pa.field("attempt", pa.string(), nullable=False),
         pa.field("worker", pa.string(), nullable=False),
     ]

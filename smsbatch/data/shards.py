@@ -1,8 +1,8 @@
 """The files of a shard: a tar of the results and a Parquet of all rows. The same outcomes give the same tar bytes.
 
-Tars are USTAR with mtime 0 and no owners (PAX, Python's default, doubles small files by headers), samples in plan
+Tars are USTAR with mtime 0 and no owners (headers of PAX, Python's default, double small files). Samples are in plan
 order, members sorted by name: `<key>.<format>`, `<key>.txt` (the source's own, else the caption), `<key>.json` (the
-source's own, untouched, else our provenance), and the source's other fields as they came. Failed samples are only rows.
+source's own, unchanged, else our provenance), and the source's other fields unchanged. Failed samples are only rows.
 """
 
 from __future__ import annotations
@@ -24,25 +24,12 @@ from smsbatch.data.sample import ROW_SCHEMA, Outcome, row_schema
 from smsbatch.data.tars import END_OF_ARCHIVE, Member, Members, split_name
 from smsbatch.errors import StorageError
 
-__all__ = [
-    "check_tar",
-    "concat_rows",
-    "concat_tars",
-    "count_rows",
-    "digest",
-    "read_outcomes",
-    "read_rows",
-    "read_tar",
-    "write_rows",
-    "write_tar",
-]
-
 CHUNK = 1 << 20
 OUTCOME_COLUMNS = [column.name for column in dataclasses.fields(Outcome) if column.name in ROW_SCHEMA.names]
 
 
 def write_tar(path: Path, outcomes: Iterable[Outcome]) -> None:
-    """Write the successful outcomes, durably."""
+    """Write the successful outcomes to a tar and fsync it."""
     with path.open("xb") as file:
         with tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT, encoding="utf-8") as tar:
             for outcome in outcomes:
@@ -61,7 +48,7 @@ def _members(outcome: Outcome) -> Mapping[str, bytes]:
 
 
 def concat_tars(paths: Sequence[Path], target: Path) -> None:
-    """One archive of several, members untouched, one end: the tar that `write_tar` makes of all their outcomes."""
+    """Join archives with unchanged members: gives the tar that `write_tar` makes of all their outcomes."""
     with target.open("xb") as out:
         for path in paths:
             with path.open("rb") as file:
@@ -74,7 +61,7 @@ def concat_tars(paths: Sequence[Path], target: Path) -> None:
 
 
 def read_tar(file: IO[bytes]) -> Iterator[tuple[str, dict[str, bytes]]]:
-    """(key, its fields) of each sample of a shard, in order."""
+    """(key, fields) of each sample of a shard, in order."""
     members, _ = _whole(file, getattr(file, "name", file))
     for key, sample in groupby(members, lambda member: _split(member.name)[0]):
         fields = {}
@@ -85,7 +72,7 @@ def read_tar(file: IO[bytes]) -> Iterator[tuple[str, dict[str, bytes]]]:
 
 
 def check_tar(path: Path) -> list[str]:
-    """Read a shard whole and return its keys in order; StorageError if bytes or the end of the archive are missing."""
+    """Read all of a shard and return its keys in order; StorageError if bytes or the end mark are missing."""
     with path.open("rb") as file:
         members, _ = _whole(file, path)
         for name, offset, length in members:
@@ -96,12 +83,12 @@ def check_tar(path: Path) -> list[str]:
 
 
 def write_rows(path: Path, rows: Sequence[Mapping[str, Any]], metrics: Sequence[str], tar_sha256: str) -> None:
-    """Write rows of `row_schema(metrics)`, durably; the file's metadata names the tar it belongs to."""
+    """Write rows of `row_schema(metrics)` and fsync; the file's metadata has the digest of its tar."""
     _write_table(path, pa.Table.from_pylist(rows, schema=row_schema(metrics)), tar_sha256)
 
 
 def concat_rows(paths: Sequence[Path], target: Path, tar_sha256: str) -> None:
-    """One Parquet of several, rows in their order; what an older version had no column for is null."""
+    """Join Parquet files, rows in order; columns that an older version lacks are null."""
     tables = [pq.read_table(path) for path in paths]
     _write_table(target, pa.concat_tables(tables, promote_options="default"), tar_sha256)
 
@@ -113,15 +100,15 @@ def read_rows(source: Path | IO[bytes]) -> list[dict[str, Any]]:
 
 
 def count_rows(file: IO[bytes]) -> int:
-    """How many rows a shard or an attempt has, from its footer alone; ValueError if that is damaged or missing."""
+    """Number of rows of a shard or an attempt, from its footer alone; ValueError if it is damaged or missing."""
     rows: int = pq.read_metadata(file).num_rows
     return rows
 
 
 def read_outcomes(tar: Path, parquet: Path) -> list[Outcome]:
-    """The outcomes that an attempt's files were written from, as far as they hold them.
+    """Restore outcomes from an attempt's files, as far as the files hold them.
 
-    A result is known by the digest in its row. The other members all come back as `fields`, those that we made too, so
+    The digest in the row identifies the result. All other members come back as `fields`, also those that we made, so
     that writing the outcomes gives the same tar.
     """
     with tar.open("rb") as file:
@@ -141,13 +128,13 @@ def _outcome(row: Mapping[str, Any], fields: dict[str, bytes]) -> Outcome:
         return Outcome(**columns, metrics=measured)
     of_image = [name for name, data in fields.items() if hashlib.sha256(data).hexdigest() == row["sha256"]]
     if not of_image:
-        raise StorageError(f"{row['key']}: the tar has not the picture of its row")
+        raise StorageError(f"{row['key']}: the tar lacks the picture of its row")
     image = fields.pop(of_image[0])
     return Outcome(**columns, image=image, image_field=of_image[0], metrics=measured, fields=fields)
 
 
 def digest(path: Path) -> str:
-    """The sha256 of a file."""
+    """The SHA-256 of a file, in hex."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -166,7 +153,7 @@ def _split(name: str) -> tuple[str, str]:
 
 
 def _whole(file: IO[bytes], where: object) -> tuple[list[Member], int]:
-    """The members of an undamaged tar, and where the last of them ends."""
+    """The members of an undamaged tar, and the byte after the last one."""
     members = Members(file)
     try:
         found = list(members)

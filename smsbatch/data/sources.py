@@ -1,14 +1,14 @@
-"""Where samples come from: `parts` lists a source's objects, `scan` indexes one, `load_sample` reads one sample.
+"""Samples of a source: `parts` lists its objects, `scan` indexes one object, `load_sample` reads one sample.
 
-Every sample of the source becomes an entry, also one without a picture, which fails when it is read and so ends as a
-row. What makes the whole request doubtful, a missing file, a broken table, two samples of one key, is a SourceError
-before anything starts; what can be worked around, such as a cut tar, is a line in `notices`.
+Every sample becomes an entry, also one without a picture: it fails when it is read and so ends as a row. A fault that
+makes the whole request doubtful (a missing file, a broken table, two samples with one key) is a SourceError before
+anything starts; one that can be worked around, such as a truncated tar, is a line in `notices`.
 
     webdataset   key = a member's path up to the first dot of its basename, extension = the rest in lower case
     folder       key = relative path without suffix, '/' -> '__', '.' -> '_'; `a/b.txt`, `a/b.json` belong to `a/b.jpg`
     table        see tables.py
 
-Whatever these make of hostile names goes through the key rule of keys.py.
+All names pass through the key rule of keys.py.
 """
 
 from __future__ import annotations
@@ -34,37 +34,25 @@ from smsbatch.data.tars import Members, split_name
 from smsbatch.errors import RequestError, SampleError, SourceError
 from smsbatch.manifest import Source, Storage
 
-__all__ = [
-    "LONGEST_CAPTION",
-    "SOURCES",
-    "Part",
-    "Scanned",
-    "caption_of",
-    "load_sample",
-    "nothing_found",
-    "parts",
-    "scan",
-]
-
 LONGEST_CAPTION = 65536
 SIDECARS = ("txt", "json")
 ROWS_AT_ONCE = 8192
-# Storage answers slowly and much at a time.
+# Storage has a high latency and a high throughput.
 REQUESTS_AT_ONCE = 32
 
 
 class Scanned(NamedTuple):
-    """The index of one part, and what was passed over in it."""
+    """The index of one part, and notices of what was skipped in it."""
 
     table: pa.Table
     notices: list[str]
 
 
 def parts(source: Source, storage: Storage) -> list[Part]:
-    """The objects that a source names, in its order, with size and etag as they are now; none of them is opened.
+    """The objects of a source, in its order, with their present size and etag; none is opened.
 
     Raises:
-        SourceError: one is missing, cannot be listed, or is named twice.
+        SourceError: an object is missing, cannot be listed, or is named twice.
     """
     if source.format == "folder":
         found = [_folder_part(url, storage) for url in source.urls]
@@ -80,21 +68,21 @@ def parts(source: Source, storage: Storage) -> list[Part]:
 
 
 def scan(part: Part, source: Source, storage: Storage) -> Scanned:
-    """The index of one part; any process may do it.
+    """The index of one part; may run in any process.
 
     Raises:
-        SourceError: it cannot be read, is not what `source.format` says, or has clashing names.
+        SourceError: the part cannot be read, has another format than `source.format`, or has clashing names.
     """
     notices: list[str] = []
     entries = SOURCES[part.format](part, source, storage, notices)
     tables = [INDEX_SCHEMA.empty_table()]
-    while batch := list(islice(entries, ROWS_AT_ONCE)):  # of a table with ten million rows few are Python objects
+    while batch := list(islice(entries, ROWS_AT_ONCE)):  # few Python objects at a time, for ten million rows
         tables.append(to_table(batch))
     return Scanned(pa.concat_tables(tables), notices)
 
 
 def nothing_found(source: Source, notices: Sequence[str]) -> SourceError:
-    """What to raise when all scans together have no sample."""
+    """The error to raise if all scans together found no sample."""
     found = f" ({'; '.join(notices)})" if notices else ""
     wanted = f"expected pictures ({', '.join(source.images)}) in a {source.format} source"
     after = f" after the first {source.skip:,} (source.skip)" if source.skip else ""
@@ -133,7 +121,7 @@ def _webdataset(part: Part, source: Source, storage: Storage, notices: list[str]
         notices.append(f"{part.url}: {members.damage}; samples found: {len(samples)}")
         others = [set(fields) for name, fields in samples.items() if name != key]
         for lost in set.intersection(*others) - set(samples[key]) if others else ():
-            # Cut between picture and caption: without its caption the last sample would pass as a good one.
+            # Cut between picture and caption: without this the last sample would pass as one without caption.
             samples[key][lost] = Span(part.url, part.size, 1, part.etag)
     if members.special:
         notices.append(f"{part.url}: links, devices or sparse files passed over: {members.special}")
@@ -150,7 +138,7 @@ def _webdataset(part: Part, source: Source, storage: Storage, notices: list[str]
 
 
 def _folder(part: Part, source: Source, storage: Storage, notices: list[str]) -> Iterator[Entry]:
-    """Every picture below the folder but hidden ones. Two pictures of one stem are a clash, not a choice."""
+    """Every picture below the folder except hidden ones. Two pictures with one stem become two entries, which clash."""
     listed = [file for file in _list(part.url, storage) if not _hidden(file.path)]
     files = {file.path: Span(file.url, 0, file.size, file.etag) for file in listed if _is_utf8(file.url)}
     if len(files) < len(listed):
@@ -195,7 +183,7 @@ def load_sample(entry: Entry, source: Source, reader: Reader) -> Sample:
     """Read an entry's fields.
 
     Raises:
-        SampleError: read_error (no picture, or what `reader` says of missing bytes), timeout, too_large, bad_caption.
+        SampleError: read_error (no picture, or raised by `reader`), timeout, too_large, bad_caption.
     """
     if not entry.image and source.format == "table":
         raise SampleError("read_error", f"no image in column {source.columns.image!r} of its row in {entry.url}")
@@ -204,12 +192,12 @@ def load_sample(entry: Entry, source: Source, reader: Reader) -> Sample:
         raise SampleError("read_error", f"no image ({wanted}) among its fields: {got}")
     rule = next((rule for rule in source.caption if rule.partition(":")[0] in entry.fields), "")
     length = entry.fields[rule].length if rule in entry.fields else None
-    if length is not None and length > LONGEST_CAPTION:  # nothing of it is read
+    if length is not None and length > LONGEST_CAPTION:  # without reading it
         raise _too_long(f"its .{rule}", length)
-    names = sorted(entry.fields, key=lambda name: name != entry.image)  # the picture's error comes first
+    names = sorted(entry.fields, key=lambda name: name != entry.image)  # the picture's error is raised first
     try:
         fields = dict(zip(names, reader.read_all([entry.fields[name] for name in names]), strict=True))
-    except RequestError as error:  # a row may hold any address, also one of a kind that nobody knows
+    except RequestError as error:  # a row may hold any address, also with an unknown scheme
         raise SampleError("read_error", str(error)) from error
     image, others = fields.pop(entry.image), fields
     if source.format != "table":
@@ -224,7 +212,7 @@ def load_sample(entry: Entry, source: Source, reader: Reader) -> Sample:
 def caption_of(fields: Mapping[str, bytes], rules: Sequence[str]) -> str:
     """The caption by the first rule that finds one, else ''.
 
-    `txt` is a field's text, `json:caption` a key of a JSON field. SampleError: bad_caption.
+    `txt` is the text of a field, `json:caption` a key of a JSON field. SampleError: bad_caption.
     """
     for rule in rules:
         name, _, key = rule.partition(":")
@@ -246,7 +234,7 @@ def caption_of(fields: Mapping[str, bytes], rules: Sequence[str]) -> str:
             raise SampleError("bad_caption", f"its .{name} is not a JSON object")
         if value.get(key) is None:
             continue
-        # JSON can spell half a surrogate pair, which is no character and cannot be written anywhere.
+        # JSON can escape a lone surrogate, which is no character and cannot be encoded.
         if not isinstance(value[key], str) or not _is_utf8(value[key]):
             raise SampleError("bad_caption", f"{key!r} in its .{name} is not a text")
         return _short_enough(value[key].strip(), f"{key!r} in its .{name}")
@@ -311,7 +299,7 @@ def _refused(url: str, error: OSError) -> SourceError:
 
 
 def _braces(pattern: str) -> list[str]:
-    """`{0..12}`, `{000..012}` and `{a,b}`, any number of them, as a shell does; other braces stay as they are."""
+    """`{0..12}`, `{000..012}` and `{a,b}`, any number of them, like a shell; other braces are kept."""
     pieces = re.split(r"\{([^{}]*,[^{}]*|\d+\.\.\d+)\}", pattern)
     choices = [_choices(piece) if place % 2 else [piece] for place, piece in enumerate(pieces)]
     return ["".join(choice) for choice in product(*choices)]

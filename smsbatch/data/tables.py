@@ -1,11 +1,11 @@
 """Tables of pictures: one entry per row of a csv, tsv, jsonl or parquet file, read as a stream.
 
     picture   `columns.image`: a URL, an absolute path, or one relative to the table's folder. Its extension is the
-              path's if `source.images` has it, else the first of those. A row that names none is an entry without one.
-    caption   `columns.caption`: a text, or nothing, which is ''. What is neither is None: a row's `bad_caption`.
+              path's if `source.images` has it, else the first of those. A row without one is an entry without picture.
+    caption   `columns.caption`: a text, or null, which is ''. Any other value is None and fails as `bad_caption`.
     key       `columns.key`: a text or a whole number, by the key rule; else `<table's stem>-<row, nine digits>`.
 
-A table that is broken anywhere, or lacks a column, is a SourceError with its file and, where known, its line.
+A table that is damaged or lacks a column is a SourceError with the file and, if known, the line.
 """
 
 from __future__ import annotations
@@ -27,10 +27,8 @@ from smsbatch.data.sample import Entry, Span
 from smsbatch.errors import SourceError
 from smsbatch.manifest import Source
 
-__all__ = ["read_table"]
-
 ROWS_AT_ONCE = 8192
-# "line 17", and its cells of the picture, the caption and the key; None where the manifest names no column.
+# "line 17", and the cells of picture, caption and key; None if the manifest names no column.
 _Row = tuple[str, Sequence[Any]]
 
 _ABSOLUTE = re.compile(r"[a-z][a-z0-9+.-]*://|tiny:|/", re.IGNORECASE)
@@ -38,12 +36,12 @@ _WEB = re.compile(r"https?://", re.IGNORECASE)
 
 
 def read_table(file: IO[bytes], url: str, source: Source) -> Iterator[Entry]:
-    """The entries of the table at `url`, which `file` reads."""
+    """The entries of the table at `url`, read from `file`."""
     path = re.split(r"[?#]", url)[0] if _WEB.match(url) else url
     stem, _, suffix = path.rpartition("/")[2].rpartition(".")
     if suffix.lower() not in _READERS:
         raise SourceError(f"{url}: not a table by its name; expected one of .{', .'.join(_READERS)}")
-    # 64 bytes are enough to know a table by, and leave room for the number.
+    # 64 bytes are enough to identify a table, and leave room for the number.
     stem = sanitize(stem).encode()[:64].decode(errors="ignore")
     columns = source.columns
     rows = _READERS[suffix.lower()](file, url, (columns.image, columns.caption, columns.key))
@@ -61,7 +59,7 @@ def read_table(file: IO[bytes], url: str, source: Source) -> Iterator[Entry]:
 
 
 def _csv(file: IO[bytes], url: str, names: Sequence[str | None], delimiter: str) -> Iterator[_Row]:
-    # Cells of more than 128 KiB are an error of the csv module: nearly always a quote that is never closed.
+    # The csv module refuses cells of more than 128 KiB: nearly always a quote that is never closed.
     rows = csv.reader((line for _, line in _lines(file, url)), delimiter=delimiter, strict=True)
     try:
         header = next(rows, [])
@@ -87,7 +85,7 @@ def _jsonl(file: IO[bytes], url: str, names: Sequence[str | None]) -> Iterator[_
             raise SourceError(f"{url}: line {number}: not JSON: {error}") from error
         if not isinstance(row, dict):
             raise SourceError(f"{url}: line {number}: not a JSON object")
-        _check_columns(f"{url}: line {number}", (None, None, names[2]), list(row))  # others may be left out, keys not
+        _check_columns(f"{url}: line {number}", (None, None, names[2]), list(row))  # a row may lack the others
         met |= row.keys()
         yield f"line {number}", [None if name is None else row.get(name) for name in names]
     _check_columns(url, names, sorted(met))
@@ -101,13 +99,13 @@ def _parquet(file: IO[bytes], url: str, names: Sequence[str | None]) -> Iterator
         _check_columns(url, names, schema.names)
         for name, also in zip(names, ("", "", "int"), strict=True):
             kind = None if name is None else schema.field(name).type
-            text = getattr(kind, "value_type", kind)  # of a dictionary
+            text = getattr(kind, "value_type", kind)  # the values of a dictionary
             if kind is not None and not re.match(
                 rf"(large_)?string(_view)?$|null$|u?{also or 'string'}\d*$", str(text)
             ):
                 raise SourceError(f"{url}: column {name!r} has {short(str(kind))}, expected text")
         wanted = sorted({name for name in names if name is not None})
-        # Without Arrow's threads: see index.py.
+        # index.py explains why Arrow's threads are off.
         for batch in table.iter_batches(ROWS_AT_ONCE, columns=wanted, use_threads=False):
             columns = [[None] * len(batch) if name is None else batch[name].to_pylist() for name in names]
             for cells in zip(*columns, strict=True):
@@ -126,7 +124,7 @@ _READERS: dict[str, Callable[[IO[bytes], str, Sequence[str | None]], Iterator[_R
 
 
 def _lines(file: IO[bytes], url: str) -> Iterator[tuple[int, str]]:
-    """Numbered lines, decoded one by one, so that a bad byte has a line."""
+    """Numbered lines, decoded one by one, so that the error of a bad byte names its line."""
     for number, line in enumerate(file, 1):
         try:
             yield number, line.decode("utf-8-sig" if number == 1 else "utf-8")
@@ -150,13 +148,13 @@ def _key(value: object, url: str, where: str) -> str:
 
 
 def _is_text(value: object) -> bool:
-    """JSON can spell half a surrogate pair, which is no character and cannot be written anywhere."""
+    """True for a string without lone surrogates, which JSON can escape but no file can hold."""
     return isinstance(value, str) and not any("\ud800" <= letter <= "\udfff" for letter in value)
 
 
 def _resolve(table: str, place: str) -> str:
     if _WEB.match(table) and not re.match(r"[a-z0-9+.-]+:", place, re.IGNORECASE):
-        return urljoin(table, place)  # a server's table names the server's files, never this machine's
+        return urljoin(table, place)  # in a table on a server, names are files of the server, never of this machine
     return place if _ABSOLUTE.match(place) else f"{table.rpartition('/')[0]}/{place}"
 
 

@@ -1,7 +1,7 @@
-"""Tar archives by their headers: where each sample's fields lie, and whether the archive ends as an archive must.
+"""Find the fields of samples in a tar from its headers, and check that the archive is complete.
 
-A tar cut at a member boundary opens and reads without any error, so "it opens" proves nothing: `Members.damage` says
-what follows the last member when that is not the end-of-archive mark of two zero blocks.
+A tar cut at a member boundary opens and reads without any error. `Members.damage` therefore reports a last member that
+is not followed by the end-of-archive mark of two zero blocks.
 """
 
 from __future__ import annotations
@@ -11,16 +11,14 @@ import tarfile
 from collections.abc import Collection, Iterator
 from typing import IO, NamedTuple
 
-__all__ = ["Member", "Members", "find_members", "split_name"]
-
 BLOCK = tarfile.BLOCKSIZE
 END_OF_ARCHIVE = 2 * BLOCK
 
-# webdataset's own rules: the key ends at the first dot of the basename, names like __meta__ are not samples.
+# The webdataset library's rules: the key ends at the first dot of the basename, names like __meta__ are not samples.
 _NAME = re.compile(r"((?:.*/|)[^.]+)[.]([^/]*)", re.DOTALL)
 _META = re.compile(r"__[^/]*__($|/)")
 
-# What tarfile raises on damaged headers, by experience and by its source; all of it means the same to us.
+# Exceptions of tarfile on damaged headers, observed or found in its source; all are treated alike.
 _DAMAGE = (tarfile.TarError, ValueError, LookupError, OverflowError, RecursionError)
 
 
@@ -35,7 +33,7 @@ class Member(NamedTuple):
 def split_name(name: str) -> tuple[str, str] | None:
     """(key, extension) as the webdataset library splits them.
 
-    None for names that it skips: without extension, hidden, __meta__. A leading './', which `tar -C folder .` writes,
+    None for names that it skips: without extension, hidden, __meta__. A leading './', as `tar -C folder .` writes it,
     is dropped.
     """
     name = re.sub(r"^(\./+)+", "", name)
@@ -46,9 +44,9 @@ def split_name(name: str) -> tuple[str, str] | None:
 class Members:
     """Iterate once over the regular files of an uncompressed tar, reading headers only.
 
-    Folders, links, devices and sparse files are passed over. Once exhausted, `special` counts them but for folders,
-    `end` is where the last member ends and `damage` what is wrong there, '' if nothing is. What is no tar at all raises
-    tarfile.ReadError.
+    Folders, links, devices and sparse files are skipped. After the iteration `special` counts the skipped ones except
+    folders, `end` is the byte after the last member, and `damage` describes a fault there, '' if there is none. A file
+    that is not a tar raises tarfile.ReadError.
     """
 
     def __init__(self, file: IO[bytes]) -> None:
@@ -73,12 +71,12 @@ class Members:
                     return
                 if member is None:
                     break
-                # A negative size leads tarfile backwards, and round and round; a huge one leads nowhere.
+                # A negative size sends tarfile backwards into an endless loop, a huge one beyond the file.
                 if member.size < 0 or not before < tar.offset < 1 << 62:
                     self.damage = f"a member of {member.size} bytes at byte {member.offset}"
                     return
                 before = tar.offset
-                # tarfile keeps all it has seen, for lookups by name that nobody makes here.
+                # tarfile keeps all members for look-ups by name, which are not used here.
                 tar.members = []  # type: ignore[attr-defined]
                 if member.isreg() and not member.issparse():
                     yield Member(member.name, member.offset_data, member.size)
@@ -101,7 +99,7 @@ def _opened(file: IO[bytes]) -> tarfile.TarFile:
 
 
 def find_members(file: IO[bytes], names: Collection[str]) -> dict[str, bytes]:
-    """The contents of these files of a tar, as far as it has them; of all others only the headers are read."""
+    """The contents of these files of a tar, as far as it has them; reads only the headers of all others."""
     wanted = [member for member in list(Members(file)) if member.name in names]
     found = {}
     for member in wanted:

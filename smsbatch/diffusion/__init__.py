@@ -1,1 +1,1 @@
-"""The mathematics."""
+"""Score distillation: objectives, score models, noise schedules and the optimization of latents."""

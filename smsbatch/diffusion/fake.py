@@ -11,17 +11,15 @@ from smsbatch.diffusion.priors.adapter import Adapter
 from smsbatch.diffusion.priors.stable_diffusion import Prior
 from smsbatch.manifest import Fake
 
-__all__ = ["FakeScore"]
-
-_FP16_LOSS_SCALE = 2.0**14  # the mean over a latent of 4 x 64 x 64 and fp16's smallest numbers cancel
+_FP16_LOSS_SCALE = 2.0**14  # undoes the mean over 4 x 64 x 64 entries, whose gradients are too small for fp16
 
 
 class FakeScore:
     """B LoRAs, their optimizer, and the training step.
 
-    The factors are A [B, r, in] and B [B, out, r] on every attention layer the configuration names, applied by one
-    batched product. Losses are summed over samples of per-sample means and AdamW works element by element, so this *is*
-    B separate runs, up to the rounding of the kernels. A batch has one row per LoRA or, of a single LoRA, any number.
+    The factors are A [B, r, in] and B [B, out, r] on every attention layer that the configuration names, applied by
+    one batched product. The loss is the sum of the samples' means and AdamW works element by element, so this *is* B
+    separate runs, up to the rounding of the kernels. A batch has one row per LoRA or, for a single LoRA, any number.
 
     Args:
         generators: one per LoRA; each draws its initial values (A Kaiming-uniform as peft's, B zero).
@@ -55,7 +53,7 @@ class FakeScore:
         self._loss_scale = _FP16_LOSS_SCALE if prior.dtype == torch.float16 else 1.0
 
     def adapter(self, rows: int) -> Adapter:
-        """What makes the first `rows` rows of a call to the prior those of the fake score; row i is LoRA i % B's."""
+        """The adapter that makes the first `rows` rows of a prior's call the fake score's; row i has LoRA i % B."""
         return Adapter(self.config.alpha / self.config.rank, self._down, self._up, rows)
 
     def predict(self, z: Tensor, t: Tensor, eps: Tensor, text: Tensor) -> Tensor:
@@ -64,21 +62,20 @@ class FakeScore:
             return self.prior.noise(self.prior.schedule.add_noise(z, t, eps), t, text, self.adapter(len(z)))
 
     def train_step(self, z: Tensor, t: Tensor, eps: Tensor, text: Tensor) -> Tensor:
-        """One AdamW step of every sample's LoRA at its own `z`, `t` [B] and `eps`; the losses [B]."""
+        """One AdamW step of every sample's LoRA at its own `z`, `t` [B] and `eps`; returns the losses [B]."""
         return self.learn(self.predict(z, t, eps, text), t, eps)
 
     def learn(self, e: Tensor, t: Tensor, eps: Tensor) -> Tensor:
-        """The step, given the prediction `e` [B, C, h, w] with its graph."""
+        """`train_step`, given the prediction `e` [B, C, h, w] with its graph."""
         losses = self.add_gradient(e, t, eps)
         self.update()
         return losses
 
     def add_gradient(self, e: Tensor, t: Tensor, eps: Tensor, share: float = 1.0) -> Tensor:
-        """Add the gradient of `share` times the sum of the losses [N], which are returned: MSE of what the model itself
-        predicts.
+        """Add the gradient of `share` times the sum of the losses [N], and return these: MSE of the model's own output.
 
-        That is the noise or, under v-prediction, v, whose error is the noise's by a_t. With weight "alpha_bar" the
-        error is scaled by abar_t before squaring, as the released code's is.
+        The output is the noise or, under v-prediction, v, whose error is the noise's divided by a_t. With weight
+        "alpha_bar" the error is scaled by abar_t before squaring, as in the released code.
         """
         schedule = self.prior.schedule
         with torch.enable_grad():
@@ -92,11 +89,11 @@ class FakeScore:
         return losses.detach()
 
     def update(self, average: Callable[[list[Tensor]], None] = lambda tensors: None) -> None:
-        """One AdamW step along the gradients that were added, once `average` has made them the mean of all workers."""
+        """One AdamW step along the added gradients, once `average` has made them means over all workers."""
         gradients = [factor.grad for factor in self.factors.values() if factor.grad is not None]
         if self._loss_scale != 1:
             for gradient in gradients:
-                # What overflowed is left out of this one step; what is wrong for good still ends as `diverged`.
+                # An overflow is left out of this one step; a persistent fault still ends as `diverged`.
                 gradient.div_(self._loss_scale).nan_to_num_(0.0, 0.0, 0.0)
         average(gradients)
         self.optimizer.step()

@@ -3,8 +3,8 @@
     d(z, z_src) = sum_l mean_hw lin_l((f_l(T z) - f_l(T z_src))^2) + mean |z - z_src|
 
 f_l are layers of a VGG-16 on latents, normalized over channels; T is a random flip, shift, rotation and scaling, the
-same for both. The package is an extra, `smsbatch[latent-lpips]`, and like its weights not for commercial use. These are
-never downloaded: they are looked for in the folder SMSBATCH_WEIGHTS and in torch's cache.
+same for both. The package is an extra, `smsbatch[latent-lpips]`, and like its weights not for commercial use. Weights
+are never downloaded: they are looked for in the folder SMSBATCH_WEIGHTS and in torch's cache.
 """
 
 from __future__ import annotations
@@ -21,23 +21,21 @@ from torch import Tensor, nn
 
 from smsbatch.errors import WeightsError
 
-__all__ = ["LatentLpips"]
-
 # Heads and trunk for the latents of Stable Diffusion 1.x; those of 2.x come from the same encoder.
 WEIGHTS = "sd15_latest_vgg16_tuned.pth"
 ADDRESS = f"https://huggingface.co/Mingguksky/elatentlpips/resolve/main/elatentlpips_ckpt/{WEIGHTS}"
 
 
 class LatentLpips:
-    """d(z, z_src) against one batch of sources and its gradient, every sample its own.
+    """d(z, z_src) to one batch of sources and its gradient, sample by sample.
 
-    T is drawn anew in every call from the number of the call alone, so that a sample sees the same whatever its batch.
+    Every call draws a new T, seeded by the call's number alone, so that a sample's T does not depend on its batch.
 
     Args:
         z_src: source latents [B, 4, h, w], scaled as the UNet sees them.
 
     Raises:
-        WeightsError: the extra is not installed, or its weights are not here.
+        WeightsError: the extra is not installed, or its weights are not on this machine.
     """
 
     def __init__(self, z_src: Tensor) -> None:
@@ -61,7 +59,7 @@ class LatentLpips:
 
 @cache
 def _network() -> nn.Module:
-    """The package's network with the file's weights; its own constructor would fetch some into the working folder."""
+    """The package's network with the file's weights; its own constructor downloads some into the working folder."""
     try:
         from elatentlpips import ELatentLPIPS
     except ImportError as error:
@@ -72,11 +70,11 @@ def _network() -> nn.Module:
     path = next((path for path in _candidates() if path.is_file()), None)
     if path is None:
         raise WeightsError(
-            f"objective.identity: the weights of latent_lpips are not here; download {ADDRESS} "
-            "into a folder, and name that in the environment's SMSBATCH_WEIGHTS"
+            f"objective.identity: the weights of latent_lpips are not on this machine; download {ADDRESS} "
+            "into a folder, and set the environment variable SMSBATCH_WEIGHTS to it"
         )
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", module="torchvision")  # of an old argument; no news to the user
+        warnings.filterwarnings("ignore", module="torchvision")  # it warns of an old argument, which no user can change
         network = ELatentLPIPS(pretrained=False, pnet_rand=True, encoder="sd15", augment="bg", verbose=False)
         _take_latents(network.net)
     try:
@@ -84,7 +82,7 @@ def _network() -> nn.Module:
         absent, unknown = network.load_state_dict(state, strict=False)
     except (OSError, RuntimeError, EOFError, UnpicklingError) as error:
         raise WeightsError(f"{path}: not the weights of latent_lpips ({error}); download {ADDRESS}") from error
-    wrong = [*unknown, *(name for name in absent if not name.startswith("augment."))]  # these are constants
+    wrong = [*unknown, *(name for name in absent if not name.startswith("augment."))]  # its buffers are constants
     if wrong:
         raise WeightsError(f"{path}: not the weights of latent_lpips, {wrong[0]} does not match; download {ADDRESS}")
     frozen: nn.Module = network.eval().requires_grad_(False)
@@ -97,7 +95,7 @@ def _candidates() -> list[Path]:
 
 
 def _take_latents(trunk: Any) -> None:
-    """What the package does to VGG-16 when it loads a trunk: four channels in, and none of the first three poolings."""
+    """Change VGG-16 as the package does when it loads a trunk: four input channels, first three poolings removed."""
     for layers in (trunk.slice1, trunk.slice2, trunk.slice3):
         for name, layer in layers.named_children():
             if isinstance(layer, nn.MaxPool2d):

@@ -1,4 +1,4 @@
-"""Style LoRA files of the wild, read as differences of a prior's parameters.
+"""Read style LoRA files of all common kinds as differences of a prior's parameters.
 
     kind            parts of a module, r = rank                                 delta W
     LoRA, LoCon     lora_down [r, in, ...], lora_up [out, r, ...]               s up down
@@ -10,7 +10,7 @@
     IA3             weight [out], or [in] with on_input                         weight * W
     DoRA            any of the first three with a magnitude m                   m (W + delta) / |W + delta| - W
 
-s = alpha / r, or alpha / sqrt(r) where peft's configuration says rslora; alpha absent or zero means s = 1 (LoRA,
+s = alpha / r, or alpha / sqrt(r) with `use_rslora` in peft's configuration; alpha absent or zero counts as r (LoRA,
 2106.09685; LyCORIS, 2309.14859; DoRA, 2402.09353; IA3, 2205.05638).
 """
 
@@ -31,19 +31,17 @@ from smsbatch.diffusion.priors.stable_diffusion import Prior
 from smsbatch.errors import WeightsError
 from smsbatch.manifest import Style
 
-__all__ = ["Deltas", "read_lora", "read_style"]
-
 
 @dataclass(frozen=True)
 class Deltas:
-    """What to add to parameters, by `<layer>.weight` or `<layer>.bias`: of its shape, float32, on the CPU."""
+    """Differences to add to parameters, by `<layer>.weight` or `<layer>.bias`: of their shapes, float32, on the CPU."""
 
     unet: dict[str, Tensor] = field(default_factory=dict)
     text: dict[str, Tensor] = field(default_factory=dict)
 
 
 def read_style(style: Style, prior: Prior) -> Deltas:
-    """The sum of a style's LoRAs, each times its scale; with no LoRA nothing.
+    """The sum of a style's LoRAs, each times its scale; empty without a LoRA.
 
     Raises:
         WeightsError: as `read_lora`.
@@ -52,7 +50,7 @@ def read_style(style: Style, prior: Prior) -> Deltas:
     for path, scale in style.loras:
         deltas = read_lora(path, prior, text_encoder=style.text_encoder)
         for into, found in ((total.unet, deltas.unet), (total.text, deltas.text)):
-            while found:  # a LoRA of every layer is as large as the model: not both at once
+            while found:  # deltas of every layer are as large as the model: free each once it is added
                 name, delta = found.popitem()
                 into[name] = into[name] + scale * delta if name in into else scale * delta
     return total
@@ -65,8 +63,8 @@ def read_lora(path: str, prior: Prior, *, text_encoder: bool) -> Deltas:
         text_encoder: read its parts for the text encoder too.
 
     Raises:
-        WeightsError: the file is missing or no safetensors, it holds what is not understood, incomplete, not finite, or
-            of a shape or for a layer that the prior has not.
+        WeightsError: the file is missing or not safetensors, or something in it is unknown, incomplete, not finite, or
+            of a shape or for a layer that the prior does not have.
     """
     found, deltas = survey(path), Deltas()
     models = found.models(text_encoder)
@@ -94,7 +92,7 @@ def read_lora(path: str, prior: Prior, *, text_encoder: bool) -> Deltas:
 
 
 def _settings_of(model: Part, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Of one model: diffusers writes peft's settings with the model's name in front, peft writes them bare."""
+    """The settings of one model: diffusers prefixes peft's settings with the model's name, peft does not."""
     prefix = {"unet": "unet.", "text": "text_encoder."}[model]
     return {
         key.removeprefix(prefix): value for key, value in settings.items() if key.startswith(prefix) or "." not in key
@@ -106,7 +104,7 @@ def _shapes(layer: nn.Module) -> str:
 
 
 def _deltas(parts: Mapping[str, Tensor], layer: nn.Module, settings: Mapping[str, Any], name: str) -> dict[str, Tensor]:
-    """What to add to a layer's `weight` and `bias`; RuntimeError where it does not fit."""
+    """The differences of a layer's `weight` and `bias`. RuntimeError: one does not fit."""
     old = {key: value.detach().float().cpu() for key, value in layer.named_parameters(recurse=False)}
     deltas = {}
     delta, weight = _product(parts, old["weight"]), old["weight"]
@@ -121,7 +119,7 @@ def _deltas(parts: Mapping[str, Tensor], layer: nn.Module, settings: Mapping[str
 
 
 def _product(parts: Mapping[str, Tensor], weight: Tensor) -> Tensor | None:
-    """The module's docstring's table, without s and DoRA."""
+    """delta W in the table of the module's docstring, without s and DoRA."""
     get = parts.get
     if "lora_down" in parts:
         up, mid, down = parts["lora_up"], get("lora_mid"), parts["lora_down"]
@@ -132,9 +130,9 @@ def _product(parts: Mapping[str, Tensor], weight: Tensor) -> Tensor | None:
     if "lokr_w1" in parts or "lokr_w1_a" in parts:
         w1 = parts["lokr_w1"] if "lokr_w1" in parts else _joined(parts["lokr_w1_a"], parts["lokr_w1_b"])
         w2 = parts["lokr_w2"] if "lokr_w2" in parts else _joined(parts["lokr_w2_a"], parts["lokr_w2_b"], get("lokr_t2"))
-        if w2.ndim == 2:  # of a convolution, LyCORIS writes [out, in * kh * kw]
+        if w2.ndim == 2:  # for a convolution, LyCORIS writes [out, in * kh * kw]
             w2 = w2.reshape(len(w2), -1, *weight.shape[2:])
-        return torch.kron(w1.reshape(*w1.shape, *(1 for _ in w2.shape[2:])), w2.contiguous())  # else it views in vain
+        return torch.kron(w1.reshape(*w1.shape, *(1 for _ in w2.shape[2:])), w2.contiguous())  # kron views w2
     if "weight" in parts:
         shape = [1] * weight.ndim
         shape["on_input" in parts and bool(parts["on_input"])] = -1
@@ -151,7 +149,7 @@ def _joined(left: Tensor, right: Tensor, core: Tensor | None = None) -> Tensor:
 
 
 def _fitted(delta: Tensor, parameter: Tensor) -> Tensor:
-    """In the parameter's shape: a 1x1 convolution may stand for a linear layer and back, a matrix for any."""
+    """`delta` in the parameter's shape: 1x1 convolutions and linear layers fit each other, and a matrix fits any."""
     if delta.shape == parameter.shape:
         return delta
     if delta.shape[0] != parameter.shape[0] or (delta.ndim != 2 and delta.shape[:2] != parameter.shape[:2]):
@@ -167,7 +165,7 @@ def _scale(parts: Mapping[str, Tensor], settings: Mapping[str, Any], name: str) 
     alpha = parts["alpha"].item() if "alpha" in parts else None
     if alpha is None and settings:
         patterns = settings.get("alpha_pattern") or {}
-        paths = (name, f"text_model.{name}")  # of a text encoder, with and without; a pattern is the end of a path
+        paths = (name, f"text_model.{name}")  # a text encoder's may have the prefix; a pattern matches a path's end
         fits = (a for end, a in patterns.items() if any(re.fullmatch(rf"(.*\.)?({end})", path) for path in paths))
         alpha = next(fits, settings.get("lora_alpha"))
         if settings.get("use_rslora"):

@@ -1,8 +1,8 @@
-"""The grammar of style LoRA files: which key speaks of which layer. Without torch: a driver checks files by it.
+"""The grammar of style LoRA files: which key belongs to which layer. Without torch: a driver checks files with it.
 
 A key is <layer>.<part>. The layer is written kohya's way (`lora_unet_` or `lora_te_` and the path with _ for .), or as
 a path (diffusers, peft, ComfyUI: `unet.`, `base_model.model.`, `diffusion_model.`, ... or nothing in front). The UNet's
-layers may have the names of the original Stable Diffusion code. Whatever is not understood is an error that names it.
+layers may have the names of the original Stable Diffusion code. An unknown key is an error that names it.
 """
 
 from __future__ import annotations
@@ -21,12 +21,10 @@ from smsbatch.diffusion.priors.files import locate_lora, locate_model, parameter
 from smsbatch.errors import WeightsError
 from smsbatch.manifest import Styled
 
-__all__ = ["Key", "Part", "Survey", "check_style", "parse", "survey"]
-
 Part = Literal["unet", "text"]
 _MODELS: tuple[Part, ...] = ("unet", "text")
 
-# What a module may consist of, beside `_ALSO`; a module that is none of these is incomplete.
+# The parts of each kind of module, apart from `_ALSO`; a module with any other set of parts is incomplete.
 _KINDS = (
     {"lora_down", "lora_up"},
     {"lora_down", "lora_up", "lora_mid"},
@@ -56,7 +54,7 @@ _PATH_PARTS = {
     r"diff": "diff",
     r"diff_b": "diff_b",
 }
-# In front of a path: whose it is, where that is said.
+# Prefixes of a path, and the model that each one names, if any.
 _PREFIXES: dict[str | None, Part | None] = {
     "unet.": "unet",
     "diffusion_model.": "unet",
@@ -74,7 +72,7 @@ _REFUSED = {
     r".*\.lora_[AB](\.\w+)?\.bias": "is the bias of a factor",
     r"bundle_emb\..*": "is an embedding in the LoRA's file",
 }
-# The original code's names of what lies outside the stages, and within a ResNet block.
+# The original code's names of the layers outside the stages, and of those within a ResNet block.
 _ENDS = {
     "conv_in": "input_blocks.0.0",
     "time_embedding.linear_1": "time_embed.0",
@@ -94,10 +92,10 @@ _SHOWN = 3  # names in a message; the rest are counted
 
 
 class Key(NamedTuple):
-    """What a key speaks of.
+    """A key, parsed.
 
-    `layer` is the path in diffusers' or transformers' model with _ for . and without `text_model` in front, which
-    CLIP's text encoder has or has not by transformers' version.
+    `layer` is the path in diffusers' or transformers' model with _ for . and without the prefix `text_model`, which
+    CLIP's text encoder has only in some versions of transformers.
     """
 
     model: Part
@@ -106,10 +104,10 @@ class Key(NamedTuple):
 
 
 def parse(key: str) -> Key:
-    """What a key of a LoRA file speaks of.
+    """Parse a key of a LoRA file.
 
     Raises:
-        ValueError: it is none of a kind known here; the message says what it is instead.
+        ValueError: it is of no kind known here; the message describes its kind.
     """
     for pattern, what in _REFUSED.items():
         if re.fullmatch(pattern, key):
@@ -127,13 +125,13 @@ def parse(key: str) -> Key:
 
 
 def _key(model: Part | None, layer: str, part: str) -> Key:
-    """With no model named, the layer's name says whose it is."""
+    """Without a `model`, the layer's name decides to which model it belongs."""
     is_text = model == "text" or (model is None and layer.startswith(("text_model_", "encoder_layers_")))
     return Key("text", layer.removeprefix("text_model_"), part) if is_text else Key("unet", layer, part)
 
 
 def _new(key: str) -> str:
-    """The key as diffusers writes it today: an attention layer's LoRA once hung on its processor."""
+    """The key as diffusers writes it today: it once kept an attention layer's LoRA in its processor."""
     key = key.replace(".processor.", ".")
     key = re.sub(r"\.to_([qkv])_lora\.", r".to_\1.lora.", key).replace(".to_out_lora.", ".to_out.0.lora.")
     key = re.sub(r"\.self_attn\.to_([qkv])\.", r".self_attn.\1_proj.", key)
@@ -142,7 +140,7 @@ def _new(key: str) -> str:
 
 @dataclass(frozen=True)
 class Survey:
-    """What a file holds, by its header.
+    """The contents of a file, by its header.
 
     Attributes:
         path: as the manifest names it.
@@ -156,10 +154,10 @@ class Survey:
     settings: Mapping[str, Any]
 
     def place(self, model: Part, paths: Collection[str]) -> dict[str, Mapping[str, str]]:
-        """The parts' keys by the dotted path of the layer, one of `paths`.
+        """The keys of each layer's parts, by the layer's dotted path in `paths`.
 
         Raises:
-            WeightsError: there is no such layer.
+            WeightsError: a layer is not in `paths`.
         """
         names = {path.replace(".", "_").removeprefix("text_model_" if model == "text" else ""): path for path in paths}
         if model == "unet":
@@ -173,10 +171,10 @@ class Survey:
         return {names[layer]: parts for layer, parts in wanted.items()}
 
     def models(self, text_encoder: bool) -> list[Part]:
-        """Which models the file changes.
+        """The models that the file changes.
 
         Raises:
-            WeightsError: none.
+            WeightsError: it changes none.
         """
         held = {model for model, _ in self.modules}
         used = [model for model in _MODELS if model in held and (model == "unet" or text_encoder)]
@@ -190,7 +188,7 @@ def survey(path: str) -> Survey:
     """Read a LoRA file's header.
 
     Raises:
-        WeightsError: the file is missing, a pickle or damaged, or a key is unknown, said twice or without its partner.
+        WeightsError: the file is missing, a pickle or damaged, a key is unknown, or a part is repeated or missing.
     """
     file = locate_lora(path)
     try:
@@ -209,7 +207,7 @@ def survey(path: str) -> Survey:
             continue
         parts = modules.setdefault((model, layer), {})
         if part in parts:
-            raise WeightsError(f"style.lora: {path}: {parts[part]} and {key} say the same; choose another file")
+            raise WeightsError(f"style.lora: {path}: {parts[part]} and {key} are the same part; choose another file")
         parts[part] = key
     if unknown:
         what = "; ".join(f"{_some(strange)} {reason}" for reason, strange in unknown.items())
@@ -220,7 +218,7 @@ def survey(path: str) -> Survey:
 
 
 def _complete(path: str, parts: Mapping[str, str]) -> None:
-    """Refuse what is no whole module, by the whole that it is nearest to."""
+    """Refuse an incomplete module; the message compares it with the nearest complete one."""
     own = parts.keys() - _ALSO
     if own in _KINDS or (not own and "diff_b" in parts and len(parts) == 1):
         return
@@ -229,11 +227,11 @@ def _complete(path: str, parts: Mapping[str, str]) -> None:
     nearest = min(_KINDS, key=lambda kind: (len(own ^ kind), sorted(kind)))
     wrong = [f"no {name}" for name in sorted(nearest - own)] + [f"{name} too" for name in sorted(own - nearest)]
     first = parts[min(own & nearest, default=min(own))]
-    raise WeightsError(f"style.lora: {path}: beside {first} there is {' and '.join(wrong)}; fetch the file again")
+    raise WeightsError(f"style.lora: {path}: with {first} there is {' and '.join(wrong)}; fetch the file again")
 
 
 def _settings(path: str, file: Path, metadata: Mapping[str, str]) -> Mapping[str, Any]:
-    """Peft's configuration: diffusers writes it into the file, peft beside its `adapter_model.safetensors`."""
+    """Peft's configuration: diffusers writes it into the file, peft into one next to `adapter_model.safetensors`."""
     beside = file.with_name("adapter_config.json")
     text = metadata.get("lora_adapter_metadata")
     if text is None and file.name == "adapter_model.safetensors" and beside.is_file():
@@ -247,7 +245,7 @@ def _settings(path: str, file: Path, metadata: Mapping[str, str]) -> Mapping[str
     for key, value in settings.items():
         name = key.rpartition(".")[2]
         patterns = value if name == "alpha_pattern" and isinstance(value, dict) else {}
-        # Peft reads them as regular expressions; of a stranger's, only such as come to an end soon.
+        # Peft reads them as regular expressions; from an unknown author, only those that match quickly are allowed.
         strange = [p for p in patterns if not re.fullmatch(r"[\w.\\^$|*]+", p) or p.count("*") > 3 or "**" in p]
         if strange:
             raise WeightsError(f"style.lora: {path}: {key} has the pattern {strange[0]!r}; name the layers instead")
@@ -267,7 +265,7 @@ def _some(names: Iterable[str]) -> str:
 def _originals(paths: Collection[str]) -> dict[str, str]:
     """The UNet's layers by their paths in the original Stable Diffusion code, for the layout of 1.x and 2.x.
 
-    There the places of all stages are counted through, and ResNet block, attention and resampling are numbered within:
+    That code numbers the places of all stages consecutively, and ResNet block, attention and resampling within a place:
     `input_blocks.4.1` is the attention of the second stage's first place.
     """
     attending = {path.partition(".attentions.")[0] for path in paths if ".attentions." in path}
@@ -305,12 +303,12 @@ def _originals(paths: Collection[str]) -> dict[str, str]:
 
 
 def check_style(manifest: Styled) -> list[str]:
-    """Hold every LoRA file's keys against the layers of the model it is for; a line for whatever is left out.
+    """Check every LoRA file's keys against its model's layers; returns a notice for each file with parts left out.
 
-    Of a single-file checkpoint the layers are not known here: there only the files themselves are checked.
+    The layers of a single-file checkpoint are not known here: then only the LoRA files themselves are checked.
 
     Raises:
-        WeightsError: model or style are missing or damaged, or the style is for another architecture.
+        WeightsError: a model or the style is missing or damaged, or the style is for another architecture.
     """
     style, notices = manifest.style, []
     if manifest.objective.identity == "latent_lpips" and find_spec("elatentlpips") is None:

@@ -1,4 +1,4 @@
-"""What turns scores into a gradient on the latent.
+"""Score distillation objectives: each turns noise predictions into a gradient on the latent.
 
     objective   its direction G                                                    source
     ─────────   ─────────────────────────────────────────────────────────────────  ─────────────────────────────────
@@ -12,17 +12,17 @@
     every one   gradient = R . G + lambda dL_id/dz
 
     e_*     noise predictions with classifier-free guidance; without a style LoRA, e_style is the bare prior's
-    z_t     z noised at t by eps; z_t^src the source, by the same eps
+    z_t     z noised at t with eps; z_t^src is the source noised with the same eps
     R       relevance map in [0, 1]: where the bare prior reacts to "turn it into <style>", on the noised source
-    L_id    low frequencies of z against those of the source, cut off at t (`spectrum.py`), or another identity term
+    L_id    distance of z's low frequencies, cut off at t, from the source's (`spectrum.py`), or another identity term
 
-R and lambda are SMS's; the constants of the others switch them off, and a manifest may switch them on. So SMS is VSD
-with a map, a spectral term and a range of timesteps that narrows, and its ablations are numbers in a manifest. With or
-without the style LoRA is likewise not a matter of the objective but of which model answers to "style".
+R and lambda belong to SMS; the constants of the other objectives switch them off, and a manifest may switch them on. So
+SMS is VSD with a map, a spectral term and a narrowing range of timesteps, and its ablations are numbers in a manifest.
+The style LoRA is not part of an objective either: it belongs to the model whose predictions are called "style".
 
-The papers write squared norms; what they mean, and their authors run, is the gradient above, without the UNet's
-Jacobian (paper, Eq. 2). Gradients are per latent entry (times 1/(C h w)), as a mean-reduced loss gives them: Adam's
-epsilon is calibrated to that.
+The papers write squared norms, but mean, and their authors compute, the gradient above without the UNet's Jacobian
+(paper, Eq. 2). Gradients are per latent entry (times 1/(C h w)), as those of a mean-reduced loss: Adam's epsilon is
+calibrated to that.
 """
 
 from __future__ import annotations
@@ -41,12 +41,10 @@ from smsbatch.diffusion.scores import Ask, Scores
 from smsbatch.diffusion.spectrum import SpectralPenalty
 from smsbatch.manifest import ScoreObjective
 
-__all__ = ["CDS", "DDS", "OBJECTIVES", "PDS", "SDS", "Distillation", "Matching", "positions", "relevance_map"]
-
 
 @dataclass(frozen=True)
 class Point:
-    """Where the scores are asked: result and source [B, C, h, w], noised alike at `t` [B]."""
+    """The input of the scores: result and source [B, C, h, w], noised at `t` [B] with the same `eps`."""
 
     z: Tensor
     z_src: Tensor
@@ -57,18 +55,18 @@ class Point:
 
 
 class Identity(Protocol):
-    """What holds a result to its source."""
+    """The identity term, which keeps a result close to its source."""
 
     def gradient(self, z: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """`(gradient [B, C, h, w], loss [B])`, both per latent entry."""
 
 
 class Distillation(ABC):
-    """What the six have in common, for one batch of samples. A subclass says what it asks, and makes G of the answers.
+    """The common part of the six objectives, for one batch. A subclass lists its predictions and computes G from them.
 
     Args:
-        config: constants, from the manifest.
-        schedule: of the prior all scores share.
+        config: the constants in the manifest.
+        schedule: of the prior that all scores share.
         z_src: source latents [B, C, h, w], float32.
     """
 
@@ -77,7 +75,7 @@ class Distillation(ABC):
     def __init__(self, config: ScoreObjective, schedule: Schedule, z_src: Tensor) -> None:
         self.config, self.schedule, self.z_src = config, schedule, z_src
         self.identity = _identity(config, z_src) if config.identity_weight else None
-        self._times = self._maps = z_src.new_empty(0)  # of the cached relevance maps
+        self._times = self._maps = z_src.new_empty(0)  # the cached relevance maps and their timesteps
 
     @abstractmethod
     def asks(self, p: Point) -> list[Ask]:
@@ -85,12 +83,12 @@ class Distillation(ABC):
 
     @abstractmethod
     def direction(self, p: Point, scores: Scores, *e: Tensor) -> Tensor:
-        """G [B, C, h, w] of the predictions `e`, in the order of `asks`."""
+        """G [B, C, h, w] from the predictions `e`, which are in the order of `asks`."""
 
     def gradient(self, z: Tensor, t: Tensor, eps: Tensor, scores: Scores) -> tuple[Tensor, Tensor]:
-        """`(gradient [B, C, h, w], loss [B])` at `z` [B, C, h, w], with its own `t` [B] and noise `eps` for each.
+        """`(gradient [B, C, h, w], loss [B])` at `z` [B, C, h, w]; each sample has its own `t` [B] and noise `eps`.
 
-        The loss is what a trace shows, |R . G|^2 / 2 + lambda L_id; the gradient is not its derivative, see above.
+        The loss |R . G|^2 / 2 + lambda L_id is for traces; the gradient is not its derivative (see the module).
         """
         p = self._point(z, t, eps)
         asked = self.asks(p)
@@ -110,8 +108,8 @@ class Distillation(ABC):
         """Compute the relevance map at `relevance_grid` timesteps, evenly between `t_min` and `t_max`, each with its
         own noise.
 
-        Of rows that come in groups of `repeats` with one source, the map is computed once for each group; `scores` and
-        `noise` are then of the groups.
+        Each group of `repeats` rows has one source, for which the map is computed once; `scores` and `noise` have one
+        row per group.
         """
         config, maps, z_src = self.config, [], self.z_src[::repeats]
         assert config.relevance_grid is not None
@@ -123,7 +121,7 @@ class Distillation(ABC):
         self._maps = torch.stack(maps).repeat_interleave(repeats, dim=1)
 
     def weight(self, p: Point, e_style: Tensor) -> Tensor:
-        """w_t [B, 1, 1, 1]. DMD's is (b_t / a_t) / mean |z - x0|, x0 the clean latent that `e_style` implies."""
+        """w_t [B, 1, 1, 1]. DMD's is (b_t / a_t) / mean |z - x0|, where `e_style` implies the clean latent x0."""
         schedule, t = self.schedule, p.t
         if self.config.weight == "dmd":
             x0 = (p.z_t - schedule.b(t) * e_style) / schedule.a(t)
@@ -148,7 +146,7 @@ class Distillation(ABC):
 
 
 def _edits(z_t_src: Tensor) -> tuple[Ask, Ask]:
-    """What the relevance map is made of (paper, Eq. 4)."""
+    """The two predictions of the relevance map (paper, Eq. 4)."""
     return Ask("real", z_t_src, "edit"), Ask("real", z_t_src, "null")
 
 
@@ -163,7 +161,7 @@ def _identity(config: ScoreObjective, z_src: Tensor) -> Identity:
 
 
 class LatentMse:
-    """The mean squared difference to the source (paper, appendix E.1)."""
+    """The mean squared difference from the source (paper, appendix E.1)."""
 
     def __init__(self, z_src: Tensor) -> None:
         self.z_src = z_src
@@ -175,7 +173,7 @@ class LatentMse:
 
 
 class Matching(Distillation):
-    """SMS and VSD: away from what the result is, toward what the style is."""
+    """SMS and VSD: away from the distribution of the results (fake), toward that of the style."""
 
     asks_fake = True
 
@@ -189,7 +187,7 @@ class Matching(Distillation):
 
 
 class SDS(Distillation):
-    """Toward what the model would denoise the result to."""
+    """Toward the model's denoised version of the result."""
 
     def asks(self, p: Point) -> list[Ask]:
         return [Ask("style", p.z_t, "target", self.config.guidance)]
@@ -200,7 +198,7 @@ class SDS(Distillation):
 
 
 class DDS(Distillation):
-    """SDS without what SDS does to an image that already matches its words: the same for the source is subtracted."""
+    """SDS minus its direction for the source, which removes what SDS changes in an image that matches its prompt."""
 
     def asks(self, p: Point) -> list[Ask]:
         guidance = self.config.guidance
@@ -212,7 +210,7 @@ class DDS(Distillation):
 
 
 class PDS(DDS):
-    """The stochastic latents of result and source, made equal; `Schedule.pds_coefficients` derives psi and chi."""
+    """Makes the stochastic latents of result and source equal; `Schedule.pds_coefficients` derives psi and chi."""
 
     def direction(self, p: Point, scores: Scores, *e: Tensor) -> Tensor:
         e_target, e_source = e
@@ -220,14 +218,14 @@ class PDS(DDS):
         return psi * (p.z - p.z_src) + chi * (e_target - e_source)
 
 
-_PATCHES = 256  # positions of one layer and patch size that are told from each other
+_PATCHES = 256  # positions of one layer and patch size that are contrasted
 _TAU = 0.07
-_LOSS_SCALE = 2.0**10  # or fp16 loses the gradients of a mean over positions
+_LOSS_SCALE = 2.0**10  # without it the gradients of a mean over positions vanish in fp16
 _CONTRASTIVE = 64**2 / 2000  # the source's DDS term is 2000 / (64 x 64) G, its contrastive term is not scaled
 
 
 class CDS(DDS):
-    """DDS, and a patch of the result stays closer to the same patch of the source than other patches are.
+    """DDS plus a contrastive term: a patch of the result stays closer to the same patch of the source than others.
 
     L_con = sum over self-attentions of the UNet's upper half and patch sizes 1 and 2 of the cross entropy of f_src . f
     / tau over positions. As in the authors' code, and unlike their formula, the source's patch is the anchor and the
@@ -245,20 +243,20 @@ class CDS(DDS):
                 for size in (1, 2):
                     patches, anchor = (_patches(x, p.z.shape, size) for x in (f, f_src))
                     if not patches.numel():
-                        continue  # a picture so small that this layer is a single row
+                        continue  # the picture is so small that this layer is a single row
                     chosen = positions(p.eps, patches.shape[1], 2 * layer + size)[..., None].expand(-1, -1, f.shape[-1])
                     similar = anchor.gather(1, chosen) @ patches.gather(1, chosen).mT / _TAU  # [B, patches, patches]
                     own = similar.log_softmax(-1).diagonal(dim1=1, dim2=2)
-                    loss = loss - own.mean(1).sum()  # the sum of every sample's own
+                    loss = loss - own.mean(1).sum()  # summed over samples: each gets its own gradient
             (pull,) = torch.autograd.grad(loss * _LOSS_SCALE, z_t)
         weight = self.config.contrastive_weight * _CONTRASTIVE / _LOSS_SCALE
         return super().direction(p, scores, *e) + weight * self.schedule.a(p.t) * pull
 
 
 def _patches(features: Tensor, latent: torch.Size, size: int) -> Tensor:
-    """Unit vectors [B, patches, C] of `size` x `size` positions, averaged, of `features` [B, tokens, C]."""
+    """Unit vectors [B, patches, C]: means of `features` [B, tokens, C] over `size` x `size` positions."""
     height, width = latent[-2:]
-    while height * width > features.shape[1]:  # the UNet halves, rounding up
+    while height * width > features.shape[1]:  # the UNet halves the sides, rounding up
         height, width = -(-height // 2), -(-width // 2)
     grid = features.mT.reshape(len(features), -1, height, width)
     if min(height, width) < size:
@@ -267,9 +265,9 @@ def _patches(features: Tensor, latent: torch.Size, size: int) -> Tensor:
 
 
 def positions(eps: Tensor, patches: int, turn: int) -> Tensor:
-    """Up to 256 different positions of `patches`, [B, n]: the order of some of the noise's entries.
+    """Up to 256 different positions of `patches`, [B, n], ordered by some of the noise's entries.
 
-    That is random, the sample's own, another one for every `turn` and draws nothing.
+    They are random, specific to the sample, different for every `turn`, and need no further draw.
     """
     order = eps.flatten(1).roll(turn * 1009, dims=1)[:, :patches].argsort(1)
     return order[:, :_PATCHES]
@@ -279,8 +277,8 @@ def relevance_map(difference: Tensor, order: Literal["mean_abs", "abs_mean"], cl
     """R [B, 1, h, w] in [0, 1] of `e_real(z_t^src; y_edit) - e_real(z_t^src; null)` [B, C, h, w] (paper, Eq. 4).
 
     "abs_mean" is the paper's order, absolute value before the mean over channels; "mean_abs" the released code's.
-    Values above the third quartile + `clip` interquartile ranges are clipped (arXiv 2308.08947). Normalized by minimum
-    and maximum of every sample. A constant map says nothing about where, and gives ones.
+    Values above the third quartile + `clip` interquartile ranges are clipped (arXiv 2308.08947). Every sample is
+    normalized by its minimum and maximum. A constant map does not distinguish positions, and becomes ones.
     """
     reduced = difference.mean(1, keepdim=True).abs() if order == "mean_abs" else difference.abs().mean(1, keepdim=True)
     if clip is not None:

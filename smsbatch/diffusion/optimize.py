@@ -1,4 +1,4 @@
-"""The one loop that optimizes a batch of latents (paper, Algorithm 1, per image)."""
+"""The loop that optimizes a batch of latents (paper, Algorithm 1, per image)."""
 
 from __future__ import annotations
 
@@ -16,20 +16,18 @@ from smsbatch.diffusion.scores import ScoreModels
 from smsbatch.diffusion.timesteps import allowed, draw, to_device
 from smsbatch.manifest import Objective, Prompts
 
-__all__ = ["Optimized", "learning_rate", "optimize"]
-
 _STALL_WINDOW = 10
 
 
 class Optimized(NamedTuple):
-    """Latents [B, C, h, w] and how many iterations each took [B]."""
+    """Latents [B, C, h, w] and the number of iterations of each [B]."""
 
     z: Tensor
     steps: Tensor
 
 
 def learning_rate(step: int, config: Objective) -> float:
-    """Linear warm-up from zero over `warmup` of the run, then a cosine that would reach zero at `horizon` runs.
+    """Linear warm-up from zero over `warmup` of the run, then a cosine that would reach zero after `horizon` runs.
 
     The released constants (0.2 and 1.5 of 500 steps) begin at 0, peak at 0.1 and end at 0.0325.
     """
@@ -56,20 +54,20 @@ def optimize(
     """Optimize B latents in lockstep, each exactly as if it were alone.
 
     Every sample has its own seed, from which its timesteps, noises and fake LoRA are drawn on the CPU, so that a result
-    depends neither on its neighbours nor on the device's random numbers. Nothing in the loop reads from the device, but
-    with `stall` one number every ten iterations.
+    depends neither on its neighbours nor on the device's random numbers. The loop reads nothing from the device, except
+    one number every ten iterations with `stall`.
 
     Args:
         prior: the bare prior; its UNet carries the fake score's LoRAs.
         style: the model of the style score; the prior itself where there is no LoRA.
         z_src: source latents [B, C, h, w].
-        prompts: the words of each sample.
+        prompts: of each sample.
         seeds: one per sample.
         progress: called with the number of finished steps.
         trace: called with step, loss [B] of the objective and loss [B] of the fake score, zeros where there is none.
 
     Returns:
-        The results; a sample that diverged has entries that are not finite, its neighbours are untouched.
+        The results; a diverged sample has entries that are not finite, and does not affect its neighbours.
     """
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     device = z_src.device
@@ -122,7 +120,7 @@ def optimize(
             moved = (z.detach() - anchor).flatten(1).norm(dim=1) / anchor.flatten(1).norm(dim=1)
             anchor = z.detach().clone()
             if step >= config.warmup * config.steps:
-                moving &= ~(moved < config.stall)  # what is not a number goes on, alone
+                moving &= ~(moved < config.stall)  # NaN counts as moving: a diverged sample goes on
                 if not moving.any():
                     break
     return Optimized(z.detach(), taken if config.stall is not None else taken + config.steps)

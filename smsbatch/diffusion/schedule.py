@@ -1,4 +1,7 @@
-"""The noise schedule of a prior: how much of a latent is left at each timestep."""
+"""The noise schedule of a prior: how much of a latent is left at each timestep.
+
+A variance-preserving process: `z_t = a_t z + b_t eps`, `a_t = sqrt(abar_t)`, `b_t = sqrt(1 - abar_t)`.
+"""
 
 from __future__ import annotations
 
@@ -40,14 +43,12 @@ class Schedule:
     def pds_coefficients(self, t: Tensor, stride: int = 2) -> tuple[Tensor, Tensor]:
         """`(psi_t, chi_t)`, shape of `t`, of the PDS gradient `psi_t (z - z_src) + chi_t (e_tgt - e_src)`.
 
-        With x0 the clean latent a prediction e implies, PDS matches zt~ = (z_{t'} - c0 x0 - c1 z_t) / sigma_t of result
-        and source. Written out, psi = (a_{t'} - c0 - c1 a_t) / sigma_t and chi = c0 b_t / (a_t sigma_t).
+        With x0 the clean latent that a prediction e implies, PDS makes zt~ = (z_{t'} - c0 x0 - c1 z_t) / sigma_t of
+        result and source equal. Written out, psi = (a_{t'} - c0 - c1 a_t) / sigma_t and chi = c0 b_t / (a_t sigma_t).
 
-        Of a posterior that agrees with itself psi is zero, and PDS nothing but DDS weighted by chi. What pulls to the
-        source in the authors' code is that it takes the one-step `beta_t` together with t' = t - 2 of its 500-step
-        grid.
-        The coefficients are theirs, inconsistent as they are, for there is no PDS without them: psi is 1.61 at t = 21,
-        0.14 at 201 and 0.01 at 801. `stride` 1 is consistent.
+        With a consistent posterior (`stride` 1) psi is zero, and PDS is DDS weighted by chi. The authors' code combines
+        the one-step `beta_t` with t' = t - 2 of its 500-step grid, and only this inconsistency pulls to the source.
+        Their coefficients are kept, since PDS needs them: psi is 1.61 at t = 21, 0.14 at 201 and 0.01 at 801.
         """
         abar, beta = self.abar.double(), self._beta(t).double()  # psi is a difference of nearly equal numbers
         now, before = abar[t], abar[self._before(t, stride)]

@@ -1,7 +1,8 @@
-"""The three score models, asked together.
+"""The three score models, evaluated together.
 
-An objective says which predictions it needs, of which model, where and under which words. They are answered by as few
-calls of a UNet as there are UNets: fake and real rows share the prior's, and differ in whether a LoRA is added.
+An objective lists the predictions it needs: by which model, at which z_t and with which prompt. Each UNet is called
+once, and once more for a prediction that keeps its graph: fake and real rows share the prior's and differ in whether a
+LoRA is added.
 """
 
 from __future__ import annotations
@@ -16,15 +17,12 @@ from smsbatch.diffusion.fake import FakeScore
 from smsbatch.diffusion.priors.stable_diffusion import Prior
 from smsbatch.manifest import Prompts
 
-__all__ = ["Ask", "ScoreModels", "ScoreName", "Scores", "Words"]
-
 ScoreName = Literal["style", "fake", "real"]
 Words = Literal["target", "source", "edit", "null"]
 
 
 class Ask(NamedTuple):
-    """One noise prediction: e^g(z_t; y) = e(z_t; null) + g (e(z_t; y) - e(z_t; null)); g = 1 needs, and costs, y
-    alone."""
+    """A noise prediction e^g(z_t; y) = e(z_t; null) + g (e(z_t; y) - e(z_t; null)); g = 1 computes e(z_t; y) alone."""
 
     model: ScoreName
     z_t: Tensor
@@ -33,22 +31,22 @@ class Ask(NamedTuple):
 
 
 class Scores(Protocol):
-    """What an objective sees of the models."""
+    """The score models as an objective calls them."""
 
     def __call__(self, t: Tensor, *asked: Ask) -> list[Tensor]:
         """The predictions [B, C, h, w] at `t` [B], one for each `asked`, without gradients."""
 
     def features(self, model: ScoreName, z_t: Tensor, t: Tensor, words: Words) -> list[Tensor]:
-        """What the self-attentions of the UNet's upper half put out, [B, tokens, channels], with gradients to `z_t`."""
+        """Outputs of the self-attentions in the UNet's upper half, [B, tokens, channels], with gradients to `z_t`."""
 
 
 class ScoreModels:
-    """The scores of B samples: `prior` bare (real) and with the LoRAs of `fake`, and `style`, each under its own text
+    """The scores of B samples: `prior` bare (real) and with the LoRAs of `fake`, and `style`, each with its own text
     encoder.
 
     Args:
-        fake: None for an objective that never asks it.
-        prompts: the words of each sample.
+        fake: None for an objective that does not use it.
+        prompts: of each sample.
         graph: keep the graph of the fake's prediction of the target, for `fake.learn`, as `fake_prediction`.
     """
 
@@ -66,7 +64,7 @@ class ScoreModels:
         self.fake_prediction: Tensor | None = None
 
     def text(self, model: ScoreName, words: Words) -> Tensor:
-        """Embeddings [B, L, D] of the samples' words by the model's own text encoder."""
+        """Embeddings [B, L, D] of the samples' prompts by the model's own text encoder."""
         prior = self._style if model == "style" else self._prior
         known = (id(prior), words)
         if known not in self._texts:
@@ -87,7 +85,7 @@ class ScoreModels:
         real = [row for row in rows if asked[row[0]].model == "real"]
         found: dict[tuple[int, str], Tensor] = {}
         if self._graph and faked:
-            trained = faked.pop()  # the target stands after its null
+            trained = faked.pop()  # the target row, which follows its null row
             with torch.enable_grad():
                 found |= self._ask(self._prior, t, asked, [trained], faked=1)
             self.fake_prediction = found[trained]
@@ -113,7 +111,7 @@ class ScoreModels:
     def _ask(
         self, prior: Prior, t: Tensor, asked: Sequence[Ask], rows: Sequence[tuple[int, Words]], faked: int = 0
     ) -> dict[tuple[int, str], Tensor]:
-        """One call of a UNet; the first `faked` of the rows are the fake score's."""
+        """One call of a UNet; the first `faked` rows are the fake score's."""
         if not rows:
             return {}
         z_t = torch.cat([asked[number].z_t for number, _ in rows])

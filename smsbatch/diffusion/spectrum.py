@@ -1,4 +1,4 @@
-"""Progressive spectrum regularization (paper, section 3.3): keep the source's low frequencies, fewer as noise falls.
+"""Progressive spectrum regularization (paper, section 3.3): keep the source's low frequencies, fewer at less noise.
 
 Everything is in closed form: the orthonormal DCT-II is two matrix products, so its gradient is its transpose.
 """
@@ -10,8 +10,6 @@ from typing import Literal
 
 import torch
 from torch import Tensor
-
-__all__ = ["SpectralPenalty", "dct_matrix", "low_pass"]
 
 _ROUNDING = 1e-5  # of a coefficient in float32; latents are of order 1
 
@@ -69,7 +67,7 @@ class SpectralPenalty:
         entries = z[0].numel()
         kept = low_pass(z.shape[-2], z.shape[-1], t, self.t_max, self.cutoff)
         difference = (self.transform(z) - self.source) * kept
-        # What is rounding has no sign: else an entry that has not moved is pulled whole, another way in every batch.
+        # Rounding errors count as zero: with l1 their sign, which differs by batch, would fully pull an unmoved entry.
         difference = torch.where(difference.abs() < _ROUNDING, 0.0, difference)
         if self.norm == "l1":
             loss, outer = difference.abs(), difference.sign()

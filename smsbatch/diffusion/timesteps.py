@@ -1,7 +1,4 @@
-"""The noise schedule, what an objective weighs a timestep with, and which timesteps an iteration may draw.
-
-A variance-preserving process: `z_t = a_t z + b_t eps`, `a_t = sqrt(abar_t)`, `b_t = sqrt(1 - abar_t)`.
-"""
+"""The timesteps that an iteration may draw."""
 
 from __future__ import annotations
 
@@ -9,8 +6,6 @@ from typing import Literal
 
 import torch
 from torch import Tensor
-
-__all__ = ["allowed", "draw", "to_device"]
 
 
 def allowed(
@@ -22,13 +17,13 @@ def allowed(
     grid: int,
     timesteps: Literal["adaptive", "uniform", "linear"] = "adaptive",
 ) -> range:
-    """The timesteps that iteration `step` of `steps` may draw, each as likely as the others.
+    """The timesteps that iteration `step` of `steps` may draw, all equally likely.
 
-    "adaptive" narrows, `t ~ U(t_min, (1 - step/steps) t_max)` (paper, Eq. 7); "uniform" never does; "linear" is one
-    single timestep, which falls from `t_max` to `t_min` in equal parts ("random" and "naive" in the paper's Table 4).
+    "adaptive" narrows, `t ~ U(t_min, (1 - step/steps) t_max)` (paper, Eq. 7); "uniform" never does; "linear" is a
+    single timestep, which falls from `t_max` to `t_min` in equal steps ("random" and "naive" in the paper's Table 4).
 
     `grid` 1 takes every integer, the upper bound included. `grid` 2 is the released code's 500-step DDIM grid: odd
-    timesteps only, the upper bound excluded. The range never empties: at the end only its lowest timestep is left.
+    timesteps only, the upper bound excluded. The range is never empty: at the end its lowest timestep is left.
     """
     if timesteps == "adaptive":
         return _narrowed(step, steps, t_min, t_max, grid)
@@ -49,10 +44,10 @@ def _narrowed(step: int, steps: int, t_min: int, t_max: int, grid: int) -> range
 
 
 def draw(choices: range, generator: torch.Generator) -> int:
-    """One timestep, uniformly."""
+    """One timestep, drawn uniformly."""
     return choices[int(torch.randint(len(choices), (), generator=generator))]
 
 
 def to_device(drawn: Tensor, device: torch.device) -> Tensor:
-    """What was drawn on the CPU, without waiting for the device."""
+    """Copy numbers drawn on the CPU to the device, without waiting for it."""
     return (drawn.pin_memory() if device.type == "cuda" else drawn).to(device, non_blocking=True)

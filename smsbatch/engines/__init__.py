@@ -1,1 +1,1 @@
-"""Pictures in, pictures out: a file per method."""
+"""The engines, which stylize pictures: one file per method."""

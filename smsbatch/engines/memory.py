@@ -1,4 +1,4 @@
-"""How many things fit the device's memory together, found out by trying."""
+"""Batch sizes that fit the device's memory, found by trying."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Result = TypeVar("Result")
 
 
 class BatchFitter:
-    """How many things of a size fit the device's memory together, found out by trying."""
+    """The number of items of a size that fit the device's memory together, found by trying."""
 
     def __init__(self) -> None:
         self._most: dict[int, int] = {}
@@ -20,11 +20,11 @@ class BatchFitter:
     def each(
         self, count: int, pixels: int, batch_size: int, work: Callable[[slice], Result]
     ) -> Iterator[tuple[slice, Result | None, str]]:
-        """Do `work` on `count` things of so many pixels, at most `batch_size` at once; what does not fit is halved, and
-        less is tried from then on.
+        """Do `work` on `count` items of `pixels` pixels, at most `batch_size` at once; a batch that does not fit is
+        halved, and so are later ones of this size.
 
         Yields:
-            Which, what came of it, and ''; or, of one that does not fit alone, None and the error's words.
+            The slice, its result and ''; or, for one item that does not fit alone, None and the error's message.
         """
         start = 0
         while start < count:
@@ -37,7 +37,7 @@ class BatchFitter:
                     raise
                 error = str(raised) or "out of memory"
             if error:
-                # Not before the exception is gone: its frames hold the tensors that must make room.
+                # Only once the exception is gone: its frames hold the tensors to free.
                 gc.collect()
                 torch.cuda.empty_cache()
                 number = chosen.stop - chosen.start
@@ -49,6 +49,6 @@ class BatchFitter:
 
 
 def _out_of_memory(error: RuntimeError) -> bool:
-    """CUDA has a class of errors for it; the CPU's allocator, the driver, cuBLAS and cuDNN say it in words."""
+    """CUDA has an error class for it; the CPU's allocator, the driver, cuBLAS and cuDNN only have messages."""
     words = ("can't allocate memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED")
     return isinstance(error, torch.OutOfMemoryError) or any(word in str(error) for word in words)

@@ -2,31 +2,77 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
+from smsbatch.diffusion.lora_files import check_style
+from smsbatch.diffusion.priors.files import model_digests
+from smsbatch.engines.base import Description, Engine, Rendered, Weights, finite
+from smsbatch.manifest import Optimize, Style, Styled
+from smsbatch.text import code_span, count
 
-from smsbatch.diffusion.lora import read_style
-from smsbatch.diffusion.optimize import optimize
-from smsbatch.diffusion.priors.stable_diffusion import Prior
-from smsbatch.engines.base import Rendered, _finite
-from smsbatch.errors import WeightsError
-from smsbatch.manifest import Optimize, Styled
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_OBJECTIVES = {  # name, and its paper on arXiv
+    "sms": ("Style Matching Score", "2503.07601"),
+    "vsd": ("Variational Score Distillation", "2305.16213"),
+    "sds": ("Score Distillation Sampling", "2209.14988"),
+    "dds": ("Delta Denoising Score", "2304.07090"),
+    "pds": ("Posterior Distillation Sampling", "2311.13831"),
+    "cds": ("Contrastive Denoising Score", "2311.18608"),
+}
 
 
-class OptimizeEngine:
-    """Every picture on its own, by the scores (paper, Algorithm 1)."""
+class OptimizeEngine(Engine[Optimize]):
+    """The latents of a batch, optimized in lockstep, each as if it were alone."""
 
     diverged_hint = "the latent is not finite; lower objective.learning_rate"
     oom_hint = "lower image.resolution"
 
     def __init__(self, manifest: Optimize, device: str) -> None:
+        from smsbatch.diffusion.priors.load import load_models
+
         self.prior, self.style = load_models(manifest, device)
         self.device = self.prior.device
         self.objective, self.steps = manifest.objective, manifest.objective.steps
         self._words, self._batch_size = manifest.style.prompt, manifest.compute.batch_size
+
+    @staticmethod
+    def steps_per_image(manifest: Optimize) -> int:
+        return manifest.objective.steps
+
+    @staticmethod
+    def check_weights(manifest: Styled) -> Weights:
+        notices = check_style(manifest)
+        models = {manifest.model.path} | ({manifest.style.model.path} if manifest.style.model else set())
+        found = f"{' and '.join(sorted(models))} with {' and '.join(manifest.style.lora) or 'no LoRA'}"
+        return Weights(found, notices)
+
+    @staticmethod
+    def digests(manifest: Styled) -> dict[str, str]:
+        return model_digests(manifest)
+
+    @staticmethod
+    def describe(settings: Mapping[str, Any], about: Mapping[str, Any] | None) -> Description:
+        model, objective = settings["model"], settings["objective"]
+        style = Style.model_validate(settings["style"])
+        name, paper = _OBJECTIVES[objective["name"]]
+        steps = count(objective["steps"], "step")
+        parts = [code_span(style.prompt)]
+        parts += [f"LoRA {code_span(path)} at scale {scale:g}" for path, scale in style.loras]
+        parts += [f"model {code_span(style.model.path)}"] if style.model is not None else []
+        revision = f" at {code_span(model['revision'])}" if model["revision"] else ""
+        return Description(
+            style=style.prompt,
+            work=f"{steps} of {objective['name'].upper()} each",
+            method=f"with [{name}](https://arxiv.org/abs/{paper})",
+            facts=[
+                ("style", ", ".join(parts)),
+                ("model", code_span(model["path"]) + revision),
+                ("objective", f"{code_span(objective['name'])}, preset {code_span(objective['preset'])}, {steps}"),
+            ],
+        )
 
     def prompt(self, caption: str) -> str:
         return self.objective.prompts(self._words, caption).target
@@ -37,6 +83,10 @@ class OptimizeEngine:
     def render(
         self, images: Tensor, captions: Sequence[str], seeds: Sequence[int], progress: Callable[[int], None]
     ) -> Rendered:
+        import torch
+
+        from smsbatch.diffusion.optimize import optimize
+
         z, steps = optimize(
             self.prior,
             self.style,
@@ -49,47 +99,4 @@ class OptimizeEngine:
         )
         size = (images.shape[-2], images.shape[-1])
         results = torch.cat([self.prior.decode(row[None], size) for row in z.nan_to_num()])
-        return Rendered(results, steps, _finite(z) & _finite(results))
-
-
-def load_models(manifest: Styled, device: str) -> tuple[Prior, Prior]:
-    """The bare prior and the style's, which is the same one where there is neither a LoRA nor another checkpoint.
-
-    Raises:
-        WeightsError: a model or LoRA is missing or not understood, or the two models do not go together.
-    """
-    compute, style = manifest.compute, manifest.style
-    load = partial(
-        Prior.load,
-        device=device,
-        precision=compute.precision,
-        channels_last=compute.channels_last,
-        compile=compute.compile,
-    )
-    prior = load(manifest.model)
-    base = prior
-    if style.model is not None and style.model != manifest.model:
-        base = load(style.model, key="style.model")
-        _check_family(prior, base, manifest.model.path, style.model.path)
-    if not style.lora:
-        return prior, base
-    deltas = read_style(style, base)
-    return prior, base.with_deltas(deltas.unet, deltas.text)
-
-
-def _check_family(prior: Prior, style: Prior, path: str, style_path: str) -> None:
-    """One latent is looked at by both models: it must mean the same to them, and a timestep the same noise."""
-    other = [
-        f"{name} {its} instead of {ours}"
-        for name, its, ours in (
-            ("latent channels:", style.channels, prior.channels),
-            ("pixels per latent entry:", style.factor, prior.factor),
-        )
-        if its != ours
-    ]
-    if not torch.allclose(style.schedule.abar, prior.schedule.abar, atol=1e-4):
-        other.append("another noise schedule")
-    if other:
-        raise WeightsError(
-            f"style.model: {style_path} does not go with {path} ({', '.join(other)}); choose models of one family"
-        )
+        return Rendered(results, steps, finite(z) & finite(results))

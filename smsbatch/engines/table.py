@@ -1,20 +1,11 @@
-"""The engine of each task."""
+"""The engine of each task that makes a dataset. A new one is a file beside this one and a line here."""
 
 from __future__ import annotations
+
+from typing import Any
 
 from smsbatch.engines.base import Engine
 from smsbatch.engines.feedforward import GeneratorEngine
 from smsbatch.engines.optimize import OptimizeEngine
-from smsbatch.manifest import Dataset, Optimize, Stylize
 
-
-def engine_of(manifest: Dataset, device: str) -> Engine:
-    """The engine that a manifest's task wants.
-
-    Raises:
-        WeightsError: a model, LoRA or generator is missing or not understood, or two models do not go together.
-    """
-    if isinstance(manifest, Stylize):
-        return GeneratorEngine(manifest, device)
-    assert isinstance(manifest, Optimize), "a task that makes rows"
-    return OptimizeEngine(manifest, device)
+ENGINES: dict[str, type[Engine[Any]]] = {"optimize": OptimizeEngine, "stylize": GeneratorEngine}

@@ -1,7 +1,7 @@
-"""Where a generator lies and its two files; what any task's results depend on, looked at and digested. Without torch.
+"""Find a generator and read its two files. Without torch.
 
 A generator is a folder with `generator.json` and `generator.safetensors`, on disk or in an object store: the output of
-a `distill` run, which has it below `generator/`, or a copy.
+a `distill` run, which has it in `generator/`, or a copy.
 """
 
 from __future__ import annotations
@@ -14,20 +14,18 @@ from smsbatch.errors import WeightsError
 from smsbatch.manifest import Storage, Stylize
 from smsbatch.storage.store import Store
 
-__all__ = ["generator_about", "read_generator"]
-
 CONFIG, WEIGHTS = "generator.json", "generator.safetensors"
 _FORMAT, _VERSION = "smsbatch-generator", 1
 
 
 def read_generator(where: str, storage: Storage) -> dict[str, bytes]:
-    """The two files by name, as far as can be said without torch whole and of this version.
+    """The two files by name, their format, version and checksum verified; only torch can check the parameters.
 
     Args:
-        where: as the manifest's `generator`.
+        where: the manifest's `generator`.
 
     Raises:
-        WeightsError: there is none, it is not finished, damaged, or of another version.
+        WeightsError: the generator is absent, unfinished, damaged, or of another version.
         StorageError: it cannot be read.
     """
     store, folder = _found(where, storage)
@@ -42,7 +40,7 @@ def read_generator(where: str, storage: Storage) -> dict[str, bytes]:
 
 
 def generator_about(manifest: Stylize) -> dict[str, Any]:
-    """What the generator says of itself: `width`, `blocks`, and of its training `style`, `model`, figures ...
+    """The generator's description: `width`, `blocks`, and of its training `style`, `model`, figures ...
 
     Raises:
         WeightsError, StorageError: as `read_generator`.
@@ -53,7 +51,7 @@ def generator_about(manifest: Stylize) -> dict[str, Any]:
 
 
 def _found(where: str, storage: Storage) -> tuple[Store, str]:
-    """The store, and the folder in it, '' or with its '/'."""
+    """The store, and the generator's folder in it: 'generator/' or ''."""
     store = Store(where, storage)
     for folder in ("generator/", ""):
         if store.exists(folder + CONFIG):
@@ -62,7 +60,7 @@ def _found(where: str, storage: Storage) -> tuple[Store, str]:
 
 
 def _instead(store: Store) -> str:
-    """What lies where no generator is, and what to do."""
+    """For a message: what is there instead of a generator, and what to do."""
     run = store.read_all(["run.json"]).get("run.json")
     if not store.entries():
         return "does not exist, or is empty; if a `distill` run is to make it, `smsbatch run` its manifest first"
@@ -76,7 +74,7 @@ def _instead(store: Store) -> str:
     except (ValueError, LookupError, TypeError, AttributeError):
         task = "unknown"
     if task != "distill":
-        return f"is the output of a run of task {task}, which makes no generator; name that of a `distill` run"
+        return f"is the output of a run of task {task}, which makes no generator; name the output of a `distill` run"
     return "is a distill run that is not finished; `smsbatch run` its manifest to the end first"
 
 

@@ -1,7 +1,7 @@
 """The feed-forward network that a style is distilled into, and its two files.
 
 The residual network of CycleGAN (arXiv 1703.10593, after arXiv 1603.08155) with the anti-aliased sampling of
-arXiv 1904.11486, as CUT (arXiv 2007.15651) uses it. To load one needs torch and safetensors, but no model and no Ray.
+arXiv 1904.11486, as CUT (arXiv 2007.15651) uses it. Loading it needs torch and safetensors, but no model or Ray.
 """
 
 from __future__ import annotations
@@ -20,10 +20,8 @@ from torch import Tensor, nn
 
 from smsbatch.errors import WeightsError
 
-__all__ = ["CONFIG", "STRIDE", "WEIGHTS", "Generator", "Moments"]
-
 WEIGHTS, CONFIG = "generator.safetensors", "generator.json"
-STRIDE = 4  # pixels of a side that one entry of the residual blocks stands for
+STRIDE = 4  # pixels along a side per entry of the residual blocks
 _FORMAT, _VERSION = "smsbatch-generator", 1
 _EPS = 1e-5  # of the normalization
 
@@ -38,8 +36,8 @@ class Moments(NamedTuple):
 class _Convolution(nn.Module):
     """Reflection padding, a convolution, InstanceNorm without affine parameters.
 
-    A bias before a normalization changes nothing, and its gradient is rounding: it is a parameter, as in the papers,
-    but stays zero.
+    A bias before a normalization changes nothing, and its gradient is rounding error: it is a parameter, as in the
+    papers, but stays zero.
     """
 
     def __init__(self, in_channels: int, out_channels: int, size: int = 3) -> None:
@@ -53,7 +51,7 @@ class _Convolution(nn.Module):
 
 
 class _Norms:
-    """The normalizations of one forward pass, in their order: by every picture's own moments, or by those given."""
+    """The normalizations of one forward pass, in order: by every picture's own moments, or by those given."""
 
     def __init__(self, given: Sequence[Moments] | None = None, found: list[Moments] | None = None) -> None:
         self._given: Iterator[Moments] | None = None if given is None else iter(given)
@@ -63,7 +61,7 @@ class _Norms:
         if self._given is None and self._found is None:
             return F.instance_norm(x, eps=_EPS)
         mean, variance = self.of(x)
-        dtype = torch.promote_types(x.dtype, mean.dtype)  # of half precision the moments stay float32
+        dtype = torch.promote_types(x.dtype, mean.dtype)  # for half precision the moments stay float32
         return F.batch_norm(x, mean.flatten().to(dtype), variance.flatten().to(dtype), eps=_EPS)
 
     def of(self, x: Tensor) -> Moments:
@@ -77,7 +75,7 @@ class _Norms:
 
 
 class _Block(nn.Module):
-    """x + what two convolutions make of it."""
+    """x plus two convolutions of x."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -91,20 +89,20 @@ class _Block(nn.Module):
 class Generator(nn.Module):
     """Images [B, 3, H, W] in [0, 1] to images of the same size and range, H and W at least 16.
 
-    c7s1-k, d2k, d4k, R4k times `blocks`, u2k, uk, c7s1-3 in CycleGAN's words, k the width; every convolution of
-    stride 1, reflection padding everywhere. Down is [1, 2, 1]'s blur and every second pixel, up is bilinear, which is
-    the same as inserting zeros and the blur [1, 3, 3, 1]. The end is tanh. Width 64 with 9 blocks: 11,378,179
-    parameters.
+    In CycleGAN's notation c7s1-k, d2k, d4k, R4k times `blocks`, u2k, uk, c7s1-3, with width k. Every convolution has
+    stride 1 and reflection padding. Downsampling is the blur [1, 2, 1] and every second pixel; upsampling is
+    bilinear, the same as inserting zeros and the blur [1, 3, 3, 1]. The output passes a tanh. Width 64 with 9 blocks
+    has 11,378,179 parameters.
 
-    Sides that are no multiple of 4 are padded by reflection at the right and below, and cut back.
+    Sides that are not multiples of 4 are padded by reflection at the right and the bottom, and the result is cropped.
 
-    The first normalization takes away every channel's mean, and the contrast: G(a x + b) = G(x) for a > 0, so that this
-    network can only guess how bright a picture was and what colour its light had. With `restore` the result gets the
-    input's mean and deviation, channel by channel; the parameters are the same.
+    The first normalization removes every channel's mean and contrast: G(a x + b) = G(x) for a > 0, so that the network
+    can only guess a picture's brightness and the colour of its light. With `restore` the result gets the input's mean
+    and deviation, channel by channel; the parameters are the same.
 
     Attributes:
-        about: what is known of its training, as plain data: style, manifest, figures.
-        reach: given the moments, an output pixel depends on the input so many pixels to each side, at most.
+        about: its training as plain data: style, manifest, figures.
+        reach: with given moments, an output pixel depends on input pixels at most this far to each side.
     """
 
     def __init__(
@@ -121,11 +119,11 @@ class Generator(nn.Module):
 
     @classmethod
     def initialized(cls, width: int, blocks: int, seed: int, *, restore: bool = False) -> Generator:
-        """One to train: normal weights of variance 2 / fan-in (arXiv 1502.01852), the last layer's of a tenth of that,
-        biases of zero.
+        """A generator to train: normal weights of variance 2 / fan-in (arXiv 1502.01852), a tenth of that in the last
+        layer, and zero biases.
 
-        Behind a normalization the scale of weights decides nothing but how fast they turn. With the gain of 0.02 that
-        CycleGAN and CUT begin with, Adam scrambles them for hundreds of steps first.
+        A normalization cancels the scale of the weights before it, which then only decides how fast their direction
+        changes. With CycleGAN's and CUT's initial gain of 0.02, Adam scrambles them for hundreds of steps first.
         """
         generator = torch.Generator().manual_seed(seed)
         fresh = cls(width, blocks, restore=restore)
@@ -139,15 +137,15 @@ class Generator(nn.Module):
         return fresh
 
     def forward(self, images: Tensor, moments: Sequence[Moments] | None = None) -> Tensor:
-        """The images stylized; under the `moments` of another picture, if some are given (see `moments`)."""
+        """The stylized images, normalized by `moments` of another picture if given (see the method `moments`)."""
         return self._run(images, _Norms(moments))
 
     @torch.no_grad()
     def moments(self, image: Tensor) -> list[Moments]:
-        """What every normalization finds in one picture [1, 3, H, W].
+        """The moments of every normalization for one picture [1, 3, H, W].
 
-        The tiles of a large picture are computed with those of the whole, in small (arXiv 2103.11784): normalized each
-        by its own, neighbours would differ in colour and contrast.
+        The tiles of a large picture use those of a small copy of the whole (arXiv 2103.11784): with moments of their
+        own, neighbours would differ in colour and contrast.
         """
         found: list[Moments] = []
         self._run(image, _Norms(found=found))
@@ -175,7 +173,7 @@ class Generator(nn.Module):
         return sum(parameter.numel() for parameter in self.parameters())
 
     def files(self) -> dict[str, bytes]:
-        """Its two files by name, parameters in float32; the same generator gives the same bytes."""
+        """The two files by name, parameters in float32; the same generator gives the same bytes."""
         weights = save({name: value.detach().float().cpu().contiguous() for name, value in self.state_dict().items()})
         config = {
             "format": _FORMAT,
@@ -190,14 +188,14 @@ class Generator(nn.Module):
         return {WEIGHTS: weights, CONFIG: (json.dumps(config, indent=2) + "\n").encode()}
 
     def save(self, folder: str | Path) -> None:
-        """Write the two files into a folder, which is made if there is none."""
+        """Write the two files into a folder, which is created if absent."""
         Path(folder).mkdir(parents=True, exist_ok=True)
         for name, data in self.files().items():
             Path(folder, name).write_bytes(data)
 
     @classmethod
     def load(cls, folder: str | Path) -> Generator:
-        """The generator whose two files lie in a folder, on the CPU, for inference.
+        """Load a generator from its two files in a folder, on the CPU, for inference.
 
         Raises:
             WeightsError: a file is missing, damaged, or not of this format.
@@ -210,7 +208,7 @@ class Generator(nn.Module):
 
     @classmethod
     def of_files(cls, files: Mapping[str, bytes], where: str = "generator") -> Generator:
-        """The same of the files' bytes; `where` they are from is for messages.
+        """`load` from the files' bytes; `where` names their source in messages.
 
         Raises:
             WeightsError: they are damaged, do not belong together, or are not of this format.
@@ -229,7 +227,7 @@ class Generator(nn.Module):
 
 
 def _halved(x: Tensor) -> Tensor:
-    """Blurred by [1, 2, 1] / 4 along both sides, which is twice the mean of two neighbours; every second pixel."""
+    """Every second pixel after the blur [1, 2, 1] / 4 along both sides: the mean of two neighbours, taken twice."""
     return F.avg_pool2d(F.avg_pool2d(F.pad(x, (1, 1, 1, 1), mode="reflect"), 2, 1), 2, 2)
 
 

@@ -1,9 +1,9 @@
-"""A picture far larger than a generator was trained on, tile by tile, without a seam.
+"""Stylize a picture far larger than the training pictures, tile by tile, without seams.
 
-Seams come from two sides. Normalized by its own moments a tile has colours and contrasts of its own: all tiles are
-computed under the moments of the whole picture in small (thumbnail instance normalization, arXiv 2103.11784). Near
-its edge a tile lacks what lies beyond: there its neighbour counts, one fading into the other over the middle of what
-they share. Where they share twice the generator's reach the result is that of the whole picture.
+Seams have two causes. With moments of its own, a tile has its own colours and contrast: so all tiles use the moments of
+a small copy of the whole picture (thumbnail instance normalization, arXiv 2103.11784). Near its edge a tile lacks the
+pixels beyond: so neighbours overlap, and fade into each other in the middle of the overlap. With an overlap of at least
+twice the generator's reach the result is that of the whole picture.
 """
 
 from __future__ import annotations
@@ -17,13 +17,11 @@ from torch import Tensor
 
 from smsbatch.generator.network import STRIDE
 
-__all__ = ["Tiling", "overview"]
-
-_SHORTEST = 16  # pixels of a side that a generator takes
+_SHORTEST = 16  # pixels: the shortest side that a generator takes
 
 
 def overview(image: Tensor, side: int) -> Tensor:
-    """The image [1, 3, H, W] with a long side of `side` pixels, antialiased; itself if it is no larger."""
+    """The image [1, 3, H, W] shrunk with antialiasing to a long side of `side` pixels; unchanged if no larger."""
     scale = side / max(image.shape[-2:])
     if scale >= 1:
         return image
@@ -35,11 +33,11 @@ class Tiling:
     """The tiles of one picture [1, 3, H, W], all of one size: a square of `size`, less where the picture is narrower.
 
     They begin at multiples of the generator's stride, so that every tile is sampled as the whole would be, and are
-    spread evenly. Row by row; `paste` them in any order, then take the `result`.
+    evenly spaced, row by row. `paste` them in any order, then take the `result`.
 
     Args:
         size, overlap: pixels, multiples of the stride; neighbours share at least `overlap`.
-        reach: pixels from a tile's edge up to which it is not as the whole picture would be.
+        reach: pixels from a tile's edge within which the tile differs from the whole picture.
     """
 
     def __init__(self, image: Tensor, size: int, overlap: int, reach: int) -> None:
@@ -61,20 +59,20 @@ class Tiling:
 
     @property
     def pixels(self) -> int:
-        """Of a tile."""
+        """The number of pixels of a tile."""
         return self._size[0] * self._size[1]
 
     def cut(self, chosen: slice) -> Tensor:
-        """Some of the tiles [n, 3, h, w]."""
+        """The chosen tiles [n, 3, h, w]."""
         return torch.cat([self._image[window] for window in self._windows(chosen)])
 
     def paste(self, chosen: slice, tiles: Tensor) -> None:
-        """What became of them."""
+        """Add the stylized `tiles` [n, 3, h, w], those of `chosen`, to the result."""
         for (row, column), window, tile in zip(self._places[chosen], self._windows(chosen), tiles, strict=True):
             self._canvas[window] += tile * self._shares[0][row][:, None] * self._shares[1][column]
 
     def result(self) -> Tensor:
-        """The picture [1, 3, H, W], all tiles pasted."""
+        """The picture [1, 3, H, W], once all tiles are pasted."""
         return self._canvas[..., : self._height, : self._width]
 
     def _windows(self, chosen: slice) -> Iterator[tuple[slice, ...]]:
@@ -85,7 +83,7 @@ class Tiling:
 
 
 def _edges(length: int, size: int, overlap: int) -> list[int]:
-    """Where tiles of `size` begin that cover `length` and share at least `overlap`, as few as can be."""
+    """The starts of the fewest tiles of `size` that cover `length` and share at least `overlap`."""
     if length == size:
         return [0]
     number = -(-(length - overlap) // (size - overlap))
@@ -94,15 +92,15 @@ def _edges(length: int, size: int, overlap: int) -> list[int]:
 
 
 def _shares(length: int, size: int, starts: list[int], reach: int) -> Tensor:
-    """How much every tile counts along one side [tiles, size]: 1 inside, linear ramps in the middle of what two share.
+    """The weights of every tile along one side [tiles, size]: 1 inside, a linear ramp in the middle of each overlap.
 
-    A tile's share is what has begun with it, less what has begun with the next: they add up to 1 wherever many meet.
+    A tile's weight is the ramp at its start minus that at the next tile's start: they add up to 1 however many overlap.
     """
     place = torch.arange(length) + 0.5
     begun = [torch.ones(length)]
     for before, start in pairwise(starts):
         shared = before + size - start
-        spared = reach if shared >= 2 * reach else shared // 4  # of it, at either edge
+        spared = reach if shared >= 2 * reach else shared // 4  # of the overlap, at either edge
         ramp = shared - 2 * spared
         inside = place - (start + spared)
         begun.append((inside / ramp).clamp(0, 1) if ramp else (inside > 0).float())

@@ -1,6 +1,6 @@
-"""The manifest: what to run.
+"""The manifest: a validated description of a run.
 
-A manifest is frozen and resolved: two equal manifests ask for the same run. `file.py` reads one from YAML.
+A manifest is frozen, with all defaults filled in: two equal manifests request the same run. `file.py` reads YAML.
 """
 
 from smsbatch.manifest.base import SECRET
@@ -21,33 +21,3 @@ from smsbatch.manifest.sections import (
     Training,
 )
 from smsbatch.manifest.tasks import TASKS, Dataset, Distill, Manifest, Optimize, Styled, Stylize, schema
-
-__all__ = [
-    "HOUSEKEEPING",
-    "PRESETS",
-    "SECRET",
-    "TASKS",
-    "Compute",
-    "Crops",
-    "Dataset",
-    "Destination",
-    "Distill",
-    "Errors",
-    "Fake",
-    "Image",
-    "Manifest",
-    "Model",
-    "Objective",
-    "Optimize",
-    "Output",
-    "Prompts",
-    "ScoreObjective",
-    "Source",
-    "Storage",
-    "Style",
-    "Styled",
-    "Stylize",
-    "Tiles",
-    "Training",
-    "schema",
-]

@@ -1,4 +1,4 @@
-"""What all sections of a manifest have in common: frozen, no unknown keys, no secrets."""
+"""The base class of all sections of a manifest: frozen, without unknown keys, without secrets."""
 
 from __future__ import annotations
 
@@ -7,21 +7,19 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-__all__ = ["SECRET", "Beta", "Section"]
-
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
 SECRET = re.compile(
-    # Before a web server's host anything, elsewhere a password: `abfs://container@account` is no secret.
+    # Any userinfo of http(s), but elsewhere only a password: `abfs://container@account` is no secret.
     r"(?:(?<=http://)|(?<=https://))[^/\s]+(?=@)|(?<=://)[^/\s:]*:[^/\s]*(?=@)"
-    # The first look keeps the time linear in the length of what may be anybody's text.
+    # The first lookahead keeps the time linear in the length of the text, which may come from anywhere.
     r"|(?P<shown>[?&#](?=[^?#=&\s]*=)(?:(?:[^?#=&\s]*[-_.])?(?:sig|auth|pwd|authorization)|key|[^?#=&\s]*"
     r"(?:signature|token|secret|credential|passw|passphrase|jwt|(?:api|access|private)[-_]?key)[^?#=&\s]*)=)[^&\s'\"]*"
     r"|\b(?:AKIA|ASIA)[0-9A-Z]{16}\b",
     re.IGNORECASE,
 )
-"""What opens a door by itself, anywhere in a text: userinfo of a URL, a signature or token in its query (the group
-`shown` is all but the value), an AWS access key. A manifest may not hold it, a message does not show it."""
+"""Secrets anywhere in a text: userinfo of a URL, a signature or token in its query (the group `shown` is all but the
+value), an AWS access key. Manifests may not contain them, and messages do not show them."""
 
 
 class Section(BaseModel):
@@ -32,7 +30,7 @@ class Section(BaseModel):
     @field_validator("*", mode="before")
     @classmethod
     def _no_secret(cls, value: Any) -> Any:
-        """A manifest is stored with the run, for everybody to read."""
+        """Refuse secrets: a manifest is stored with the run, readable for everybody."""
         for item in value if isinstance(value, list | tuple) else (value,):
             if isinstance(item, str) and SECRET.search(item):
                 raise ValueError(

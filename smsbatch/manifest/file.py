@@ -1,4 +1,4 @@
-"""From a YAML file to a manifest: the environment, overrides, and errors that name file, line and key."""
+"""Read a manifest from a YAML file, with environment variables, overrides, and errors that name file, line and key."""
 
 from __future__ import annotations
 
@@ -15,18 +15,16 @@ from pydantic import BaseModel, ValidationError
 from smsbatch.errors import ManifestError
 from smsbatch.manifest import TASKS, Manifest
 
-__all__ = ["load"]
-
 
 def load(path: str | os.PathLike[str], overrides: Iterable[str] = ()) -> Manifest:
     """Read a manifest: fill `${NAME}` and `${NAME:-default}` from the environment, apply overrides, validate.
 
     Args:
         path: a YAML file.
-        overrides: `key.path=value`, the value in YAML; they win over the file.
+        overrides: `key.path=value`, the value in YAML; they take precedence over the file.
 
     Raises:
-        ManifestError: with file, line and key, and what is wrong.
+        ManifestError: names file, line and key of every fault.
     """
     file = Path(path)
     try:
@@ -37,7 +35,7 @@ def load(path: str | os.PathLike[str], overrides: Iterable[str] = ()) -> Manifes
     try:
         root = yaml.compose(text, Loader=yaml.SafeLoader)
         data = yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError) as error:  # a ValueError is a date that does not exist
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date that does not exist
         mark = getattr(error, "problem_mark", None)
         where = f"{file}:{mark.line + 1}" if mark else str(file)
         raise ManifestError(f"{where}: not valid YAML: {getattr(error, 'problem', None) or error}") from error
@@ -60,7 +58,7 @@ Key = tuple[str | int, ...]
 
 
 def _lines(node: yaml.Node | None, file: Path, key: Key = ()) -> dict[Key, int]:
-    """The line, from 1, of every key of a YAML document; YAML would let the second of two equal keys win in silence."""
+    """The line, from 1, of every key of a YAML document. Refuses duplicates: YAML would silently take the last one."""
     items: list[tuple[str | int, int, yaml.Node]] = []
     if isinstance(node, yaml.MappingNode):
         items = [(name.value, name.start_mark.line + 1, value) for name, value in node.value]
@@ -69,14 +67,14 @@ def _lines(node: yaml.Node | None, file: Path, key: Key = ()) -> dict[Key, int]:
     found: dict[Key, int] = {}
     for name, line, value in items:
         if (*key, name) in found:
-            raise ManifestError(f"{file}:{line}: {'.'.join(map(str, (*key, name)))}: stands here a second time")
+            raise ManifestError(f"{file}:{line}: {'.'.join(map(str, (*key, name)))}: is given a second time")
         found[(*key, name)] = line
         found |= _lines(value, file, (*key, name))
     return found
 
 
 def _from_environment(value: Any, key: Key, file: Path, lines: Mapping[Key, int]) -> Any:
-    """`${NAME}` and `${NAME:-default}` in every string value."""
+    """Fill `${NAME}` and `${NAME:-default}` in every string value."""
     if isinstance(value, dict):
         return {name: _from_environment(item, (*key, name), file, lines) for name, item in value.items()}
     if isinstance(value, list):
@@ -101,7 +99,7 @@ def _override(data: dict[str, Any], override: str) -> Key:
     names = dotted.strip().split(".")
     if not equals or not all(names):
         raise ManifestError(f"--set {override}: expected key.path=value, for instance output.path=out/x")
-    try:  # a prompt that begins with a word to fill in would be a mapping to YAML
+    try:  # YAML would read a prompt that begins with a placeholder as a mapping
         value = text if text.startswith(("{style}", "{caption}")) else yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise ManifestError(f"--set {override}: the value is not valid YAML; quote text: {dotted}='...'") from error
@@ -116,7 +114,7 @@ def _override(data: dict[str, Any], override: str) -> Key:
 
 
 def _where(file: Path, key: Key, lines: Mapping[Key, int]) -> str:
-    """`file:line: key.path`; the line of the nearest section when the key itself is not in the file."""
+    """`file:line: key.path`; the line of the nearest section if the key itself is not in the file."""
     dotted = ".".join(str(part) for part in key)
     line = next((lines[key[:n]] for n in range(len(key), 0, -1) if key[:n] in lines), None)
     place = f"{file}:{line}" if line else str(file)
@@ -126,7 +124,7 @@ def _where(file: Path, key: Key, lines: Mapping[Key, int]) -> str:
 def _explain(
     error: ValidationError, task: str, file: Path, lines: Mapping[Key, int], set_keys: Sequence[Key]
 ) -> list[str]:
-    """One line for each key at fault."""
+    """One line for each faulty key."""
     explained: dict[str, list[str]] = {}
     problems = error.errors()
     extra = [problem["loc"] for problem in problems if problem["type"] == "extra_forbidden"]
@@ -135,7 +133,7 @@ def _explain(
             key[:-1] == problem["loc"][:-1] and difflib.get_close_matches(str(key[-1]), [str(problem["loc"][-1])])
             for key in extra
         ):
-            continue  # misspelt, not missing, and so it is explained
+            continue  # misspelt, not missing, and explained as such
         key: Key = problem["loc"]
         if problem["type"] not in ("missing", "extra_forbidden"):  # pydantic appends the names of a union's members
             key = next((key[:n] for n in range(len(key), 0, -1) if key[:n] in lines or key[:n] in set_keys), key)
@@ -161,12 +159,12 @@ def _message(key: Key, problem: Mapping[str, Any], task: str) -> str:
 
 
 def _known_keys(section: Key, kind: type[Manifest]) -> list[str]:
-    """The keys of a section in manifests of a task; none if they have no such section."""
+    """The keys of a section in manifests of one task; none if they have no such section."""
     model: type[BaseModel] = kind
     for name in section:
         field = model.model_fields.get(str(name))
         if field is None:
             return []
-        sections = [field.annotation, *get_args(field.annotation)]  # a section may be one or None
+        sections = [field.annotation, *get_args(field.annotation)]  # the annotation may be `Section | None`
         model = next(kind for kind in sections if isinstance(kind, type) and issubclass(kind, BaseModel))
     return list(model.model_fields)

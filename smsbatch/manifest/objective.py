@@ -10,9 +10,7 @@ from pydantic import Field, field_validator, model_validator
 
 from smsbatch.manifest.base import Beta, Section
 
-__all__ = ["PRESETS", "Fake", "Objective", "Prompts", "ScoreObjective"]
-
-_BARE = {  # what only SMS has, switched off
+_BARE = {  # the parts that only SMS has, switched off
     "relevance": "off",
     "identity_weight": 0.0,
     "timesteps": "uniform",
@@ -80,23 +78,23 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     "pds": {"released": _BARE | {"guidance": 100.0, "t_min": 20, "t_max": 980, "grid": 2}},
     "cds": {"released": _DDS},
 }
-"""What a preset of an objective sets; a field given in the manifest wins over it.
+"""The fields that a preset of an objective sets; a field given in the manifest takes precedence.
 
 The sources: sms, arXiv 2503.07601 and its authors' code; vsd, threestudio (arXiv 2305.16213); dds, the notebook of
 arXiv 2304.07090; pds, and sds (arXiv 2209.14988) beside it, the defaults of the code of arXiv 2311.13831; cds, the code
-of arXiv 2311.18608. The learning rate of dds and cds is theirs at 64 x 64, for every size. Where a source optimizes
+of arXiv 2311.18608. The learning rate of dds and cds is theirs at 64 x 64, for every size. If a source optimizes
 something else than the latent of one image, the optimizer is that of SMS, without weight decay."""
 
 
 class Prompts(NamedTuple):
-    """The words of one sample."""
+    """The prompts of one sample."""
 
     target: str
-    """What the result shall be: y."""
+    """Description of the result: y."""
     source: str
-    """What the source is: y_src."""
+    """Description of the source: y_src."""
     edit: str
-    """The instruction from source to result: y_edit."""
+    """Instruction that turns the source into the result: y_edit."""
 
 
 class Fake(Section):
@@ -107,29 +105,29 @@ class Fake(Section):
     alpha: float = Field(32.0, gt=0)
     """The LoRA is scaled by alpha / rank."""
     layers: tuple[Literal["to_q", "to_k", "to_v", "to_out.0"], ...] = Field(("to_q", "to_v"), min_length=1)
-    """Which linear layers of every attention have one."""
+    """Linear layers of every attention that have a LoRA."""
     learning_rate: float = Field(1e-3, gt=0)
-    """Of AdamW, constant."""
+    """Learning rate of AdamW, constant."""
     betas: tuple[Beta, Beta] = (0.9, 0.999)
-    """Of AdamW."""
+    """Betas of AdamW."""
     weight_decay: float = Field(0.0, ge=0)
-    """Of AdamW."""
+    """Weight decay of AdamW."""
     weight: Literal["alpha_bar", "one"] = "alpha_bar"
-    """What the noise error is multiplied by before squaring: `alpha_bar` (released code) or nothing (Eq. 19)."""
+    """Factor of the noise error before squaring: `alpha_bar` (released code) or `one` (Eq. 19)."""
     trains_on: Literal["result", "before", "forward"] = "result"
-    """The latent after this iteration's update (released code), or before it (Algorithm 1), at a timestep and noise of
-    its own; or `forward`: the very prediction that the gradient used, which saves a forward. Under `distill` the
-    generator's pictures are those of before its update either way."""
+    """`result`: trains on the latent after this iteration's update (released code); `before`: before it (Algorithm 1);
+    both at a timestep and noise of their own. `forward`: on the prediction that the gradient used, which saves a
+    forward pass. `distill` always takes the generator's pictures from before its update."""
     updates: int = Field(1, ge=1)
-    """Training steps in an iteration, each at timesteps and noise of its own."""
+    """Training steps per iteration, each with its own timesteps and noise."""
     t_min: int | None = Field(None, ge=0, le=998)
-    """Smallest timestep it trains at; default: the objective's."""
+    """Smallest timestep of its training; default: the objective's `t_min`."""
     t_max: int | None = Field(None, ge=1, le=999)
-    """Largest timestep it trains at; default: the objective's."""
+    """Largest timestep of its training; default: the objective's `t_max`."""
 
 
 class ScoreObjective(Section):
-    """What turns scores into a gradient on a latent, with every constant. Defaults are those of the authors' released
+    """Turns scores into a gradient on a latent. Every constant is here; defaults are those of the authors' released
     code."""
 
     name: Literal["sms", "vsd", "sds", "dds", "pds", "cds"] = "sms"
@@ -138,50 +136,50 @@ class ScoreObjective(Section):
     preset: Literal["released", "paper", "fast"] = "released"
     """`released`: the published constants, without the code's bugs; `paper`: the paper's formulas; `fast`: cheaper.
 
-    `paper` and `fast` are of `sms`. Where the paper is silent (w_t, learning rates, lambda), `paper` takes the released
-    constants."""
+    Only `sms` has `paper` and `fast`. For values that the paper does not give (w_t, learning rates, lambda), `paper`
+    takes the released constants."""
     guidance: float = Field(4.5, ge=1)
-    """Classifier-free guidance g of the style score; 1 is none."""
+    """Classifier-free guidance scale g of the style score; 1: no guidance."""
     fake_guidance: float = Field(4.5, ge=1)
-    """Classifier-free guidance of the fake score."""
+    """Classifier-free guidance scale of the fake score; 1: no guidance."""
     prompt: str = "{style}, {caption}"
-    """Target prompt; `{style}` is `style.prompt`, `{caption}` the sample's, which may be empty."""
+    """Target prompt; `{style}` is `style.prompt`, `{caption}` the sample's caption, which may be empty."""
     source_prompt: str = "{caption}"
-    """What DDS, PDS and CDS take the source for."""
+    """Prompt of the source, for DDS, PDS and CDS."""
     edit_prompt: str = "Turn into {style}"
-    """Instruction of the relevance map (Eq. 4)."""
+    """Edit instruction, from which the relevance map is computed (Eq. 4)."""
     weight: Literal["posterior_variance", "one_minus_abar", "dmd", "one"] = "posterior_variance"
-    """w_t of SMS, VSD, SDS, DDS and CDS: the posterior's variance (released code), 1 - abar_t (SDS, VSD), DMD's, which
-    is free of scale (arXiv 2311.18828, Eq. 8), or 1."""
+    """Weight w_t of SMS, VSD, SDS, DDS and CDS: the posterior's variance (released code), 1 - abar_t (SDS, VSD), the
+    scale-free weight of DMD (arXiv 2311.18828, Eq. 8), or 1."""
     relevance: Literal["mean_abs", "abs_mean", "off"] = "mean_abs"
-    """Relevance map R: mean over channels and absolute value, in this order, or no map."""
+    """Relevance map R: mean over channels and absolute value, in the order of the name; `off`: no map."""
     relevance_clip: float | None = Field(None, ge=0)
-    """Clip outliers of the map at the third quartile + so many interquartile ranges, before it is normalized (1.5 in
-    arXiv 2308.08947)."""
+    """Clip outliers of the map, before it is normalized, at the third quartile plus this number of interquartile
+    ranges (1.5 in arXiv 2308.08947); default: no clipping."""
     relevance_grid: int | None = Field(None, ge=1)
-    """Compute the map only at so many timesteps, before the first iteration, and take the nearest; default: in every
-    iteration, with its noise."""
+    """Compute the map only at this number of timesteps, before the first iteration, and use the nearest one; default:
+    compute it in every iteration, with the noise of the iteration."""
     identity: Literal["spectral", "mse", "latent_lpips"] = "spectral"
-    """What holds the result to its source: low frequencies (Eq. 3), all of the latent alike, or E-LatentLPIPS (an
-    extra)."""
+    """Identity term, which keeps the result near its source: low frequencies (Eq. 3), mean squared difference of the
+    latents, or E-LatentLPIPS (needs the extra `latent-lpips`)."""
     identity_weight: float = Field(5e-4, ge=0)
-    """lambda of Eq. 6, on the per-entry mean of the identity term. It means another strength under each `identity`,
-    `spectral_norm` and `weight`."""
+    """lambda of Eq. 6, on the per-entry mean of the identity term. The same value is of different strength with another
+    `identity`, `spectral_norm` or `weight`."""
     spectral_norm: Literal["l1", "l2"] = "l1"
     """Norm of Eq. 3: absolute values (released code) or squares (paper)."""
     spectral_cutoff: Literal["progressive"] | Annotated[float, Field(strict=True)] = "progressive"
-    """Kept fraction of the frequencies: t / t_max (Eq. 3), or the same always (0.3 in the paper's appendix)."""
+    """Kept fraction of the frequencies: `progressive`: t / t_max (Eq. 3), or a constant (paper's appendix: 0.3)."""
     timesteps: Literal["adaptive", "uniform", "linear"] = "adaptive"
-    """Uniform from a range that narrows (Eq. 7), uniform from the whole range, or one after the other from `t_max` to
-    `t_min`."""
+    """Drawn uniformly from a range that narrows (Eq. 7), drawn uniformly from the whole range, or descending linearly
+    from `t_max` to `t_min`."""
     t_min: int = Field(20, ge=1, le=998)
-    """Smallest timestep of 1000."""
+    """Smallest timestep, of 1000."""
     t_max: int = Field(500, ge=2, le=999)
-    """Largest timestep; under `adaptive` of the first iteration alone."""
+    """Largest timestep; under `adaptive` only in the first iteration."""
     grid: Literal[1, 2] = 2
     """1: every timestep; 2: the released code's 500-step grid, odd timesteps only."""
     contrastive_weight: float = Field(3.0, ge=0)
-    """Of the contrastive term of CDS."""
+    """Weight of the contrastive term of CDS."""
     fake: Fake = Fake()
 
     @model_validator(mode="before")
@@ -191,7 +189,7 @@ class ScoreObjective(Section):
             return data
         name, preset = data.get("name", "sms"), data.get("preset", "released")
         if not isinstance(name, str) or not isinstance(preset, str) or name not in PRESETS:
-            return data  # the fields' own validation says it better
+            return data  # validation of the fields gives a better message
         if preset not in {key for presets in PRESETS.values() for key in presets}:
             return data
         if preset not in PRESETS[name]:
@@ -206,7 +204,7 @@ class ScoreObjective(Section):
     @field_validator("relevance", mode="before")
     @classmethod
     def _off(cls, value: object) -> object:
-        return "off" if value is False else value  # as YAML reads it
+        return "off" if value is False else value  # YAML reads `off` as false
 
     @field_validator("spectral_cutoff")
     @classmethod
@@ -240,7 +238,7 @@ class ScoreObjective(Section):
 
     @property
     def fake_range(self) -> tuple[int, int]:
-        """Smallest and largest timestep that the fake score trains at."""
+        """Smallest and largest timestep of the fake score's training."""
         fake = self.fake
         return (
             self.t_min if fake.t_min is None else fake.t_min,
@@ -248,7 +246,7 @@ class ScoreObjective(Section):
         )
 
     def prompts(self, style: str, caption: str) -> Prompts:
-        """The words of one sample."""
+        """Fill the prompt templates for one sample."""
         words = {"style": style, "caption": caption}
         return Prompts(
             *(
@@ -259,23 +257,23 @@ class ScoreObjective(Section):
 
 
 class Objective(ScoreObjective):
-    """What optimizes a latent: the gradient, and the optimizer that follows it."""
+    """Optimizes a latent: the gradient of the scores, and the optimizer that applies it."""
 
     steps: int = Field(500, ge=1)
     """Iterations per image."""
     optimizer: Literal["adamw", "sgd"] = "adamw"
-    """Of the latent. Under `sgd` the learning rate multiplies the gradient of Eq. 2 itself, whatever the latent's
-    size."""
+    """Optimizer of the latent. Under `sgd` the learning rate multiplies the gradient of Eq. 2 itself, whatever the
+    latent's size."""
     learning_rate: float = Field(0.1, gt=0)
     """Peak learning rate on the latent."""
     betas: tuple[Beta, Beta] = (0.9, 0.999)
-    """Of AdamW on the latent."""
+    """Betas of AdamW on the latent."""
     weight_decay: float = Field(0.01, ge=0)
-    """Of AdamW on the latent. The released code's, by torch's default: it pulls the image toward grey."""
+    """Weight decay of AdamW on the latent. The released code has torch's default; it pulls the image toward grey."""
     warmup: float = Field(0.2, ge=0, lt=1)
-    """Linear warm-up, as a fraction of the steps."""
+    """Length of the linear warm-up of the learning rate, as a fraction of `steps`."""
     horizon: float | None = Field(1.5, ge=1)
-    """Where the cosine after the warm-up would reach zero, in runs; null: constant."""
+    """Step at which the cosine after the warm-up would reach zero, as a multiple of `steps`; null: constant rate."""
     stall: float | None = Field(None, gt=0)
     """Stop a sample when ten iterations have moved its latent by less than this fraction of its norm; default: never.
-    A batch ends with its last sample."""
+    A batch ends when its last sample stops."""

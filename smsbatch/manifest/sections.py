@@ -1,4 +1,4 @@
-"""The sections of a manifest: every field, its default, its explanation and its validation."""
+"""The sections of a manifest: every field with its default, explanation and validation."""
 
 from __future__ import annotations
 
@@ -8,61 +8,44 @@ from pydantic import Field, field_validator, model_validator
 
 from smsbatch.manifest.base import Beta, Section
 
-__all__ = [
-    "HOUSEKEEPING",
-    "Compute",
-    "Crops",
-    "Destination",
-    "Errors",
-    "Image",
-    "Model",
-    "Output",
-    "Pictures",
-    "Source",
-    "Storage",
-    "Style",
-    "Tiles",
-    "Training",
-]
-
 
 def _or_one(schema: dict[str, Any]) -> None:
-    """A list of strings may be given as one string; editors that check by the schema are told so."""
+    """State in the schema that a list of strings may be given as one string, for editors that validate by it."""
     schema["anyOf"] = [{"type": "string"}, {"type": schema.pop("type"), "items": schema.pop("items")}]
 
 
 class Columns(Section):
-    """Which columns of a table mean what."""
+    """Names of the columns of a table."""
 
     image: str = "url"
-    """Where the picture is: a path (relative ones start at the table's folder), `http(s)://` or `s3://`."""
+    """Column of the picture's location: a path (relative to the table's folder), `http(s)://` or `s3://`."""
     caption: str | None = None
-    """Its caption; without one the prompt is the style alone."""
+    """Column of the caption; default: none, and the prompt is the style alone."""
     key: str | None = None
-    """Its key, unique in the run; without one keys are made of the table's name and the row's number."""
+    """Column of the key, unique in the run; default: keys are made of the table's name and the row's number."""
 
 
 class Source(Section):
-    """Where the samples come from."""
+    """The dataset that the samples are read from."""
 
     format: Literal["webdataset", "folder", "table"]
     """`webdataset`: tar files; `folder`: a tree of image files with captions beside them; `table`: csv, tsv, jsonl or
     parquet files whose rows name pictures."""
     urls: tuple[str, ...] = Field(json_schema_extra=_or_one)
-    """Tars, folders or tables: one or a list; tars and tables take globs and brace ranges (`{00000..00499}.tar`)."""
+    """Tars, folders or tables, one or a list; for tars and tables also globs and braces (`{00000..00499}.tar`)."""
     images: tuple[str, ...] = Field(("jpg", "jpeg", "png", "webp"), json_schema_extra=_or_one)
-    """Extensions that are the picture, in order of preference."""
+    """Extensions of picture files. If a sample has several, the first in this order is used."""
     caption: tuple[str, ...] = Field(("txt", "json:caption"), json_schema_extra=_or_one)
-    """Where the caption is: an extension, or `extension:key` of a JSON object. The first that exists, else none.
-    Of tables see `columns`."""
+    """Fields of the caption: an extension, or `extension:key` of a JSON object. The first that exists is used; without
+    any, the caption is empty. Tables use `columns` instead."""
     columns: Columns = Columns()
-    """Of tables."""
+    """Names of the columns; only for `format: table`."""
     max_bytes: int = Field(100_000_000, ge=1)
-    """A picture's file with more bytes is a failed row (`too_large`), and is never read or downloaded whole."""
+    """Largest file in bytes. A picture of more is a failed row (`too_large`) and is never read or downloaded whole."""
     skip: int = Field(0, ge=0)
-    """Leave out so many samples, the first."""
+    """Number of samples to leave out, from the first."""
     limit: int | None = Field(None, ge=1)
-    """Take only so many samples, the first after `skip`. `--limit N` sets it."""
+    """Number of samples to take after `skip`; default: all. `--limit N` sets it."""
 
     @field_validator("urls", "images", "caption", mode="before")
     @classmethod
@@ -89,10 +72,10 @@ class Model(Section):
     """Folder in diffusers' pipeline format, hub id, single-file `.safetensors` checkpoint, or `tiny`: the embedded
     model."""
     revision: str | None = None
-    """Branch, tag or commit on the hub."""
+    """Branch, tag or commit on the hub; default: the hub's main branch."""
     config: str | None = None
-    """Of a single-file checkpoint: the folder or hub id in diffusers' format that has its configuration and tokenizer;
-    default: found by the checkpoint's own keys, on the hub."""
+    """For a single-file checkpoint: folder or hub id, in diffusers' format, of its configuration and tokenizer;
+    default: found on the hub by the checkpoint's keys."""
 
 
 class Style(Section):
@@ -100,15 +83,15 @@ class Style(Section):
 
     lora: tuple[str, ...] = Field((), json_schema_extra=_or_one)
     """LoRA files, one or a list: kohya, LyCORIS (LoCon, LoHa, LoKr, full) or peft's format;
-    `tiny:styles/<name>.safetensors`. Without one the style is in the words of `prompt` alone."""
+    `tiny:styles/<name>.safetensors`. Default: none, and `prompt` alone describes the style."""
     scale: float | tuple[float, ...] = 0.8
-    """Multiplies the LoRAs' weight differences: one number for all, or a list. 0.8: the released code's."""
+    """Factor of the LoRAs' weight differences: one number for all, or a list. The default is the released code's."""
     text_encoder: bool = True
-    """Apply the LoRAs' parts for the text encoder, if they have any. The released code drops them: false."""
+    """Apply the LoRAs' parts for the text encoder, if they have any. False, as in the released code, drops them."""
     prompt: str = Field(min_length=1)
-    """The words the LoRA was trained with, trigger words included."""
+    """The words that the LoRA was trained with, including trigger words."""
     model: Model | None = None
-    """Another checkpoint for the style score; default: the same as `model`. A path stands for `{path: ...}`."""
+    """Another checkpoint for the style score; default: the manifest's `model`. A path is short for `{path: ...}`."""
 
     @field_validator("lora", mode="before")
     @classmethod
@@ -149,35 +132,35 @@ class Style(Section):
 
 
 class Pictures(Section):
-    """Which of the source's pictures are taken."""
+    """Limits on the source's pictures."""
 
     max_pixels: int = Field(100_000_000, ge=1, le=178_000_000)
-    """A source picture with more pixels is a failed row (`too_large`), and is never decoded."""
+    """Largest number of pixels. A source picture of more is a failed row (`too_large`) and is never decoded."""
     min_side: int = Field(32, ge=32)
-    """A source picture with a shorter side, in pixels, is a failed row (`too_small`). Below 32 LPIPS sees nothing."""
+    """Shortest side in pixels. A smaller source picture is a failed row (`too_small`). LPIPS needs at least 32."""
 
 
 class Image(Pictures):
-    """From the source's pictures to the size that is stylized, which is the size of the result."""
+    """Scaling of the source's pictures to the size that is stylized, which is the size of the result."""
 
     resolution: int = Field(512, ge=32)
-    """Pixels of the side that `fit` speaks of."""
+    """Side in pixels to which `fit` scales."""
     fit: Literal["short_side", "center_crop", "bucket", "none"] = "short_side"
-    """`short_side`: scaled, any aspect ratio; `center_crop`: a square; `bucket`: scaled and cropped by a little to the
-    nearest of a few sizes of about resolution x resolution pixels, so that pictures of many shapes batch well; `none`:
-    left as it is."""
+    """`short_side`: scales the short side to `resolution`, keeps the shape; `center_crop`: then cuts out a square;
+    `bucket`: scales and slightly crops to the nearest of a few sizes of about resolution x resolution pixels, so that
+    pictures of many shapes batch well; `none`: unchanged."""
 
 
 class Crops(Pictures):
-    """From the source's pictures to the squares that a generator is trained on."""
+    """Cutting of the source's pictures into the squares on which a generator is trained."""
 
     resolution: int = Field(512, ge=32)
-    """Pixels of a square's side."""
+    """Side of a square in pixels."""
     zoom: float = Field(1.0, ge=1, le=8)
-    """The picture's short side is scaled to `resolution` times a number from 1 to this, at random, before a square is
-    cut out at random."""
+    """Largest random scale: the picture's short side becomes `resolution` times a random number from 1 to this, before
+    a square is cut out at random."""
     flip: bool = True
-    """Mirror every second square, at random."""
+    """Mirror a random half of the squares left to right."""
 
     @field_validator("resolution")
     @classmethod
@@ -191,13 +174,12 @@ class Tiles(Section):
     """How a picture is stylized that is far larger than what the generator was trained on."""
 
     size: int = Field(1024, ge=64, multiple_of=4)
-    """Pixels of a tile's side. A picture with a longer side goes through the generator tile by tile, with the
-    normalization's statistics of the whole, so that no tile looks different from its neighbours."""
+    """Side of a tile in pixels. A picture with a longer side passes through the generator in tiles that use the
+    normalization statistics of the whole picture, so that tiles do not differ in colour and contrast."""
     overlap: int = Field(128, ge=0, multiple_of=4)
-    """Pixels that neighbouring tiles share, and over which one fades into the other."""
+    """Width in pixels of the strip that neighbouring tiles share and in which one fades into the other."""
     thumbnail: int = Field(768, ge=64, le=4096)
-    """The whole picture, scaled to so many pixels of its long side, is where the statistics are taken from
-    (arXiv 2103.11784)."""
+    """Long side in pixels of the scaled-down picture from which the statistics are computed (arXiv 2103.11784)."""
 
     @model_validator(mode="after")
     def _advancing(self) -> Tiles:
@@ -207,105 +189,104 @@ class Tiles(Section):
 
 
 HOUSEKEEPING = ("checkpoint_vae", "checkpoint_every", "keep", "log_every", "grid_every")
-"""Fields of `Training` that change nothing about the generator."""
+"""Fields of `Training` that do not change the generator."""
 
 
 class Training(Section):
-    """How a style is distilled into a generator (paper, section 4)."""
+    """Distillation of a style into a generator (paper, section 4)."""
 
     width: int = Field(64, ge=4, le=512)
-    """Channels of the generator's first layer; 64 and 9 blocks make 11.4 million parameters."""
+    """Channels of the generator's first layer; 64 with 9 blocks gives 11.4 million parameters."""
     blocks: int = Field(9, ge=1, le=64)
-    """Residual blocks of the generator."""
+    """Number of residual blocks of the generator."""
     restore: bool = False
-    """Give the generator's result the input's mean and deviation, channel by channel. Without it, as in the paper, its
-    normalization loses every picture's brightness and colour of light: docs/distill.md."""
+    """Give the generator's result the mean and standard deviation of its input, per channel. Without it, as in the
+    paper, the normalization loses each picture's brightness and colour cast: docs/distill.md."""
     warmup_steps: int = Field(1000, ge=0)
-    """Steps in which the generator learns to reproduce its input (L1), before any score is asked."""
+    """Steps in which the generator learns to reproduce its input (L1 loss), before any score is used."""
     steps: int = Field(30_000, ge=1)
-    """Steps of the objective, after the warm-up; the timesteps narrow over all of them (Eq. 7)."""
+    """Steps of the objective after the warm-up; the range of timesteps narrows over all of them (Eq. 7)."""
     images_per_step: int = Field(4, ge=1)
-    """Different pictures in a step, over all workers together, among whom they are divided."""
+    """Different pictures per step, divided among all workers."""
     repeats: int = Field(4, ge=1)
-    """Pairs of timestep and noise for each picture in a step; the paper's B."""
+    """Pairs of timestep and noise per picture and step; the paper's B."""
     learning_rate: float = Field(2e-4, gt=0)
-    """Of Adam on the generator."""
+    """Learning rate of Adam on the generator."""
     betas: tuple[Beta, Beta] = (0.5, 0.999)
-    """Of Adam on the generator."""
+    """Betas of Adam on the generator."""
     decay: float = Field(0.5, ge=0, le=1)
     """The learning rate falls linearly to zero over this last fraction of `steps`."""
     ema: float = Field(0.999, ge=0, lt=1)
-    """Decay of the running average of the generator's parameters, which is what is saved; 0 is none."""
+    """Decay per step of the moving average of the generator's parameters, which is saved; 0: no average."""
     checkpoint_vae: bool = False
-    """Compute the VAE's activations a second time instead of keeping them: less memory, more time."""
+    """Recompute the VAE's activations instead of storing them: less memory, more time."""
     checkpoint_every: int = Field(500, ge=1)
     """Steps between two checkpoints."""
     keep: int = Field(3, ge=1)
-    """Checkpoints that are kept, the last."""
+    """Number of most recent checkpoints to keep."""
     log_every: int = Field(20, ge=1)
     """Steps between two lines of the log."""
     grid_every: int = Field(500, ge=1)
-    """Steps between two pictures of what the generator does."""
+    """Steps between two grids of the generator's results."""
 
     @property
     def all_steps(self) -> int:
         return self.warmup_steps + self.steps
 
     def phase(self, step: int) -> Literal["warm-up", "distillation"]:
-        """Of the last step done; before the first one, of that."""
+        """Phase of the last finished step; before the first step, the phase of the first."""
         return "warm-up" if 0 < self.warmup_steps >= step else "distillation"
 
 
 class Destination(Section):
-    """Where results go."""
+    """The folder of the results."""
 
     path: str = Field(min_length=1)
-    """A new folder, of this run alone."""
+    """A new folder for this run alone, on disk or as a URL."""
 
 
 class Output(Destination):
-    """Where results go, and in which pieces."""
+    """The folder of the results, and how they are divided into files."""
 
     samples_per_shard: int = Field(1000, ge=1)
-    """Samples of one output tar."""
+    """Samples per output tar."""
     samples_per_unit: int = Field(64, ge=1)
-    """Samples a worker takes, finishes and commits at once: the grain of retry and resume."""
+    """Samples that a worker takes and commits together: the grain of retry and resume."""
     seconds_per_unit: float | None = Field(None, gt=0)
-    """Size units by time instead: as many samples as one worker does in so many seconds, by a probe before planning."""
+    """Size units by time instead: the samples that one worker does in this many seconds, by a probe before planning."""
     format: Literal["webp", "png", "jpg"] = "webp"
-    """Of the result's pictures."""
+    """Format of the result's pictures."""
     quality: int = Field(95, ge=1, le=100)
-    """Of webp and jpg."""
+    """Quality of webp and jpg; png is lossless."""
 
 
 class Compute(Section):
-    """Where and how it runs. Nothing here changes what a sample looks like, up to the rounding of the kernels."""
+    """Where and how the run computes. Nothing here changes a sample, up to the rounding of the kernels."""
 
     pool: Literal["ray", "local"] = "ray"
-    """`ray`: actors on a cluster; `local`: this process."""
+    """`ray`: actors on a Ray cluster; `local`: this process."""
     address: str = "auto"
-    """Ray: `auto` joins the cluster of RAY_ADDRESS or starts one here for the run; else the cluster's address."""
+    """Address of the Ray cluster; `auto`: the cluster of RAY_ADDRESS, else one started here for the run."""
     workers: int | Literal["auto"] = "auto"
-    """Ray actors; `auto`: one per GPU of the cluster, or one where it has none."""
+    """Number of Ray actors; `auto`: one per GPU of the cluster, or one per machine if it has none."""
     gpus_per_worker: float | Literal["auto"] = "auto"
-    """GPUs an actor holds; `auto`: 1, or 0 where the cluster has none. Fractions share a GPU."""
+    """GPUs per actor; `auto`: 1, or 0 if the cluster has none. Fractions share a GPU."""
     threads: int | Literal["auto"] = "auto"
-    """CPU threads of torch in a worker; `auto`: the machine's cores, divided among the workers."""
+    """CPU threads of torch per worker; `auto`: the machine's cores divided by its workers."""
     batch_size: int = Field(8, ge=1)
-    """Samples computed together: those of a unit that have one size after `image.fit`; or tiles of one; or a
-    worker's pictures of a `distill` step."""
+    """Samples computed together, of one unit and one size after `image.fit`; in `stylize` also tiles of one sample, in
+    `distill` a worker's pictures of a step."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    """Of the frozen models; `auto`: bf16 on CUDA, else fp32. Latents, LoRAs and optimizers are always fp32. A generator
-    in training computes in bf16 under `bf16` and has its parameters in fp32; a finished one takes fp16 for `auto` on
-    CUDA."""
+    """Precision of the frozen models; `auto`: bf16 on CUDA, else fp32. Latents, LoRAs and optimizers are always fp32. A
+    generator in training computes in bf16 under `bf16`, with fp32 parameters; in `stylize` `auto` is fp16 on CUDA."""
     channels_last: bool = False
-    """Lay the convolutions of UNets or generator out with channels last. Measure first: docs/benchmarks.md."""
+    """Use the channels-last memory layout in UNets and generator. Measure first: docs/benchmarks.md."""
     compile: bool = False
-    """Compile the UNets, or the generator that `stylize` uses, with torch.compile: minutes at the start, once per
-    shape. Measure first."""
+    """Compile the UNets, or the generator of `stylize`, with torch.compile, which takes minutes for each new shape.
+    Measure first."""
     retries: int = Field(2, ge=0)
-    """How often a unit is tried again after its worker died, before the guilty sample is searched for; and how often a
-    training goes on from its last checkpoint after a worker died."""
+    """How often a unit is repeated after its worker died, before the search for the sample at fault; and how often a
+    training resumes from its last checkpoint after a worker died."""
 
     @field_validator("workers", "threads")
     @classmethod
@@ -323,21 +304,21 @@ class Compute(Section):
 
 
 class Storage(Section):
-    """How object stores and web servers are reached. Credentials come from where every tool finds them (AWS_PROFILE,
-    ~/.aws, the machine's role, ...) and never from here."""
+    """Access to object stores and web servers. Credentials come from the usual places (AWS_PROFILE, ~/.aws, the
+    machine's role, ...), never from here."""
 
     endpoint: str | None = None
-    """Of an S3-compatible store; default: AWS, or AWS_ENDPOINT_URL."""
+    """URL of an S3-compatible store; default: AWS_ENDPOINT_URL, else AWS."""
     profile: str | None = None
-    """Of the AWS configuration files."""
+    """Profile in the AWS configuration files; default: AWS_PROFILE."""
     region: str | None = None
-    """Of the bucket."""
+    """Region of the bucket; default: from the AWS configuration."""
     anonymous: bool = False
     """Use no credentials, for public buckets."""
     timeout_s: float = Field(30.0, gt=0)
-    """Seconds to wait for a connection or for more bytes; a picture at an http(s) URL may take so long in all."""
+    """Seconds to wait for a connection or for more bytes; the total for a picture at an http(s) URL."""
     retries: int = Field(6, ge=0)
-    """Further tries after throttling, server and connection errors, with exponential backoff and jitter."""
+    """Retries after throttling, server and connection errors, with exponential backoff and jitter."""
 
     @field_validator("endpoint")
     @classmethod
@@ -348,9 +329,9 @@ class Storage(Section):
 
 
 class Errors(Section):
-    """How many failures a run may have. Beyond that it stops, with all commits kept, and the exit code is 1."""
+    """Limits on failures. A run that exceeds one stops with exit code 1; all commits are kept."""
 
     max_failed_fraction: float = Field(0.01, ge=0, le=1)
-    """Failed samples over all planned samples."""
+    """Failed samples divided by all planned samples."""
     max_failed_fraction_per_unit: float = Field(1.0, ge=0, le=1)
-    """Failed samples of one unit over its samples: what is wrong with all at once should not go on for long."""
+    """Failed samples of a unit divided by its samples: stops a run early if something is wrong with all samples."""

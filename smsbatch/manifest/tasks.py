@@ -1,6 +1,6 @@
-"""The manifest itself: what every task has, and what each of the three adds.
+"""The manifest itself: the keys of every task, and those that each of the three tasks adds.
 
-`Manifest.model_validate` gives the class of the task that the data names.
+`Manifest.model_validate` returns the class of the task that the data names.
 """
 
 from __future__ import annotations
@@ -8,8 +8,10 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
+from functools import reduce
+from operator import or_
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field, ModelWrapValidatorHandler, TypeAdapter, field_validator, model_validator
 
@@ -32,17 +34,20 @@ from smsbatch.manifest.sections import (
     Training,
 )
 
-__all__ = ["TASKS", "Dataset", "Distill", "Manifest", "Optimize", "Styled", "Stylize", "schema"]
-
 
 class Manifest(Section):
-    """One job."""
+    """One job.
 
+    Attributes:
+        makes: what a run of the task leaves, a "dataset" or a "generator".
+    """
+
+    makes: ClassVar[Literal["dataset", "generator"]]
     task: str
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
-    """Of the run, in its report and dataset card."""
+    """Name of the run, in its report and dataset card."""
     seed: int = Field(0, ge=0, lt=2**63)
-    """Of the run; a sample's own seed is made of this and its key."""
+    """Seed of the run; the seed of a sample is a hash of this and its key."""
     source: Source
     image: Pictures
     output: Destination
@@ -65,12 +70,12 @@ class Manifest(Section):
         return self.model_dump(mode="json")
 
     def absolute(self) -> Self:
-        """The same job for a process with another working folder: relative local paths made absolute."""
+        """The same job with absolute local paths, for a process with another working folder."""
         return self.model_copy(update={"output": self.output.model_copy(update={"path": _absolute(self.output.path)})})
 
     @property
     def identity(self) -> str:
-        """SHA-256 of all that results depend on: not where they lie, who computes them and how many may fail."""
+        """SHA-256 of all keys that results depend on: without output path, storage, compute and error limits."""
         plain = self.dump()
         plain["compute"] = plain["compute"]["precision"]
         del plain["errors"], plain["storage"], plain["output"]["path"]
@@ -80,7 +85,7 @@ class Manifest(Section):
 
 
 class Styled(Manifest):
-    """A task that asks the scores."""
+    """A task that uses the scores of a model and a style."""
 
     model: Model
     style: Style
@@ -107,25 +112,27 @@ class Styled(Manifest):
 
 
 class Dataset(Manifest):
-    """A task that makes a dataset: a row for every sample, and shards."""
+    """A task that makes a dataset: shards, and a row for every sample."""
 
+    makes = "dataset"
     image: Image = Image()
     output: Output
     metrics: tuple[Literal["lpips"], ...] = ("lpips",)
-    """Computed for every sample at the result's size, one column each."""
+    """Metrics of every sample, computed at the result's size; one column each."""
 
 
 class Optimize(Dataset, Styled):
-    """Every image on its own, by the scores."""
+    """Optimizes every image on its own, by the scores."""
 
     task: Literal["optimize"] = "optimize"
-    """`optimize`: every image on its own."""
+    """`optimize`: optimize every image on its own."""
     objective: Objective = Objective()
 
 
 class Distill(Styled):
-    """The style into a generator."""
+    """Distills the style into a generator."""
 
+    makes = "generator"
     task: Literal["distill"]
     """`distill`: train a generator on the images."""
     image: Crops = Crops()
@@ -163,12 +170,12 @@ class Distill(Styled):
 
 
 class Stylize(Dataset):
-    """Every image in one pass of a generator."""
+    """Stylizes every image in one pass of a generator."""
 
     task: Literal["stylize"]
-    """`stylize`: every image in one pass of a generator."""
+    """`stylize`: pass every image once through a generator."""
     generator: str = Field(min_length=1)
-    """Where it is: the output of a `distill` run, or a folder with its two files; on disk or in an object store."""
+    """Its location: the output of a `distill` run, or a folder with its two files; on disk or in an object store."""
     tiles: Tiles = Tiles()
 
     def absolute(self) -> Self:
@@ -180,11 +187,12 @@ TASKS: dict[str, type[Manifest]] = {"optimize": Optimize, "distill": Distill, "s
 
 def schema() -> dict[str, Any]:
     """The JSON Schema of manifests, of all tasks."""
-    return TypeAdapter(Optimize | Distill | Stylize).json_schema()
+    any_task: Any = reduce(or_, TASKS.values())
+    return TypeAdapter(any_task).json_schema()
 
 
 def _located(model: Model) -> Model:
-    """With what lies here by its absolute path; the rest are hub ids."""
+    """The model with absolute paths for what exists here; anything else is a hub id."""
     paths = {"path": model.path, "config": model.config}
     return model.model_copy(
         update={name: _absolute(path) for name, path in paths.items() if path and Path(path).exists()}

@@ -1,7 +1,7 @@
-"""Distances between image pairs: what a row says about its result.
+"""Distances between a source and its result, which a row records.
 
 Contract: a metric is built once and then called with `source, result [B, 3, H, W]` in [0, 1], on any device; it
-converts for itself and returns `[B]`, one float32 per pair that does not depend on the others. It downloads nothing.
+converts its inputs and returns `[B]`, one float32 per pair, independent of the other pairs. It downloads nothing.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""The paper's other metrics, whose networks are too large to travel along: CFSD, ArtFID's FID, PickScore, HPSv2.
+"""The paper's other metrics, whose networks are too large to bundle: CFSD, ArtFID's FID, PickScore, HPSv2.
 
 Contract: nothing is downloaded. Weights are looked for by name in the folder SMSBATCH_WEIGHTS and in the caches of
-torch and Hugging Face, and nothing but tensors is unpickled. `MEASURES` says what each needs, `missing` what is absent.
+torch and Hugging Face, and only tensors are unpickled. `MEASURES` lists the files each needs, `missing` finds absences.
 Images are float [B, 3, H, W] in [0, 1]; PickScore, whose library prepares them itself, takes uint8 [H, W, 3].
 """
 
@@ -21,21 +21,19 @@ from torch import Tensor, nn
 
 from smsbatch.errors import RequestError, WeightsError
 
-__all__ = ["MEASURES", "ArtInception", "Cfsd", "HpsV2", "PickScore", "fid", "locate_weights", "missing"]
-
 MEASURES = {
     "CFSD": ("vgg19-dcbb9e9d.pth",),
     "ArtFID": ("matthias-wright/art_inception/art_inception.pth",),
     "PickScore": ("yuvalkirstain/PickScore_v1", "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"),
     "HPSv2": ("xswu/HPSv2/HPS_v2_compressed.pt",),
 }
-"""Name: the files and folders it needs, `owner/repository[/file]` where a hub has them."""
+"""By name, the files and folders that a measure needs; `owner/repository[/file]` if a hub has them."""
 
-_ADVICE = "put it into a folder, and name that in the environment's SMSBATCH_WEIGHTS"
+_ADVICE = "put it into a folder, and set the environment variable SMSBATCH_WEIGHTS to that folder"
 
 
 def locate_weights(name: str) -> Path | None:
-    """Where `file` or `owner/repository[/file]` lies on this machine, None if it does not."""
+    """The path of `file` or `owner/repository[/file]` on this machine, None if it is absent."""
     parts = name.split("/")
     candidates = [Path(os.environ["SMSBATCH_WEIGHTS"], parts[-1])] if "SMSBATCH_WEIGHTS" in os.environ else []
     if len(parts) == 1:
@@ -49,7 +47,7 @@ def locate_weights(name: str) -> Path | None:
 
 
 def missing(measure: str) -> str | None:
-    """What `measure` lacks on this machine, in words; None if it can be had."""
+    """A message on what `measure` lacks on this machine; None if nothing."""
     if measure == "HPSv2" and find_spec("open_clip") is None:
         return "open_clip is not installed; pip install open_clip_torch"
     absent = [name for name in MEASURES[measure] if locate_weights(name) is None]
@@ -73,12 +71,12 @@ def _tensors(path: Path) -> dict[str, Tensor]:
 
 
 def _fill(network: nn.Module, path: Path, prefix: str = "") -> nn.Module:
-    """With the weights of the file; what else it has, heads mostly, is left."""
+    """Load the file's weights into the network, and freeze it; other entries, heads mostly, are ignored."""
     state = {name.removeprefix(prefix): value for name, value in _tensors(path).items() if name.startswith(prefix)}
     wanted = network.state_dict()
     absent = [name for name in wanted if name not in state and not name.endswith("num_batches_tracked")]
     if absent:
-        raise WeightsError(f"{path} has no {prefix}{absent[0]}; it is another network's, download it again")
+        raise WeightsError(f"{path} has no {prefix}{absent[0]}: it is for another network; download it again")
     network.load_state_dict({name: state.get(name, value) for name, value in wanted.items()})
     return network.eval().requires_grad_(False)
 
@@ -86,12 +84,12 @@ def _fill(network: nn.Module, path: Path, prefix: str = "") -> nn.Module:
 class Cfsd:
     """Content feature structural distance: KL(S(source) || S(result)), summed over positions.
 
-    S = row-wise softmax of F F^T, where F [h w, 256] are the features of VGG-19's relu3_1 over 256. The sum grows with
-    the number of positions, so that only images of one size compare: the paper's are 512x512.
+    S = row-wise softmax of F F^T, where F [h w, 256] are the features of VGG-19's relu3_1 divided by 256. The sum
+    grows with the number of positions, so that only images of one size are comparable: the paper's are 512x512.
     """
 
     MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-    ROWS = 1024  # of S at once: whole, it is 1 GB for 512x512
+    ROWS = 1024  # of S at a time: the whole is 1 GB for 512x512
 
     def __init__(self) -> None:
         widths = [(3, 64), (64, 64), None, (64, 128), (128, 128), None, (128, 256)]  # VGG-19 up to relu3_1
@@ -139,10 +137,10 @@ class ArtInception:
 
 
 def fid(features: Tensor, reference: Tensor) -> float:
-    """The Frechet distance of two samples of features, [N, D] and [M, D], each at least two.
+    """The Frechet distance of two samples of features, [N, D] and [M, D], with N and M at least 2.
 
-    tr (C C')^(1/2) is the sum of the singular values of X X'^T, centred, over ((N - 1)(M - 1))^(1/2): exact, and of the
-    size of the samples and not of their dimension.
+    tr (C C')^(1/2) is the sum of the singular values of X X'^T, centred, over ((N - 1)(M - 1))^(1/2): exact, with a
+    matrix of the size of the samples and not of their dimension.
     """
     if min(len(features), len(reference)) < 2:
         raise RequestError("FID needs two images on either side")
@@ -154,7 +152,7 @@ def fid(features: Tensor, reference: Tensor) -> float:
 
 
 class PickScore:
-    """exp(logit scale) cos(image, prompt) of CLIP ViT-H/14, tuned on people's choices (arXiv 2305.01569)."""
+    """exp(logit scale) cos(image, prompt) of CLIP ViT-H/14, tuned on human preferences (arXiv 2305.01569)."""
 
     def __init__(self) -> None:
         from transformers import CLIPModel, CLIPProcessor
@@ -180,7 +178,7 @@ class PickScore:
 
 
 class HpsV2:
-    """cos(image, prompt) of CLIP ViT-H/14, tuned on people's choices (arXiv 2306.09341), by open_clip."""
+    """cos(image, prompt) of CLIP ViT-H/14 in open_clip, tuned on human preferences (arXiv 2306.09341)."""
 
     SIDE = 224
     MEAN, DEVIATION = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -199,7 +197,7 @@ class HpsV2:
         return (nn.functional.normalize(pictures, dim=1) * texts).sum(1)
 
     def _prepared(self, image: Tensor) -> Tensor:
-        """The longer side at 224 pixels, black around the rest, normalized."""
+        """The image with its longer side at 224 pixels, padded with black to a square, normalized."""
         scale = self.SIDE / max(image.shape[2:])
         height, width = (max(1, round(side * scale)) for side in image.shape[2:])
         image = nn.functional.interpolate(image, (height, width), mode="bicubic", antialias=True).clamp(0, 1)

@@ -15,15 +15,15 @@ from torch import Tensor
 # AlexNet's convolutions, and the slice in which the lpips package keeps each.
 _SLICE_OF_FEATURE = {0: 1, 3: 2, 6: 3, 8: 4, 10: 5}
 
-# One pixel less and AlexNet's second pooling has no output: of 31, conv 11/4 leaves 7, pool 3/2 leaves 3, then 1.
+# The smallest side for which AlexNet's second pooling has an output: conv 11/4 makes 7 of 31, pool 3/2 makes 3, then 1.
 MIN_SIDE = 31
 
 
 @cache
 def network() -> Any:
-    """The package's network with the bundled trunk, frozen; its `net` gives the trunk's five layers. One for all."""
-    # The package builds a random trunk before ours is loaded: it must not move the caller's random state, and its
-    # use of torchvision's old `pretrained` argument is no news to the user.
+    """The package's network with the bundled trunk, frozen; its `net` gives the trunk's five layers. Shared by all."""
+    # The package builds a random trunk before ours is loaded: it must not change the caller's random state, and its
+    # warning about torchvision's old `pretrained` argument does not help the user.
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.filterwarnings("ignore", module="torchvision")
         built = LPIPS(net="alex", version="0.1", pnet_rand=True, verbose=False)
@@ -41,8 +41,8 @@ def network() -> Any:
 class Lpips:
     """d(source, result) = sum_l mean_hw sum_c w_lc (f_lc(source)/|f_l(source)| - f_lc(result)/|f_l(result)|)^2.
 
-    Zero for identical images; 0.1 is a visible but mild change, 0.6 another picture. The network follows its input from
-    device to device, and runs in float32 whatever the input's precision.
+    Zero for identical images; 0.1 is a visible but mild change, 0.6 another picture. The network moves to the
+    device of its input, and runs in float32 whatever the input's precision.
     """
 
     def __init__(self) -> None:

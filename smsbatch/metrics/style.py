@@ -1,11 +1,11 @@
-"""How far a set of images is from a style: the Frechet distance of AlexNet's features, layer by layer.
+"""The distance of a set of images from a style: the Frechet distance of AlexNet's features, layer by layer.
 
     d = sum_l |m_l - m'_l|^2 + tr(C_l + C'_l - 2 (C_l C'_l)^(1/2))
 
 m_l and C_l are mean and covariance of layer l's features, normalized over channels as LPIPS does, over all positions of
-all images. It sees texture and colour at five scales rather than what a picture shows, and a dozen pictures give it
-thousands of positions, where FID wants thousands of pictures. Contract: sets of images [B, 3, H, W] in [0, 1], of one
-or many sizes. Compare only sets of like size and number of pixels: few positions make any set look far away.
+all images. d measures texture and colour at five scales rather than content, and a dozen pictures give thousands of
+positions, whereas FID needs thousands of pictures. Contract: sets of images [B, 3, H, W] in [0, 1], of one or many
+sizes. Compare only sets of similar size and number of pixels: few positions increase the distance of any set.
 """
 
 from __future__ import annotations
@@ -22,16 +22,14 @@ from torch import Tensor, nn
 from smsbatch.errors import RequestError
 from smsbatch.metrics.lpips import MIN_SIDE, network
 
-__all__ = ["StyleReference", "frechet", "style_distance"]
-
 CHANNELS = (64, 192, 384, 256, 256)
 
 
 @dataclass(frozen=True)
 class StyleReference:
-    """What is known of a set of images: of every layer the mean [C] and the covariance [C, C].
+    """The statistics of a set of images: for every layer the mean [C] and the covariance [C, C].
 
-    They are float64 with the values of float32, so that a reference that was saved and loaded is the same.
+    They are float64 with the values of float32, so that saving and loading does not change a reference.
     """
 
     means: tuple[Tensor, ...]
@@ -39,10 +37,10 @@ class StyleReference:
 
     @classmethod
     def of(cls, images: Iterable[Tensor]) -> StyleReference:
-        """Of a set of images [B, 3, H, W] in [0, 1], batched as one likes.
+        """The reference of a set of images [B, 3, H, W] in [0, 1], in batches of any size.
 
         Raises:
-            RequestError: there is none, or one is too small for AlexNet.
+            RequestError: there are too few images, or one is too small for AlexNet.
         """
         counted = 0
         sums = [torch.zeros(c, dtype=torch.float64) for c in CHANNELS]
@@ -60,7 +58,7 @@ class StyleReference:
                 products[layer] += features.T @ features
                 positions[layer] += len(features)
         if min(positions) < 2:
-            raise RequestError(f"{counted} images are no set whose style could be measured; give more or larger ones")
+            raise RequestError(f"{counted} images are too few to measure a style; give more or larger ones")
         means = [total / n for total, n in zip(sums, positions, strict=True)]
         covariances = [
             (product - n * torch.outer(mean, mean)) / (n - 1)
@@ -70,7 +68,7 @@ class StyleReference:
 
     @classmethod
     def load(cls, path: str | Path) -> StyleReference:
-        """From a file that `save` wrote. RequestError: there is none, or it is something else."""
+        """Load a file that `save` wrote. RequestError: it is absent, or something else."""
         try:
             tensors = load_file(path)
             means = tuple(tensors[f"mean.{layer}"].double() for layer in range(len(CHANNELS)))
@@ -82,12 +80,12 @@ class StyleReference:
         return cls(means, covariances)
 
     def distance(self, other: StyleReference) -> float:
-        """d, the same in both directions."""
+        """d to another reference; it is symmetric."""
         layers = zip(self.means, self.covariances, other.means, other.covariances, strict=True)
         return sum(frechet(*layer) for layer in layers)
 
     def save(self, path: str | Path) -> None:
-        """As safetensors, float32: the means, and the covariances' upper triangles, row by row; 0.6 MB."""
+        """Write safetensors, float32: the means, and the covariances' upper triangles, row by row; 0.6 MB."""
         tensors = {f"mean.{layer}": mean.float() for layer, mean in enumerate(self.means)}
         for layer, covariance in enumerate(self.covariances):
             rows, columns = torch.triu_indices(*covariance.shape)
@@ -96,7 +94,7 @@ class StyleReference:
 
 
 def style_distance(images: Iterable[Tensor], reference: StyleReference) -> float:
-    """d of the images, [B, 3, H, W] in [0, 1], to the reference: 0 for the very set it was made of."""
+    """d of the images, [B, 3, H, W] in [0, 1], to the reference: 0 for the reference's own set."""
     return StyleReference.of(images).distance(reference)
 
 
@@ -104,7 +102,7 @@ def frechet(mean: Tensor, covariance: Tensor, other_mean: Tensor, other_covarian
     """The Frechet distance of two normal distributions, in float64.
 
     tr (C C')^(1/2) is the sum of the singular values of C^(1/2) C'^(1/2): both roots are of symmetric matrices, and no
-    product of covariances is formed, which would square their condition.
+    product of covariances is formed, which would square their condition number.
     """
     overlap = torch.linalg.svdvals(_root(covariance.double()) @ _root(other_covariance.double())).sum()
     spread = covariance.double().trace() + other_covariance.double().trace() - 2 * overlap

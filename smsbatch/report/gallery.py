@@ -11,10 +11,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import chain
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from smsbatch.data import pixels
-from smsbatch.data.index import read_index
+from smsbatch.data.index import StoredFile, read_index
 from smsbatch.data.reader import Reader
 from smsbatch.data.tars import find_members
 from smsbatch.errors import SampleError
@@ -24,8 +25,6 @@ from smsbatch.storage.store import Store, storage_errors
 
 if TYPE_CHECKING:
     from smsbatch.report.model import Report, RowTally
-
-__all__ = ["Group", "Picture", "gallery"]
 
 THUMBNAIL_SIDE = 640  # pixels: twice what a card measures, for dense screens
 _THREADS = 8
@@ -50,8 +49,8 @@ class Group:
     pictures: Sequence[Picture]
 
 
-def gallery(store: Store, report: Report, tally: RowTally) -> list[Group]:
-    """What is shown of a run. The sources and tars are read several at a time."""
+def gallery(store: Store, report: Report, tally: RowTally, index: StoredFile | Path) -> list[Group]:
+    """The pictures that the report shows. The sources, by the newest `index`, and tars are read several at a time."""
     chosen: dict[str, list[dict[str, Any]]]
     name = tally.metrics[0] if tally.metrics else ""
     if report.succeeded <= SHOW_ALL:
@@ -65,7 +64,7 @@ def gallery(store: Store, report: Report, tally: RowTally) -> list[Group]:
     with ThreadPoolExecutor(_THREADS, thread_name_prefix="smsbatch-gallery") as threads:
 
         def picture(row: Mapping[str, Any]) -> Picture:
-            return _picture(store, report, row, results[row["key"]])
+            return _picture(index, report, row, results[row["key"]])
 
         return [Group(title, list(threads.map(picture, rows))) for title, rows in chosen.items()]
 
@@ -85,9 +84,9 @@ def _results(store: Store, rows: Iterable[Mapping[str, Any]], extension: str) ->
         return {key: data for found in threads.map(of_shard, wanted) for key, data in found.items()}
 
 
-def _picture(store: Store, report: Report, row: Mapping[str, Any], result: bytes) -> Picture:
+def _picture(index: StoredFile | Path, report: Report, row: Mapping[str, Any], result: bytes) -> Picture:
     image = report.settings["image"]
-    entry = read_index(store, row["position"], row["position"] + 1)[0]
+    entry = read_index(index, row["position"], row["position"] + 1)[0]
     storage = Storage.model_validate(report.settings.get("storage", {}))
     reader = Reader(storage, Source.model_validate(report.settings["source"]).max_bytes)
     try:

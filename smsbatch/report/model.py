@@ -14,6 +14,8 @@ from typing import Any
 
 import numpy as np
 
+from smsbatch.engines.base import Description
+from smsbatch.engines.table import ENGINES
 from smsbatch.runs.records import Published
 
 SHOW_ALL = 16  # so many results are shown whole, more as a sample and the two ends of the first metric
@@ -93,6 +95,19 @@ class Report:
     paths: Mapping[str, str]  # where the shards, rows and the report are
 
     @property
+    def description(self) -> Description:
+        """What the engine of the run's task says of its work."""
+        return ENGINES[self.settings.get("task", "optimize")].describe(self.settings, self.generator)
+
+    @property
+    def rate(self) -> str:
+        """`4.67 a second`, and per minute or hour where that is less than one."""
+        for unit, size in (("a second", 1), ("a minute", 60)):
+            if self.images_per_second * size >= 1:
+                return f"{self.images_per_second * size:.3g} {unit}"
+        return f"{self.images_per_second * 3600:.3g} an hour"
+
+    @property
     def errors(self) -> dict[str, int]:
         """Failed samples by error code."""
         return {failure.code: failure.count for failure in self.failures}
@@ -145,34 +160,3 @@ class RowTally:
 
 def has_value(row: Mapping[str, Any], name: str) -> bool:
     return row[name] is not None and math.isfinite(row[name])
-
-
-def duration(seconds: float) -> str:
-    """Two units are enough: `0.8 s`, `42 s`, `3 min 20 s`, `5 h 2 min`, `4 d 7 h`."""
-    if seconds < 10:
-        return f"{seconds:.1f} s"
-    left = round(seconds)
-    parts: list[tuple[int, str]] = []
-    for unit, size in (("d", 86400), ("h", 3600), ("min", 60), ("s", 1)):
-        amount, left = divmod(left, size)
-        if amount or parts:
-            parts.append((amount, unit))
-    return " ".join(f"{amount} {unit}" for amount, unit in parts[:2] if amount)
-
-
-def generator_name(report: Report) -> str:
-    """Of a run of task stylize: as the run that made the generator was called, else where it lies."""
-    return str((report.generator or {}).get("name") or report.settings["generator"])
-
-
-def rate(report: Report) -> str:
-    """`4.67 a second`, and per minute or hour where that is less than one."""
-    for unit, size in (("a second", 1), ("a minute", 60)):
-        if report.images_per_second * size >= 1:
-            return f"{report.images_per_second * size:.3g} {unit}"
-    return f"{report.images_per_second * 3600:.3g} an hour"
-
-
-def moment(iso: str) -> str:
-    """`2026-11-22T14:18:05+00:00` -> `2026-11-22 14:18 UTC`."""
-    return f"{iso[:10]} {iso[11:16]} UTC"

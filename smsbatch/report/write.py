@@ -20,11 +20,11 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import UTC, datetime
 from io import BytesIO
-from itertools import groupby, islice
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from smsbatch.data.index import ROWS_PER_GROUP, SAMPLES, read_index, read_units
+from smsbatch.data.index import ROWS_PER_GROUP, SAMPLES, read_index
 from smsbatch.data.shards import read_rows
 from smsbatch.errors import RunError
 from smsbatch.parallel import started_ahead
@@ -34,18 +34,15 @@ from smsbatch.report.model import Distribution, Failure, Report, RowTally
 from smsbatch.report.page import render
 from smsbatch.runs.drift import allowed_drift
 from smsbatch.runs.layout import INDEX
-from smsbatch.runs.ledger import Ledger
 from smsbatch.runs.records import PARSE_ERRORS, Commit, Published
-from smsbatch.runs.run_file import check_dataset, require_run
+from smsbatch.runs.run import Run
 from smsbatch.storage.store import Store, storage_errors
-
-__all__ = ["summarize", "write_report"]
 
 _AHEAD = 8  # shards whose rows are fetched while others are counted
 
 
 def summarize(
-    store: Store, commits: Mapping[int, Commit] | None = None, published: Mapping[int, Published] | None = None
+    run: Run, commits: Mapping[int, Commit] | None = None, published: Mapping[int, Published] | None = None
 ) -> Report:
     """The numbers of a finished run, from index.json if they are of what stands now.
 
@@ -54,34 +51,40 @@ def summarize(
         published: likewise.
 
     Raises:
-        RequestError: there is no run, or one that makes no dataset.
+        RequestError: the run makes no dataset.
         RunError: a planned sample has no row, or a shard is not published.
     """
-    run = require_run(store)
-    check_dataset(store, run)
-    published = Ledger(store).publications() if published is None else published
-    return _recall(store, run, published) or _count(store, run, commits, published)[0]
+    run.require_dataset()
+    published = run.ledger.publications() if published is None else published
+    drift = allowed_drift(run.store)
+    found = _recall(run, drift, published)
+    if found is None:
+        with _fetched_index(run) as index:
+            found, _ = _count(run, index, drift, commits, published)
+    return found
 
 
 def write_report(
-    store: Store, commits: Mapping[int, Commit] | None = None, published: Mapping[int, Published] | None = None
+    run: Run, commits: Mapping[int, Commit] | None = None, published: Mapping[int, Published] | None = None
 ) -> Report:
     """Write README.md, report.html and index.json; returns the numbers. Arguments and errors as of `summarize`."""
-    run = require_run(store)
-    check_dataset(store, run)
-    published = Ledger(store).publications() if published is None else published
-    report, tally = _count(store, run, commits, published)
+    run.require_dataset()
+    store, drift = run.store, allowed_drift(run.store)
+    published = run.ledger.publications() if published is None else published
+    with _fetched_index(run) as planned:
+        report, tally = _count(run, planned, drift, commits, published)
+        pictures = gallery(store, report, tally, planned if run.index.path == SAMPLES else run.index)
     numbers = {name: value for name, value in report.to_dict().items() if name in _NUMBERS}
     index = {
         "name": report.name,
         "planned": report.planned,
         "succeeded": report.succeeded,
         "failed": report.failed,
-        "report": {"of": _digest(store, run, published, numbers), "numbers": numbers},
+        "report": {"of": _digest(run, drift, published, numbers), "numbers": numbers},
         "shards": [_shard(record) for record in tally.published],
     }
     store.put("README.md", card(report).encode())
-    store.put("report.html", render(report, gallery(store, report, tally)).encode())
+    store.put("report.html", render(report, pictures).encode())
     store.put(INDEX, json.dumps(index, indent=1).encode())  # last: where it is of what stands, the others are too
     return report
 
@@ -94,39 +97,45 @@ _NUMBERS = (
 )
 
 
-def _recall(store: Store, run: Mapping[str, Any], published: Mapping[int, Published]) -> Report | None:
+Drift = Sequence[Mapping[str, Any]]
+
+
+def _recall(run: Run, drift: Drift, published: Mapping[int, Published]) -> Report | None:
     """What index.json has of a report; None unless that is of just this run, these records, and as it was written."""
-    found = store.read_all([INDEX])
+    found = run.store.read_all([INDEX])
     try:
         told = json.loads(found[INDEX])["report"]
         numbers = told["numbers"]
-        if told["of"] != _digest(store, run, published, numbers):
+        if told["of"] != _digest(run, drift, published, numbers):
             return None
         failures = [Failure(**one) for one in numbers["failures"]]
         metrics = {name: Distribution(**one) for name, one in numbers["metrics"].items()}
     except PARSE_ERRORS:
         return None
-    return Report(**numbers | {"failures": failures, "metrics": metrics}, **_circumstances(store, run))
+    return Report(**numbers | {"failures": failures, "metrics": metrics}, **_circumstances(run, drift))
 
 
-def _digest(
-    store: Store, run: Mapping[str, Any], published: Mapping[int, Published], numbers: Mapping[str, Any]
-) -> str:
+def _digest(run: Run, drift: Drift, published: Mapping[int, Published], numbers: Mapping[str, Any]) -> str:
     """Of a report's numbers and of what they follow from: the commits are named by the records, the rows by digests."""
     records = [asdict(record) for _, record in sorted(published.items())]
-    of = json.dumps([run, records, allowed_drift(store), numbers], sort_keys=True)
+    of = json.dumps([run.about, records, drift, numbers], sort_keys=True)
     return hashlib.sha256(of.encode()).hexdigest()
 
 
-def _circumstances(store: Store, run: Mapping[str, Any]) -> dict[str, Any]:
+def _circumstances(run: Run, drift: Drift) -> dict[str, Any]:
     """What a report says beside its numbers."""
+    store, about = run.store, run.about
+    changes = [change["text"] for note in drift for change in note["changed"].values()]
     return {
-        "name": run["name"],
-        "settings": run["manifest"],
-        "generator": run.get("generator"),
-        "weights": run["weights"],
-        "versions": run["versions"],
-        "notices": [*run["notices"], *_drift(store)],
+        "name": run.name,
+        "settings": about["manifest"],
+        "generator": about.get("generator"),
+        "weights": about["weights"],
+        "versions": about["versions"],
+        "notices": [
+            *about["notices"],
+            *(f"went on, as allowed, though changed since it was planned: {change}" for change in changes),
+        ],
         "paths": {
             "shards": store.locate("shards"),
             "rows": store.locate("metrics"),
@@ -136,36 +145,37 @@ def _circumstances(store: Store, run: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _count(
-    store: Store, run: Mapping[str, Any], commits: Mapping[int, Commit] | None, published: Mapping[int, Published]
+    run: Run, index: Path, drift: Drift, commits: Mapping[int, Commit] | None, published: Mapping[int, Published]
 ) -> tuple[Report, RowTally]:
-    tally = RowTally(seed=run["manifest"]["seed"], metrics=run["manifest"]["metrics"])
-    units = read_units(store)
-    planned_in = {shard: sum(map(len, members)) for shard, members in groupby(units, lambda unit: unit.shard)}
+    """The numbers of a run, counted row by row against `index`, the planned one."""
+    store, samples = run.store, run.about["planned"]["samples"]
+    tally = RowTally(seed=run.about["manifest"]["seed"], metrics=run.about["manifest"]["metrics"])
+    planned_in = {shard: sum(map(len, units)) for shard, units in run.shards.items()}
     missing = [shard for shard in planned_in if shard not in published]
     if missing:
         shard = missing[0]
         raise RunError(f"{store.url}: shard {shard:06d} is not published yet; run the manifest again to finish it")
-    start = 0
+    start, keys = 0, _keys(index)
     records = [published[shard] for shard in planned_in]
-    with _planned(store) as keys, _fetched(store, records) as files:
+    with _fetched(store, records) as files:
         for record, data in zip(records, files, strict=True):
             planned = list(islice(keys, planned_in[record.shard]))
             tally.add(record, _rows(store, record, data, planned, start))
             start += len(planned)
     failed = tally.failures.total()
-    if tally.succeeded + failed != run["planned"]["samples"]:
+    if tally.succeeded + failed != samples:
         raise RunError(
-            f"{store.url}: {run['planned']['samples']} images are planned, but {tally.succeeded} + {failed} have a "
+            f"{store.url}: {samples} images are planned, but {tally.succeeded} + {failed} have a "
             "row; run the manifest again to finish it"
         )
-    commits = Ledger(store).commits() if commits is None else commits
+    commits = run.ledger.commits() if commits is None else commits
     started, finished, wall = _span(commits.values())
     return Report(
         planned=start,
         succeeded=tally.succeeded,
         failed=failed,
         failures=[Failure(code, n, *tally.examples[code]) for code, n in tally.failures.most_common()],
-        units=len(units),
+        units=len(run.units),
         shards=len(tally.published),
         workers=len({commit.worker for commit in commits.values()}),
         seconds=tally.seconds,
@@ -174,20 +184,20 @@ def _count(
         metrics={name: Distribution.of(values) for name, values in tally.values.items() if values},
         started=started,
         finished=finished,
-        **_circumstances(store, run),
+        **_circumstances(run, drift),
     ), tally
 
 
 @contextmanager
-def _planned(store: Store) -> Iterator[Iterator[str]]:
-    """All planned keys in order. The index is fetched once, as it was planned: no key has ever moved."""
+def _fetched_index(run: Run) -> Iterator[Path]:
+    """The index as it was planned, whose keys are those of every later one, fetched once."""
     with (
         storage_errors("make a folder in", tempfile.gettempdir()),
         tempfile.TemporaryDirectory(prefix="smsbatch-report-") as folder,
     ):
         index = Path(folder, "samples.parquet")
-        store.fetch(SAMPLES, index)
-        yield _keys(index)
+        run.store.fetch(SAMPLES, index)
+        yield index
 
 
 def _keys(index: Path) -> Iterator[str]:
@@ -206,15 +216,6 @@ def _fetched(store: Store, records: Sequence[Published]) -> Iterator[Iterator[by
         yield (future.result() for future in started_ahead(waiting, _AHEAD))
     finally:
         threads.shutdown(cancel_futures=True)
-
-
-def _drift(store: Store) -> list[str]:
-    """What the user allowed to differ from the plan, a notice each."""
-    return [
-        f"went on, as allowed, though changed since it was planned: {change['text']}"
-        for note in allowed_drift(store)
-        for change in note["changed"].values()
-    ]
 
 
 def _rows(store: Store, published: Published, data: bytes, planned: Sequence[str], start: int) -> list[dict[str, Any]]:

@@ -23,8 +23,6 @@ from smsbatch.runs.layout import CHECKPOINTS
 from smsbatch.runs.records import PARSE_ERRORS, FileDigest, new_attempt
 from smsbatch.storage.store import Store
 
-__all__ = ["Checkpoint", "Restored", "latest", "prune", "read", "restore", "write"]
-
 LEFTOVER_S = 3600  # a file without a record may be one whose record is being written
 
 _RECORD = re.compile(rf"{CHECKPOINTS}/(\d{{8,}})\.json")

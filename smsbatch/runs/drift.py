@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import uuid
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from itertools import count, islice
@@ -22,8 +22,9 @@ from smsbatch.data.sources import parts
 from smsbatch.errors import DriftError, RequestError, StorageError
 from smsbatch.manifest import HOUSEKEEPING, Manifest, Storage
 from smsbatch.runs.layout import CHECKPOINTS, COMMITS
-from smsbatch.runs.run_file import is_training, manifest_of
+from smsbatch.runs.run import Run
 from smsbatch.storage.store import Store
+from smsbatch.text import flat
 
 DRIFT = "_smsbatch/drift"
 INPUTS = "inputs"
@@ -56,14 +57,9 @@ class Change:
 
 
 def check_unchanged(
-    store: Store,
-    run: Mapping[str, Any],
-    manifest: Manifest,
-    weights: Mapping[str, str],
-    allow: Collection[str] = (),
-    note: bool = True,
+    run: Run, manifest: Manifest, weights: Mapping[str, str], allow: Collection[str] = (), note: bool = True
 ) -> None:
-    """The run that stands was planned for the same results: the same manifest and the same weights.
+    """The run was planned for the same results: the same manifest and the same weights.
 
     Args:
         allow: keys that may have changed.
@@ -72,51 +68,51 @@ def check_unchanged(
     Raises:
         DriftError: naming what changed.
     """
-    task = run["manifest"].get("task", "optimize")
-    if task != manifest.task:
-        raise DriftError(f"{store.url}: here is a run of task {task}, not {manifest.task}; choose another output.path")
-    changes = []
-    if run["manifest_sha256"] != manifest.identity:
-        then, now = _flat(manifest_of(run).dump()), _flat(manifest.dump())
+    if run.task != manifest.task:
+        here = f"here is a run of task {run.task}, not {manifest.task}"
+        raise DriftError(f"{run.store.url}: {here}; choose another output.path")
+    changes, digests = [], run.about["weights"]
+    if run.about["manifest_sha256"] != manifest.identity:
+        then, now = flat(run.manifest.dump()), flat(manifest.dump())
         changes += [
             Change.of(key, then.get(key), now.get(key))
             for key in sorted(then.keys() | now.keys())
             if then.get(key) != now.get(key) and (key == "compute.precision" or not key.startswith(_ELSEWHERE))
         ]
     changes += [
-        Change(f"weights.{name}", run["weights"].get(name), weights.get(name), f"weights: the file {name}")
-        for name in sorted(run["weights"].keys() | weights.keys())
-        if run["weights"].get(name) != weights.get(name)
+        Change(f"weights.{name}", digests.get(name), weights.get(name), f"weights: the file {name}")
+        for name in sorted(digests.keys() | weights.keys())
+        if digests.get(name) != weights.get(name)
     ]
-    _resolve_drift(store, changes, allow, note, _NEVER_IN_TRAINING if is_training(run) else _NEVER)
+    _resolve_drift(run, changes, allow, note)
 
 
-def inputs_changed(store: Store, manifest: Manifest, allow: Collection[str] = (), note: bool = True) -> bool:
+def inputs_changed(run: Run, manifest: Manifest, allow: Collection[str] = (), note: bool = True) -> bool:
     """Whether the source's objects are not those that were planned: names, sizes, and etags where the store has them.
 
     Raises:
         DriftError: they are not, and `allow` has no `inputs`; naming the first few.
     """
-    planned, present = read_objects(store), parts(manifest.source, manifest.storage)
+    if run.is_new:
+        return False
+    planned, present = read_objects(run.objects), parts(manifest.source, manifest.storage)
     then, now = ({part.url: part for part in listed} for listed in (planned, present))
     told = [f"{url} is gone" for url in then.keys() - now.keys()]
     told += [f"{url} is new" for url in now.keys() - then.keys()]
     for part in (now[url] for url in then.keys() & now.keys() if then[url] != now[url]):
-        files = (
-            list(islice(_changed_files(store, part, manifest.storage), _NAMED + 1)) if part.format == "folder" else []
-        )
+        files = list(islice(_changed_files(run, part, manifest.storage), _NAMED + 1)) if part.format == "folder" else []
         told += files or [f"{part.url} was changed"]
     if told:
         some = "; ".join(sorted(told)[:_NAMED]) + ("; and more" if len(told) > _NAMED else "")
-        _resolve_drift(store, [Change(INPUTS, _digest(planned), _digest(present), f"{INPUTS}: {some}")], allow, note)
+        _resolve_drift(run, [Change(INPUTS, _digest(planned), _digest(present), f"{INPUTS}: {some}")], allow, note)
     return bool(told)
 
 
-def _changed_files(store: Store, folder: Part, storage: Storage) -> Iterator[str]:
+def _changed_files(run: Run, folder: Part, storage: Storage) -> Iterator[str]:
     """What became of a folder's planned files; files that are new are not looked for."""
     present = {file.url: (file.size, file.etag) for file in list_files(folder.url, storage)}
     for start in count(0, _ROWS):
-        entries = read_index(store, start, start + _ROWS)
+        entries = read_index(run.index, start, start + _ROWS)
         if not entries:
             return
         for url, _, length, etag in (span for entry in entries for span in entry.fields.values()):
@@ -137,13 +133,10 @@ def allowed_drift(store: Store) -> list[dict[str, Any]]:
     return sorted(notes, key=lambda note: str(note["time"]))
 
 
-def _resolve_drift(
-    store: Store,
-    changes: Iterable[Change],
-    allow: Collection[str],
-    note: bool = True,
-    never: Mapping[str, str] = _NEVER,
-) -> None:
+def _resolve_drift(run: Run, changes: Sequence[Change], allow: Collection[str], note: bool) -> None:
+    if not changes:
+        return
+    store, never = run.store, _NEVER if run.makes == "dataset" else _NEVER_IN_TRAINING
     known = {key: change["now"] for note in allowed_drift(store) for key, change in note["changed"].items()}
     fresh = [change for change in changes if change.key not in known or known[change.key] != change.now]
     refused = [change for change in fresh if change.key in never or not _covered(change.key, allow)]
@@ -175,7 +168,7 @@ def check_allowed(manifest: Manifest, allow: Collection[str]) -> None:
     Raises:
         RequestError: naming the one that is none.
     """
-    known = [*_flat(manifest.dump()), "weights", INPUTS]
+    known = [*flat(manifest.dump()), "weights", INPUTS]
     for key in allow:
         if not any(_covered(name, [key]) for name in known) and not key.startswith("weights."):
             raise RequestError(
@@ -189,10 +182,3 @@ def _covered(key: str, allow: Collection[str]) -> bool:
 
 def _digest(listed: Sequence[Part]) -> str:
     return hashlib.sha256(json.dumps(sorted(listed)).encode()).hexdigest()
-
-
-def _flat(section: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in section.items():
-        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {prefix + name: value}
-    return flat

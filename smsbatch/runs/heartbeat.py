@@ -23,8 +23,6 @@ from typing import Any, Self
 from smsbatch.errors import RequestError, StorageError
 from smsbatch.storage.store import Store
 
-__all__ = ["Driver", "Heartbeat", "drivers", "process_table"]
-
 HEARTBEATS = "_smsbatch/heartbeats"
 BEAT_S = 10.0
 DEAD_AFTER_S = 6 * BEAT_S
@@ -67,8 +65,8 @@ class Heartbeat:
 
 
 def other_drivers(store: Store, own: Heartbeat) -> list[Driver]:
-    """The other drivers at work; what is left of dead ones is removed."""
-    return [driver for driver in drivers(store, remove_stale=True) if driver.alive and driver.name != own.name]
+    """The other drivers at work; the heartbeats of dead ones are removed."""
+    return [driver for driver in drivers(store, remove_stale=True, without=own.name) if driver.alive]
 
 
 @dataclass(frozen=True)
@@ -112,10 +110,10 @@ def process_table() -> str:
         return ""
 
 
-def drivers(store: Store, remove_stale: bool = False) -> list[Driver]:
-    """The drivers whose heartbeats are there; those of the dead are removed if asked."""
+def drivers(store: Store, remove_stale: bool = False, without: str = "") -> list[Driver]:
+    """The drivers whose heartbeats are there, except for one; heartbeats of dead drivers are removed if asked."""
     found = []
-    for path, beat in read_beats(store).items():
+    for path, beat in read_beats(store, without).items():
         driver = Driver(driver_name(path), time.time() - beat["time"], beat.get("processes", ""))
         if remove_stale and not driver.alive:
             store.delete(path)
@@ -124,9 +122,10 @@ def drivers(store: Store, remove_stale: bool = False) -> list[Driver]:
     return found
 
 
-def read_beats(store: Store) -> dict[str, dict[str, Any]]:
+def read_beats(store: Store, without: str = "") -> dict[str, dict[str, Any]]:
     beats = {}
-    for path, beat in store.read_all(store.list(HEARTBEATS)).items():
+    paths = [path for path in store.list(HEARTBEATS) if driver_name(path) != without]
+    for path, beat in store.read_all(paths).items():
         with suppress(ValueError):  # a torn one is as good as none
             beats[path] = json.loads(beat)
     return beats

@@ -46,8 +46,6 @@ from smsbatch.runs.records import (
 )
 from smsbatch.storage.store import Store, storage_errors
 
-__all__ = ["Ledger"]
-
 
 class Ledger:
     """The ledger of the run in `store`; `metrics` names the columns that every row has beside the fixed ones.
@@ -60,6 +58,7 @@ class Ledger:
         self.store = store
         self.scratch = scratch
         self.metrics = tuple(metrics)
+        self._own: dict[int, Commit] = {}  # decided by this process, of shards that it has not published
 
     # --- attempt, decide ---
 
@@ -109,44 +108,33 @@ class Ledger:
         Raises:
             StorageError: the attempt's files are gone, or the generation that it should follow is.
         """
-        while True:
-            standing = self.committed(commit.unit)
-            generation = -1 if standing is None else standing.generation
-            if standing is not None and generation >= commit.generation:
-                return standing
-            if generation < commit.generation - 1:
+        standing = self.committed(commit.unit) if commit.generation else None
+        while standing is None or standing.generation < commit.generation:
+            if commit.generation > (0 if standing is None else standing.generation + 1):
                 before = self.store.locate(commit_file(commit.unit, commit.generation - 1))
                 raise StorageError(f"{before} is gone; run again to compute the unit anew")
-            for kind in KINDS:  # who slept for days may find them collected as rubbish
-                name = attempt_file(commit.unit, commit.attempt, kind)
-                if self.store.size(name) != commit.files[kind].bytes:
-                    raise StorageError(f"{self.store.locate(name)} is gone or cut; run again to compute the unit anew")
-            if self.store.create(commit_file(commit.unit, commit.generation), commit.to_json()):
+            lost = [
+                name
+                for kind in KINDS  # a process that slept for days may find them removed by `gc`
+                if self.store.size(name := attempt_file(commit.unit, commit.attempt, kind)) != commit.files[kind].bytes
+            ]
+            if not lost and self.store.create(commit_file(commit.unit, commit.generation), commit.to_json()):
+                self._own[commit.unit] = commit
                 return commit
-
-    def commit(
-        self,
-        unit: Unit,
-        outcomes: Sequence[Outcome],
-        *,
-        worker: str,
-        seconds: float,
-        generation: int = 0,
-        attempt: str | None = None,
-    ) -> Commit:
-        """Attempt and decide, unless the unit has a commit of that generation already; returns the one that stands."""
-        standing = self.committed(unit.id)
-        if standing is not None and standing.generation >= generation:
-            return standing
-        return self.decide(
-            self.attempt(unit, outcomes, worker=worker, seconds=seconds, generation=generation, attempt=attempt)
-        )
+            standing = self.committed(commit.unit)
+            if lost and (standing is None or standing.generation < commit.generation):
+                raise StorageError(f"{self.store.locate(lost[0])} is gone or cut; run again to compute the unit anew")
+        return standing
 
     # --- what is committed ---
 
     def committed(self, unit: int) -> Commit | None:
         """The newest commit of a unit, None while it has none."""
         return self._newest([unit]).get(unit)
+
+    def is_committed(self, unit: int) -> bool:
+        """Whether a unit has a commit, by one request."""
+        return self.store.exists(commit_file(unit, 0))
 
     def done(self) -> set[int]:
         """The ids of all units that have a commit, from their names alone, by one listing.
@@ -185,22 +173,31 @@ class Ledger:
         replaces what is not as it must be.
         """
         units = sorted(units, key=lambda unit: unit.start)
+        # Commits of this process need not be read. If they are not the newest any more, `_superseded` finds that out.
+        own = {unit.id: self._own[unit.id] for unit in units if unit.id in self._own}
         while True:
-            commits = self._current(units)
+            commits = self._current(units, own)
             if commits is None:
                 return None
             done = self.published(shard)
+            if done is not None and own and not done.made_of(commits):
+                own = {}  # the publication may be of newer commits
+                continue
             if done is not None and done.made_of(commits) and not again:
-                return done
+                break
             with self._workshop() as folder:
                 record, built = self._assemble(shard, commits, folder)
 
                 def overtaken(built_from: Sequence[Commit] = commits) -> bool:
                     return self._current(units) != built_from
 
-                if self._replace(done, record, built, folder, overtaken):
-                    return record
-            again = False
+                if self._replace(done, record, built, folder, overtaken) and not self._superseded(commits):
+                    done = record
+                    break
+            again, own = False, {}
+        for unit in units:
+            self._own.pop(unit.id, None)
+        return done
 
     def _assemble(self, shard: int, commits: Sequence[Commit], folder: Path) -> tuple[Published, dict[str, Path]]:
         built = {kind: folder / f"shard.{kind}" for kind in KINDS}
@@ -244,10 +241,8 @@ class Ledger:
             if overtaken():
                 return False
             self.store.delete(record)  # first: it would claim files that are going
-        return (
-            all(self._settle(name, built[kind], folder, overtaken) for kind, name in new.paths.items())
-            and self._settle(record, new.to_json(), folder, overtaken)
-            and not overtaken()
+        return all(self._settle(name, built[kind], folder, overtaken) for kind, name in new.paths.items()) and (
+            self._settle(record, new.to_json(), folder, overtaken)
         )
 
     def _settle(self, name: str, source: bytes | Path, folder: Path, overtaken: Callable[[], bool]) -> bool:
@@ -327,19 +322,29 @@ class Ledger:
             generation += 2
         return found
 
-    def _current(self, units: Sequence[Unit]) -> list[Commit] | None:
-        """The newest commits of all these units, None while one has none: nearly always one of the last."""
-        ids = [unit.id for unit in units]
-        if not self.store.exists(commit_file(ids[-1], 0)):
+    def _superseded(self, commits: Sequence[Commit]) -> bool:
+        """Whether one of these commits has a successor."""
+        return bool(self.store.read_all(commit_file(commit.unit, commit.generation + 1) for commit in commits))
+
+    def _current(self, units: Sequence[Unit], known: Mapping[int, Commit] | None = None) -> list[Commit] | None:
+        """The newest commits of all these units, None while one has none: nearly always one of the last.
+
+        Args:
+            known: commits that are taken as the newest without asking.
+        """
+        newest = dict(known or {})
+        ids = [unit.id for unit in units if unit.id not in newest]
+        if ids and not self.is_committed(ids[-1]):
             return None
-        newest: dict[int, Commit] = {}
-        while len(newest) < len(ids):  # backwards, by 1, 2, 4, 8 ...
-            asked = ids[max(0, len(ids) - 2 * len(newest) - 1) : len(ids) - len(newest)]
+        read: dict[int, Commit] = {}
+        while len(read) < len(ids):  # backwards, by 1, 2, 4, 8 ...
+            asked = ids[max(0, len(ids) - 2 * len(read) - 1) : len(ids) - len(read)]
             found = self._newest(asked)
             if len(found) < len(asked):
                 return None
-            newest |= found
-        return [newest[unit] for unit in ids]
+            read |= found
+        newest |= read
+        return [newest[unit.id] for unit in units]
 
     def _fetch(self, commit: Commit, kind: str, folder: Path, if_gone: str = "") -> Path:
         """A winner's file, proven to be the one that was committed; `if_gone` is what to say where it is not there."""
@@ -354,8 +359,6 @@ class Ledger:
 
     def _holds(self, name: str, proof: FileDigest, target: Path) -> bool:
         """Whether just these bytes are stored there; `target` then has them."""
-        if self.store.size(name) != proof.bytes:
-            return False
         try:
             self.store.fetch(name, target)
         except StorageError:

@@ -6,9 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from smsbatch.data.sample import Unit
-from smsbatch.manifest import Dataset, Distill, Optimize
-
-__all__ = ["Estimate", "Plan", "TrainingPlan"]
+from smsbatch.manifest import Dataset, Distill
 
 
 @dataclass(frozen=True)
@@ -18,6 +16,8 @@ class Plan:
     Attributes:
         bytes_in: of all fields of all samples, as far as known: nobody has asked for the sizes of a table's pictures.
         samples_done: of the run that stands there already.
+        samples_per_unit: of every unit but the last of a shard; 0 of a run that exists already.
+        steps: iterations per image; None where a generator does it in one pass.
         estimate: what a probe measured, if one was asked for.
         price_per_gpu_hour: in whatever currency the user thinks.
     """
@@ -28,17 +28,14 @@ class Plan:
     notices: tuple[str, ...] = ()
     bytes_in: int = 0
     samples_done: int = 0
+    samples_per_unit: int = 0
+    steps: int | None = None
     estimate: Estimate | None = None
     price_per_gpu_hour: float | None = None
 
     @property
     def shards(self) -> int:
         return self.units[-1].shard + 1
-
-    @property
-    def steps(self) -> int | None:
-        """Iterations per image; None where a generator does it in one pass."""
-        return self.manifest.objective.steps if isinstance(self.manifest, Optimize) else None
 
     @property
     def done(self) -> bool:

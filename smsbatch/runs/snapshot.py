@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from itertools import groupby
 from typing import Literal
 
-from smsbatch.data.index import OBJECTS, SAMPLES, UNITS, index_size, read_objects, read_units
+from smsbatch.data.index import OBJECTS, SAMPLES, UNITS, StoredFile, index_size, read_objects
 from smsbatch.data.sample import Unit
 from smsbatch.errors import StorageError
 from smsbatch.manifest import Errors, Manifest
 from smsbatch.runs.layout import ATTEMPTS, COMMITS, PUBLISHED, is_reported
-from smsbatch.runs.ledger import Ledger
 from smsbatch.runs.records import PARSE_ERRORS, Commit, Published, parse_commit_file, published_file
-from smsbatch.runs.run_file import check_dataset, require_run, store_of
-from smsbatch.storage.store import Store
-
-__all__ = ["Problem", "Remedy", "Snapshot", "StrictSnapshot", "one_line"]
+from smsbatch.runs.run import Run
+from smsbatch.text import one_line
 
 Remedy = Literal["plan", "publish", "recompute", "aside", "report"]
 _DO: dict[Remedy, str] = {
@@ -44,24 +41,30 @@ class Snapshot:
     """
 
     def __init__(self, where: str | Manifest) -> None:
-        self.store = store_of(where)
-        self.run = require_run(self.store)
-        self.units: dict[int, Unit] = {}
-        self.shards: dict[int, list[Unit]] = {}
+        self.run = Run.open(where)
+        self.store = self.run.store
         self.generations: dict[int, int] = {}
         self.records: dict[int, Published] = {}
         self.commits: dict[int, Commit] = {}
-        recorded = Errors.model_validate(self.run["manifest"]["errors"])
-        self.allowed = where.errors if isinstance(where, Manifest) else recorded
-        self._ledger = Ledger(self.store)
+        planned = Errors.model_validate(self.run.about["manifest"]["errors"])
+        self.allowed = where.errors if isinstance(where, Manifest) else planned
+        self._ledger = self.run.ledger
         self.renew()
 
+    @property
+    def units(self) -> Mapping[int, Unit]:
+        """The units by id; none before they are planned."""
+        return self.run.by_id if self.run.makes == "dataset" and self.run.is_planned else {}
+
+    @property
+    def shards(self) -> Mapping[int, list[Unit]]:
+        return self.run.shards if self.units else {}
+
     def renew(self) -> None:
-        if not self.units and self.store.exists(UNITS):
-            self.units = {unit.id: unit for unit in read_units(self.store)}
-            for unit in self.units.values():
-                self.shards.setdefault(unit.shard, []).append(unit)
-        listed = {unit: nth for unit, nth in self._ledger.generations().items() if unit in self.units}
+        if not self.run.is_planned:
+            self.run.renew()
+        units = self.units
+        listed = {unit: nth for unit, nth in self._ledger.generations().items() if unit in units}
         for changed in listed.keys() | self.generations.keys():
             if listed.get(changed) != self.generations.get(changed):
                 self.commits.pop(changed, None)
@@ -176,13 +179,14 @@ class StrictSnapshot:
         RequestError: no run stands there, or one that makes no dataset.
     """
 
-    def __init__(self, store: Store) -> None:
-        self.store, self.run = store, require_run(store)
-        check_dataset(store, self.run)
+    def __init__(self, run: Run) -> None:
+        self.run, store = run, run.store
+        self.store = store
+        run.require_dataset()
         self.damaged: dict[str, Problem] = {}
         self.units = self._plan()
-        self.shards = {shard: list(units) for shard, units in groupby(self.units, lambda unit: unit.shard)}
-        self.by_id = {unit.id: unit for unit in self.units}
+        self.shards = run.shards if self.units else {}
+        self.by_id = run.by_id if self.units else {}
         self.commits, self.commit_files = self._commits()
         self.records = self._records()
         self.sizes = store.sizes("shards") | store.sizes("metrics") | store.sizes(ATTEMPTS)
@@ -191,18 +195,18 @@ class StrictSnapshot:
     def _plan(self) -> list[Unit]:
         """The units; none when they are not planned yet, or when the plan cannot be trusted."""
         begun = bool(self.store.list(COMMITS))
-        planned = self.run["planned"]
-        if not self.store.exists(UNITS):
+        planned = self.run.about["planned"]
+        if not self.run.is_planned:
             if begun:
                 self.damaged[UNITS] = Problem(UNITS, "is gone", "plan")
             return []
         place = UNITS
         try:
-            units = read_units(self.store)
+            units = self.run.units
             place = SAMPLES
-            samples = index_size(self.store)
+            samples = index_size(StoredFile(self.store, SAMPLES))
             place = OBJECTS
-            read_objects(self.store)
+            read_objects(self.run.objects)
         except (StorageError, OSError, ValueError) as error:  # the latter two are Arrow's, of what is no Parquet
             self.damaged[place] = Problem(place, f"cannot be read ({one_line(error)})", "plan")
             return []
@@ -265,7 +269,3 @@ def _miscounted(commit: Commit, unit: Unit, generation: int) -> str:
     if commit.samples != len(unit) or commit.samples != commit.succeeded + commit.failed:
         return f"counts {commit.succeeded} + {commit.failed} samples, planned are {len(unit)}"
     return ""
-
-
-def one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:200]

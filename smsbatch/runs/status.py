@@ -80,6 +80,11 @@ class Status:
         left = max(0.0, self.samples - self.samples_done + self.samples_retried - self.samples_under_way)
         return left / self.rate if self.rate else None
 
+    @property
+    def works(self) -> bool:
+        """Something is left to do, or is being done."""
+        return self.units_done < self.units or bool(self.workers)
+
     def beat(self) -> dict[str, Any]:
         """What a heartbeat tells of it."""
         return {
@@ -110,9 +115,6 @@ class RunTally:
         self.samples_done = 0
         self.errors: Counter[str] = Counter()
         self.worst: Commit | None = None  # of all, the one of which most samples failed
-        self._shards: dict[int, list[Unit]] = {}
-        for unit in self.units.values():
-            self._shards.setdefault(unit.shard, []).append(unit)
         self._fresh, self._began = 0, 0.0
         self._retried: dict[int, int] = {}
         for commit in commits.values():
@@ -143,14 +145,6 @@ class RunTally:
     @property
     def failed(self) -> int:
         return self.errors.total()
-
-    @property
-    def shards(self) -> Iterable[int]:
-        return self._shards
-
-    def shard(self, number: int) -> list[Unit]:
-        """The units of a shard, in order."""
-        return self._shards[number]
 
     def _generation(self, unit: int) -> int:
         return self.commits[unit].generation if unit in self.commits else -1

@@ -1,1 +1,1 @@
-"""Bytes, anywhere."""
+"""Storage backends (disk, S3, web servers, drivers of fsspec) and the store of a run."""

@@ -1,10 +1,10 @@
-"""A `Backend` for every kind of address, found by `resolve`, with one policy of retries for all that are not disks.
+"""The base of all storage backends, with one retry policy for all except the local disk.
 
-Every failure is raised as an OSError: FileNotFoundError, PermissionError, FileExistsError as on disk, and `RemoteError`
-for what disks do not have. Throttling, server errors, broken and stalled connections and truncated bodies are tried
-`storage.retries` more times. For S3 and http the retries of the drivers are off, so that two policies do not multiply;
-other drivers keep theirs. A backend serves all threads of one process. Ask `resolve` for it each time: connections do
-not survive a fork, and after one `resolve` makes a new backend.
+Every failure is an OSError: FileNotFoundError, PermissionError, FileExistsError as on disk, and `RemoteError` for
+failures that disks do not have. After throttling, server errors, broken and stalled connections and truncated bodies, a
+request is repeated up to `storage.retries` times. The retries of the S3 and http drivers are off, so that two policies
+do not multiply; other drivers keep theirs. A backend serves all threads of one process. Call `resolve` for each use:
+connections do not survive a fork, after which `resolve` makes a new backend.
 """
 
 from __future__ import annotations
@@ -26,18 +26,6 @@ from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_rand
 
 from smsbatch.manifest import SECRET, Storage
 
-__all__ = [
-    "Backend",
-    "Fetched",
-    "ObjectInfo",
-    "RemoteError",
-    "TooLarge",
-    "byte_range",
-    "folder_prefix",
-    "redact",
-    "strip_etag",
-]
-
 T = TypeVar("T")
 
 WAIT = wait_random_exponential(multiplier=0.5, max=20)  # seconds: at most 0.5, 1, 2, 4 ... 20
@@ -47,15 +35,15 @@ _BUGS = (TypeError, KeyError, AttributeError, MemoryError, AssertionError)
 
 
 def redact(text: str) -> str:
-    """One line, with `***` for every secret, as `manifest.SECRET` defines it."""
+    """The text on one line, with `***` for every secret that `manifest.SECRET` matches."""
     return SECRET.sub(lambda secret: f"{secret['shown'] or ''}***", " ".join(text.split()))
 
 
 class RemoteError(OSError):
-    """What a disk never answers. `advice` says what to do.
+    """A failure that disks do not have. `advice` is what the user can do.
 
-    `again`: might have passed by waiting, and did not within the retries. `fatal`: any other object would be refused
-    likewise, as without credentials.
+    `again`: a temporary failure that outlasted the retries. `fatal`: every other object would be refused too, for
+    example without credentials.
     """
 
     def __init__(self, text: str, advice: str, *, again: bool = False, fatal: bool = False) -> None:
@@ -64,7 +52,7 @@ class RemoteError(OSError):
 
 
 class TooLarge(Exception):
-    """More bytes than the caller takes; they were not read. `size` is what is known of it, at least."""
+    """The object exceeds the caller's limit and was not read completely. `size` is a lower bound of its bytes."""
 
     def __init__(self, size: int) -> None:
         super().__init__(f"{size} bytes")
@@ -80,7 +68,7 @@ class ObjectInfo(NamedTuple):
 
 
 class Fetched(NamedTuple):
-    """Bytes of an object, with the size of the whole (None if nobody says) and what its version is called."""
+    """Bytes of an object, with the size of the whole object (None if unknown) and its etag."""
 
     data: bytes
     size: int | None
@@ -88,11 +76,11 @@ class Fetched(NamedTuple):
 
 
 class Backend:
-    """Objects of one kind of address, by paths without the scheme. This class is for any driver of fsspec."""
+    """Objects of one URL scheme, by paths without the scheme. This class serves any driver of fsspec."""
 
     is_local = False
     is_web = False
-    can_create = False  # whether of two uploads with `create` one fails; other drivers look first and write then
+    can_create = False  # True: of two uploads with `create` one fails; False: `create` checks, then writes
 
     def __init__(self, fs: Any, scheme: str, storage: Storage) -> None:
         self.fs, self.scheme, self.storage = fs, scheme, storage
@@ -100,7 +88,7 @@ class Backend:
 
     @staticmethod
     def options(storage: Storage) -> dict[str, Any]:
-        """Of the driver."""
+        """Keyword arguments of the fsspec driver."""
         return {}
 
     def path_of(self, url: str) -> str:
@@ -110,36 +98,36 @@ class Backend:
         return str(self.fs.unstrip_protocol(path))
 
     def get(self, path: str, start: int = 0, stop: int | None = None, limit: int | None = None) -> Fetched:
-        """Bytes [start, stop), stop None to the end, fewer if there are no more. TooLong: more than `limit`."""
+        """Bytes [start, stop), stop None: to the end; fewer if there are no more. TooLarge: more than `limit`."""
         return self._with_retries(self._get, path, start, stop, limit)
 
     def find(self, path: str) -> ObjectInfo | None:
-        """The object of exactly that path."""
+        """The object at exactly this path, None if there is none."""
         try:
             return self._with_retries(self._find, path)
         except (FileNotFoundError, NotADirectoryError):
             return None
 
     def open(self, path: str) -> IO[bytes]:
-        """A seekable file of the object, read ahead by 1 MiB: who reads headers hops from one to the next."""
+        """The object as a seekable file, read ahead by 1 MiB, because readers of headers skip from one to the next."""
         found = self.find(path)
         if found is None:
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), path)
         return io.BufferedReader(_Ranges(self, found), 1 << 20)
 
     def is_folder(self, path: str) -> bool:
-        """Also of an empty one, where there are such."""
+        """True also for an empty folder, if the store has such."""
         return bool(self.names(path))
 
     def walk(self, folder: str) -> Iterator[ObjectInfo]:
-        """All objects below, in no order; none where there is no such folder."""
+        """All objects below a folder, in no order; none if it does not exist."""
         for path, info in self._with_retries(self.fs.find, folder, detail=True).items():
             found = self._found(path, info) if path.startswith(folder_prefix(folder)) else None
             if found is not None:
                 yield found
 
     def names(self, folder: str) -> list[str]:
-        """The names right below a folder, in no order; none where there is no such folder."""
+        """The names directly in a folder, in no order; none if it does not exist."""
         try:
             paths = self._with_retries(self.fs.ls, folder, detail=False)
         except (FileNotFoundError, NotADirectoryError):
@@ -147,27 +135,27 @@ class Backend:
         return [path.rstrip("/").rpartition("/")[2] for path in paths if path.startswith(folder_prefix(folder))]
 
     def glob(self, pattern: str) -> list[ObjectInfo]:
-        """The objects that a pattern with `*`, `?`, `[]` means, in no order."""
+        """The objects that match a pattern with `*`, `?`, `[]`, in no order."""
         paths: dict[str, dict[str, Any]] = self._with_retries(self.fs.glob, pattern, detail=True)
         return [found for path, info in paths.items() if (found := self._found(path, info)) is not None]
 
     def upload(self, path: str, source: bytes | Path, *, create: bool = False) -> None:
-        """Write the whole object. FileExistsError: `create`, and there is one already."""
+        """Write the whole object. FileExistsError: with `create`, if the object exists."""
         self._with_retries(self._upload, path, source, create)
 
     def copy(self, path: str, target: str) -> None:
-        """Without passing the bytes through here, where the store can."""
+        """Copy an object, within the store if it can."""
         self._with_retries(self.fs.cp_file, path, target)
 
     def delete(self, path: str) -> None:
-        """It is no error if it is gone already."""
+        """Delete an object; a missing one is no error."""
         try:
             self._with_retries(self.fs.rm_file, path)
         except FileNotFoundError:
             return
 
     def _with_retries(self, action: Callable[..., T], *args: Any, **options: Any) -> T:
-        """Do it, again where that may help. What it raises is an OSError or TooLong, or else a bug."""
+        """Call `action`, again if that may help. Raises OSError or TooLarge; anything else is a bug."""
 
         def once() -> T:
             try:
@@ -189,7 +177,7 @@ class Backend:
         return retrying(once)
 
     def _translate(self, error: Exception) -> Exception:
-        """What to raise instead. Drivers raise errors of many libraries, of which the caller need not know."""
+        """The error to raise instead: drivers raise errors of many libraries, which the caller need not know."""
         if isinstance(error, ConnectionError | TimeoutError | FSTimeoutError):
             reason = redact(str(error)) or "no answer in time"
             return RemoteError(reason, "check the network; what is committed is kept, run again", again=True)
@@ -219,7 +207,7 @@ class Backend:
         return ObjectInfo(path, int(info["size"]), strip_etag(info.get("ETag") or info.get("etag")))
 
     def _upload(self, path: str, source: bytes | Path, create: bool) -> None:
-        with _LOCK if self.scheme == "memory" else nullcontext():  # there, the look and the write are one step
+        with _LOCK if self.scheme == "memory" else nullcontext():  # makes the check and the write one step
             if create and self.fs.exists(path):
                 raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), path)
             if isinstance(source, bytes):
@@ -228,13 +216,13 @@ class Backend:
                 self.fs.put_file(str(source), path)
 
     def modified(self, path: str) -> datetime:
-        """When the object was written."""
+        """Time at which the object was written."""
         when: datetime = self._with_retries(self.fs.modified, path)
         return when if when.tzinfo else when.replace(tzinfo=UTC)
 
 
 class _Ranges(io.RawIOBase):
-    """A file of which every read is a request, with the retries of its backend."""
+    """A file on which every read is a request, with the retries of its backend."""
 
     def __init__(self, backend: Backend, found: ObjectInfo) -> None:
         self.backend, self.found, self.at = backend, found, 0
@@ -271,7 +259,7 @@ def byte_range(start: int, stop: int | None) -> str:
 
 
 def folder_prefix(folder: str) -> str:
-    """What the paths of everything in a folder begin with."""
+    """The common prefix of all paths in a folder."""
     return f"{folder.rstrip('/')}/" if folder else ""
 
 

@@ -14,14 +14,14 @@ from smsbatch.storage.backend import Backend, Fetched, ObjectInfo, T, TooLarge
 
 
 class Disk(Backend):
-    """Files. Nothing is tried again here: a disk that fails once has failed. Writing them durably is the store's."""
+    """Local files. There are no retries: errors of a disk are not temporary. The store makes writes durable."""
 
     is_local = True
     can_create = True
 
     def path_of(self, url: str) -> str:
         path = Path(url.partition("://")[2] or url)
-        with suppress(RuntimeError):  # `~somebody` whom nobody knows
+        with suppress(RuntimeError):  # `~name` of an unknown user
             path = path.expanduser()
         return str(path.absolute())
 
@@ -38,7 +38,7 @@ class Disk(Backend):
         return action(*args, **options)
 
     def _get(self, path: str, start: int, stop: int | None, limit: int | None) -> Fetched:
-        if self._find(path) is None:  # to open a pipe would wait for its writer
+        if self._find(path) is None:  # opening a pipe would wait for its writer
             raise IsADirectoryError(errno.EISDIR, "a folder or no regular file", path)
         with Path(path).open("rb") as file:
             stat = os.fstat(file.fileno())
@@ -53,7 +53,7 @@ class Disk(Backend):
         return ObjectInfo(path, stat.st_size, _version(stat)) if S_ISREG(stat.st_mode) else None
 
     def _found(self, path: str, info: dict[str, Any]) -> ObjectInfo | None:
-        # fsspec calls a link "other", and also a pipe, whose reading would never end; what a link means may be gone.
+        # fsspec calls links and pipes "other"; reading a pipe would never end, and a link's target may be missing.
         return self.find(path)
 
 

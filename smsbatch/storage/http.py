@@ -1,7 +1,7 @@
 """The backend of web servers: pictures and tars at http(s) URLs, read only.
 
-A request may take `storage.timeout_s` in all, and what was too slow is not asked for again. No body is read beyond the
-limit of the caller, whether the server tells its length, knows ranges, or neither.
+A request may take `storage.timeout_s` in all; after a timeout it is not repeated. No body is read beyond the caller's
+limit, whether or not the server sends its length and supports ranges.
 """
 
 from __future__ import annotations
@@ -18,15 +18,13 @@ from yarl import URL
 from smsbatch.manifest import Storage
 from smsbatch.storage.backend import Backend, Fetched, ObjectInfo, RemoteError, TooLarge, byte_range, redact, strip_etag
 
-__all__ = ["Web"]
-
 _NUMBERS = {401: errno.EACCES, 403: errno.EACCES, 404: errno.ENOENT, 410: errno.ENOENT}
 _PASSING = {408, 425, 429}
 _PERMANENT = (aiohttp.ClientSSLError, aiohttp.ClientConnectorCertificateError, aiohttp.InvalidURL)
 
 
 class Web(Backend):
-    """Paths are URLs."""
+    """Objects on web servers; a path is the whole URL."""
 
     is_web = True
 
@@ -49,7 +47,7 @@ class Web(Backend):
     def _find(self, path: str) -> ObjectInfo:
         got = self._get(path, 0, 1, None)  # signed URLs allow no HEAD
         if got.size is None:
-            raise OSError(errno.EIO, "its server does not tell how long it is; download it first")
+            raise OSError(errno.EIO, "its server does not send its length; download it first")
         return ObjectInfo(path, got.size, got.etag)
 
     def _get(self, path: str, start: int, stop: int | None, limit: int | None) -> Fetched:
@@ -61,7 +59,7 @@ class Web(Backend):
         headers = {"Accept-Encoding": "identity"}
         if start or stop is not None:
             headers["Range"] = byte_range(start, max(start + 1, stop) if stop is not None else None)
-        as_it_is = url.isascii() and " " not in url  # quoted by its owner already, and perhaps signed
+        as_it_is = url.isascii() and " " not in url  # quoted already, and perhaps signed
         async with session.get(URL(url, encoded=as_it_is), headers=headers) as answer:
             etag = strip_etag(answer.headers.get("ETag") or answer.headers.get("Last-Modified"))
             whole = answer.headers.get("Content-Range", "").rpartition("/")[2]
@@ -72,7 +70,7 @@ class Web(Backend):
             if answer.status not in {200, 206}:
                 raise OSError(errno.EIO, f"HTTP {answer.status} is no file")
             skip = 0
-            if answer.status == 200:  # the whole, be it asked for or not
+            if answer.status == 200:  # the whole object, whether or not a range was requested
                 size, skip = answer.content_length, start
             end = None if stop is None else stop - start + skip
             if skip and (limit is None or end is None or end > limit):

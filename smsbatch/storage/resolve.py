@@ -1,4 +1,4 @@
-"""Which backend serves a path or URL."""
+"""Find the backend that serves a path or URL."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ def resolve(url: str | Path, storage: Storage) -> tuple[Backend, str]:
     text = tiny.resolve(os.fspath(url))
     scheme, found, _ = text.partition("://")
     scheme = scheme.lower() if found and scheme != "local" else "file"
-    # What a driver says to an address that it has no use for is anything: a row of a table may hold any.
+    # A row of a table may hold any address, and a driver may raise anything for one that it cannot use.
     try:
-        with _LOCK:  # else every thread of a starting pool makes a backend of its own
+        with _LOCK:  # else each thread of a starting pool makes its own backend
             backend = _backend(scheme, os.getpid(), storage)
         return backend, backend.path_of(text)
     except ImportError as error:
@@ -38,14 +38,14 @@ def _backend(scheme: str, pid: int, storage: Storage) -> Backend:
     try:
         driver, kind = fsspec.get_filesystem_class(scheme), _kind(scheme)
     except ValueError as error:
-        raise RequestError(f"{redact(scheme)}://: nothing is known that reads such addresses") from error
+        raise RequestError(f"{redact(scheme)}://: no driver is known for this scheme") from error
     options = {"use_listings_cache": False, "skip_instance_cache": True, **kind.options(storage)}
-    inspect.signature(driver.__init__).bind(None, **options)  # some that are made in vain complain when they are freed
+    inspect.signature(driver.__init__).bind(None, **options)  # a driver whose constructor fails may complain when freed
     return kind(driver(**options), scheme, storage)
 
 
 def _kind(scheme: str) -> type[Backend]:
-    """Libraries of S3 and of the web are loaded by those who go there."""
+    """The backend class of a scheme; imports the libraries of S3 and http only when they are needed."""
     if scheme in {"s3", "s3a"}:
         from smsbatch.storage.s3 import S3
 

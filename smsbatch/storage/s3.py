@@ -1,7 +1,7 @@
 """The backend of Amazon S3 and of servers that speak its protocol; `create` is `If-None-Match: *`.
 
-Credentials are found as every AWS tool finds them; an endpoint, a profile and a region are the manifest's. Requests are
-botocore's, only uploads and copies in parts are left to s3fs.
+Credentials are found as by every AWS tool; endpoint, profile and region come from the manifest. Requests are made by
+botocore, only uploads and copies, in parts if large, by s3fs.
 """
 
 from __future__ import annotations
@@ -30,16 +30,14 @@ from smsbatch.storage.backend import (
     strip_etag,
 )
 
-__all__ = ["S3"]
-
-CONNECTIONS = 64  # of one process to one store
-PART = 16 << 20  # bytes of an upload's part; four of them are in memory at once
-MOST_PARTS = 10_000  # of one upload
-MARK = "smsbatch-upload"  # metadata of an object made by `create`: whose it is
+CONNECTIONS = 64  # per process and store
+PART = 16 << 20  # bytes of an upload's part; four are in memory at once
+MOST_PARTS = 10_000  # per upload
+MARK = "smsbatch-upload"  # metadata of an object made by `create`: identifies its writer
 
 _CREDENTIALS = "set AWS_PROFILE or other AWS_ variables, or storage.profile; for a public bucket storage.anonymous"
 _LATER = "what is committed is kept, run again when it answers"
-_BUSY = {  # whatever their status; an upload is gone if it was completed and the answer lost
+_BUSY = {  # temporary, whatever the status; NoSuchUpload also follows a completed upload whose answer was lost
     "ConditionalRequestConflict",
     "NoSuchUpload",
     "OperationAborted",
@@ -105,7 +103,7 @@ class S3(Backend):
         bucket, key = self._split(folder)
         for page in self._pages(Bucket=bucket, Prefix=folder_prefix(key)):
             for item in page.get("Contents", ()):
-                if not item["Key"].endswith("/"):  # what consoles make of a folder
+                if not item["Key"].endswith("/"):  # a folder made by a console
                     yield ObjectInfo(f"{bucket}/{item['Key']}", item["Size"], strip_etag(item.get("ETag")))
 
     def names(self, folder: str) -> list[str]:
@@ -155,7 +153,7 @@ class S3(Backend):
             except boto.ClientError as error:
                 if error.response["ResponseMetadata"]["HTTPStatusCode"] != 416:
                     raise
-        _, size, etag = self._find(path)  # nothing was asked for, or the object ends before `start`
+        _, size, etag = self._find(path)  # an empty range, or the object ends before `start`
         return Fetched(b"", size, etag)
 
     async def _download(self, request: dict[str, str], limit: int | None) -> Fetched:
@@ -172,15 +170,15 @@ class S3(Backend):
         if not create:
             self._with_retries(self._upload, path, source)
             return
-        # An upload may arrive and its answer not, and be sent again, by us or by the HTTP client: then what exists is
-        # its own, which the same bytes would not prove.
+        # If the answer to an upload is lost, we or the HTTP client send it again and find the object that it made.
+        # Equal bytes would not prove that it is ours, the mark does.
         mark = uuid.uuid4().hex
         try:
             self._with_retries(self._upload, path, source, mode="create", Metadata={MARK: mark})
         except FileExistsError:
             try:
                 is_ours = self._with_retries(self._head, path)["Metadata"].get(MARK) == mark
-            except FileNotFoundError:  # deleted just now, by somebody who publishes anew
+            except FileNotFoundError:  # deleted meanwhile by another publisher
                 is_ours = False
             if not is_ours:
                 raise
@@ -192,7 +190,7 @@ class S3(Backend):
             self.fs.put_file(str(source), path, chunksize=_part(source.stat().st_size), **options)
 
     def _call(self, method: Any, *args: Any, **request: Any) -> Any:
-        """A coroutine function, or the client's method of that name."""
+        """Run a coroutine function, or the client's method of that name."""
         client = self.fs.s3  # connects at the first use
         return self._wait(getattr(client, method) if isinstance(method, str) else method, *args, **request)
 

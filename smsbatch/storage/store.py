@@ -1,10 +1,9 @@
 """A `Store` is the root of a run's output: named objects that appear whole or not at all.
 
-No reader ever sees a part of an object: on disk a fsynced temporary file is renamed (`put`) or hard-linked (`create`)
-into place, elsewhere a single upload is, on S3 with `If-None-Match: *` to create. That all of it arrives is seen to by
-the store, as S3 does by length and checksum. `create` succeeds for exactly one of any number of writers; the ledger is
-built on that, and `supports_create` tells whether a store keeps it. A refusal of the store is a `StorageError`, after
-the retries of `remote`.
+No reader ever sees a part of an object. On disk a fsynced temporary file is renamed (`put`) or hard-linked (`create`)
+into place; elsewhere an object is one upload, which `create` sends to S3 with `If-None-Match: *`. The server checks
+that an upload is complete, S3 by length and checksum. `create` succeeds for exactly one of any number of writers; the
+ledger relies on that, and `supports_create` tests it. A refusal after the backend's retries is a `StorageError`.
 """
 
 from __future__ import annotations
@@ -26,12 +25,9 @@ from smsbatch.manifest import Storage
 from smsbatch.storage.backend import Backend, RemoteError, redact
 from smsbatch.storage.resolve import resolve
 
-__all__ = ["Store", "storage_errors"]
-
-# Beside the ledger and not beside the files: what a killed process leaves must not look like a shard to anyone who
-# globs for them.
+# Beside the ledger, not beside the files, so that a glob for shards never finds the leftovers of a killed process.
 TEMPORARY = "_smsbatch/tmp"
-READERS = 16  # requests at once of `read_all`: small files, whose time is the way there and back
+READERS = 16  # parallel requests of `read_all`: its files are small, so latency dominates
 
 ADVICE = {
     errno.ENOSPC: "free some space and run again, what is committed is kept",
@@ -47,7 +43,7 @@ ADVICE = {
 
 @contextmanager
 def storage_errors(action: str, where: str | Path) -> Iterator[None]:
-    """Any OSError inside becomes a StorageError that names the path and what to do."""
+    """Turn any OSError inside into a StorageError that names the path and what to do."""
     try:
         yield
     except OSError as error:
@@ -59,13 +55,14 @@ def storage_errors(action: str, where: str | Path) -> Iterator[None]:
 class Store:
     """A rooted file system. Paths are relative to the root, with '/'.
 
-    Without `conditional` the store is taken for one whose uploads cannot be create-only: `create` then looks and
-    writes, which is right for a single writer alone.
+    Attributes:
+        has_create_only_put: False for a store whose uploads cannot be create-only. `create` then looks and writes,
+            which is right for a single writer alone.
     """
 
-    def __init__(self, url: str | Path, storage: Storage | None = None, *, conditional: bool = True) -> None:
+    def __init__(self, url: str | Path, storage: Storage | None = None, *, has_create_only_put: bool = True) -> None:
         self.storage = storage or Storage()
-        self.conditional = conditional
+        self.has_create_only_put = has_create_only_put
         backend, root = resolve(url, self.storage)
         self.is_local = backend.is_local
         if backend.is_web:
@@ -76,12 +73,16 @@ class Store:
     def __repr__(self) -> str:
         return f"Store({self.url!r})"
 
+    def without_create_only_put(self) -> Store:
+        """The same store, known to have no create-only put."""
+        return Store(self.url, self.storage, has_create_only_put=False)
+
     def locate(self, path: str) -> str:
         """The full address of a path, for messages and reports."""
         return f"{self.url}/{path}"
 
     def open_read(self, path: str) -> IO[bytes]:
-        """The object as a seekable file, to be closed by the caller. Its reads raise OSErrors."""
+        """The object as a seekable file, which the caller closes. Its reads raise OSErrors."""
         with storage_errors("read", self.locate(path)):
             return self._backend.open(self._full(path))
 
@@ -89,13 +90,8 @@ class Store:
         with storage_errors("read", self.locate(path)):
             return self._backend.get(self._full(path)).data
 
-    def read_range(self, path: str, start: int, stop: int) -> bytes:
-        """Bytes [start, stop), fewer if the object ends before."""
-        with storage_errors("read", self.locate(path)):
-            return self._backend.get(self._full(path), start, stop).data
-
     def read_all(self, paths: Iterable[str]) -> dict[str, bytes]:
-        """Whole objects by path, in the order asked, read in parallel; absent ones are left out."""
+        """Whole objects by path, in the given order, read in parallel; missing ones are left out."""
         paths = list(dict.fromkeys(paths))
         with ThreadPoolExecutor(max(1, min(READERS, len(paths)))) as pool:
             return {
@@ -114,7 +110,7 @@ class Store:
             shutil.copyfileobj(source, file, 16 << 20)
 
     def put(self, path: str, source: bytes | Path) -> None:
-        """Write the whole object, replacing what was there in one step."""
+        """Write the whole object, atomically replacing an existing one."""
         with storage_errors("write", self.locate(path)):
             if self.is_local:
                 self._replace(path, source)
@@ -122,19 +118,19 @@ class Store:
             self._backend.upload(self._full(path), source)
 
     def create(self, path: str, source: bytes | Path) -> bool:
-        """Write the whole object only if there is none: True for the one writer who did, False for all others."""
+        """Write the whole object only if there is none: True for the one writer that did, False for all others."""
         with storage_errors("write", self.locate(path)):
             if self.is_local:
                 target = Path(self._full(path))
                 with self._staged(source, target) as staged:
                     try:
-                        os.link(staged, target)  # fails if the name is taken, which rename does not
+                        os.link(staged, target)  # unlike rename, fails if the name is taken
                     except FileExistsError:
                         return False
                     _fsync(target.parent)
                 return True
             backend = self._backend
-            atomic = self.conditional and backend.can_create
+            atomic = self.has_create_only_put and backend.can_create
             if not atomic and backend.find(self._full(path)):
                 return False
             try:
@@ -144,7 +140,7 @@ class Store:
             return True
 
     def copy(self, path: str, target: str) -> None:
-        """Another object of the same bytes, replacing what was there in one step; done by the store itself."""
+        """Copy an object within the store, atomically replacing an existing target."""
         with storage_errors(f"copy to {self.locate(target)}", self.locate(path)):
             if self.is_local:
                 self._replace(target, Path(self._full(path)))
@@ -152,7 +148,7 @@ class Store:
                 self._backend.copy(self._full(path), self._full(target))
 
     def entries(self) -> list[str]:
-        """The names right below the root, sorted; none if it does not exist."""
+        """The names directly in the root, sorted; none if it does not exist."""
         with storage_errors("list", self.url):
             return sorted(self._backend.names(self.root))
 
@@ -161,7 +157,7 @@ class Store:
         return list(self.sizes(prefix))
 
     def sizes(self, prefix: str = "") -> dict[str, int]:
-        """All objects below a folder by path, sorted, with their bytes: one listing."""
+        """Sizes in bytes of all objects below a folder, by path, sorted; costs one listing."""
         with storage_errors("list", self.locate(prefix)):
             start = len(self.root.rstrip("/")) + 1
             return dict(sorted((found.path[start:], found.size) for found in self._backend.walk(self._full(prefix))))
@@ -176,22 +172,22 @@ class Store:
         return self.size(path) is not None
 
     def modified(self, path: str) -> datetime:
-        """When the object was written, by the clock of the store, in UTC."""
+        """Time at which the object was written, by the clock of the store, in UTC."""
         with storage_errors("read", self.locate(path)):
             return self._backend.modified(self._full(path))
 
     def delete(self, path: str) -> None:
-        """Remove an object; it is no error if it is gone already."""
+        """Delete an object; a missing one is no error."""
         with storage_errors("delete", self.locate(path)):
             self._backend.delete(self._full(path))
 
     def check_writable(self) -> None:
-        """Put and delete a probe, as the ledger will: a StorageError now and not after the first hour of work."""
+        """Put and delete a probe, as the ledger will: raises StorageError now instead of after an hour of work."""
         with self._probe() as probe:
             self.put(probe, b"smsbatch looks whether it can write here")
 
     def supports_create(self) -> bool:
-        """Whether the store keeps `create`'s promise, by trying: the second one of a name must fail."""
+        """True if `create` is exclusive in this store, by a test: the second one of a name must fail."""
         if not self._backend.can_create:
             return False
         with self._probe() as probe:
@@ -204,7 +200,7 @@ class Store:
 
     @property
     def _backend(self) -> Backend:
-        return resolve(self.url, self.storage)[0]  # not kept: a store travels to other processes
+        return resolve(self.url, self.storage)[0]  # not cached: a store is pickled to other processes
 
     def _full(self, path: str) -> str:
         return f"{self.root.rstrip('/')}/{path}" if path else self.root
@@ -218,7 +214,7 @@ class Store:
 
     @contextmanager
     def _probe(self) -> Iterator[str]:
-        """The name of an object to be tried on, removed at the end."""
+        """The name of a test object, which is deleted at the end."""
         probe = f"{TEMPORARY}/probe-{uuid.uuid4().hex}"
         try:
             yield probe
@@ -234,7 +230,7 @@ class Store:
 
     @contextmanager
     def _staged(self, source: bytes | Path, target: Path) -> Iterator[Path]:
-        """A complete, fsynced temporary copy on the target's file system, removed at the end whatever happens."""
+        """A complete, fsynced temporary copy on the target's file system, removed at the end in any case."""
         staged = Path(self._full(f"{TEMPORARY}/{uuid.uuid4().hex}"))
         _make_folder(staged.parent)
         _make_folder(target.parent)
@@ -253,7 +249,7 @@ class Store:
 
 
 def _fsync(folder: Path) -> None:
-    """Make the names in a folder durable; fsync of a file does not cover the entry that names it."""
+    """Make the names in a folder durable; fsync of a file does not cover its directory entry."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -262,7 +258,7 @@ def _fsync(folder: Path) -> None:
 
 
 def _make_folder(folder: Path) -> None:
-    """mkdir -p, durable: a commit must not outlive, in a power cut, the folder that holds its attempt."""
+    """mkdir -p, durable: otherwise a power cut could keep a commit and lose the folder of its attempt."""
     if not folder.is_dir():
         _make_folder(folder.parent)
         folder.mkdir(exist_ok=True)

@@ -1,14 +1,12 @@
-"""The embedded model `tiny`, its styles and photographs: package data, and the one function that finds it.
+"""The embedded model `tiny`, its styles and photographs: package data, and the function that finds it.
 
-`tiny` names the model, `tiny:styles/oil.safetensors` or `tiny:photos` anything inside; wherever a manifest takes a
-path, it takes these.
+`tiny` names the model; `tiny:styles/oil.safetensors` or `tiny:photos` name anything inside. A manifest takes them
+wherever it takes a path.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
-
-__all__ = ["resolve"]
 
 _HERE = Path(__file__).parent
 

@@ -2,10 +2,10 @@
 
 The gradient of an objective on the latent z = E(G(x)) goes through the VAE's encoder E into the generator G: a score
 distillation loss is the inner product <stop_grad(g), z>, whose gradient in z is g. Every picture of a step is repeated
-B times with a timestep and a noise of its own; G and E run once per picture, and get the mean of the B gradients.
+B times with its own timesteps and noises; G and E run once per picture, and get the mean of the B gradients.
 
-Losses are per picture sums over latent entries (the paper's squared norms), means over repeats and pictures, and so,
-after `average`, over all workers: w workers with n pictures each make the step of one with w n.
+Losses are sums over a picture's latent entries (the paper's squared norms) and means over repeats and pictures; after
+`average` they are means over all workers: w workers with n pictures each make the same step as one with w n.
 """
 
 from __future__ import annotations
@@ -26,8 +26,6 @@ from smsbatch.diffusion.timesteps import allowed, draw, to_device
 from smsbatch.generator.network import Generator
 from smsbatch.manifest import Distill, Prompts, Training
 
-__all__ = ["Distiller", "generator_learning_rate"]
-
 
 def generator_learning_rate(step: int, training: Training) -> float:
     """Constant, then linear to zero over the last fraction `decay` of the objective's steps (as arXiv 1703.10593)."""
@@ -38,19 +36,19 @@ def generator_learning_rate(step: int, training: Training) -> float:
 class Distiller:
     """A generator in training, its running average, and the fake score that follows it.
 
-    In the first `warmup_steps` the generator learns to reproduce its input, |G(x) - x| (paper, section 4). Then come
-    the objective's steps, Adam beginning anew since its gradients are of another scale, the timesteps narrowing over
-    all of them (Eq. 7).
+    In the first `warmup_steps` the generator learns to reproduce its input, |G(x) - x| (paper, section 4). The
+    objective's steps follow: Adam is reset, since the gradients have another scale, and the timesteps narrow over all
+    of these steps (Eq. 7).
 
     Args:
         prior: the bare prior; its UNet carries the fake score's LoRA, which all pictures share.
         style: the model of the style score.
-        average: makes tensors their means over all workers, in place.
+        average: replaces tensors by their means over all workers, in place.
 
     Attributes:
-        step: finished steps, those of the warm-up included.
+        step: finished steps, including the warm-up.
         generator: in training.
-        ema: the running average of its parameters, which is what is worth keeping.
+        ema: the generator with the running average of the parameters, the result of the training.
     """
 
     def __init__(
@@ -91,8 +89,8 @@ class Distiller:
             prompts, seeds: of each picture.
 
         Returns:
-            The means over all pictures of all workers: "reconstruction" in the warm-up, else "objective" and, of an
-            objective that asks the fake score, "fake". Each is on the device, a scalar.
+            The means over all pictures of all workers: "reconstruction" in the warm-up, else "objective" and, for an
+            objective with a fake score, "fake". Each is a scalar on the device.
         """
         if self.step == self.training.warmup_steps:
             self._optimizer = self._adam()
@@ -105,7 +103,7 @@ class Distiller:
         self._optimizer.step()
         self._optimizer.zero_grad()
         self.step += 1
-        # Young averages forget faster, or the random beginning would stay in them for long.
+        # A young average forgets faster, or the random initial values would stay in it for long.
         decay = min(self.training.ema, self.step / (self.step + 9))
         for average, parameter in zip(self.ema.parameters(), self.generator.parameters(), strict=True):
             average.lerp_(parameter.detach(), 1 - decay)
@@ -124,7 +122,7 @@ class Distiller:
     def _distill(
         self, images: Tensor, prompts: Sequence[Prompts], draws: Sequence[torch.Generator]
     ) -> dict[str, Tensor]:
-        """The gradient of the objective into the generator's parameters; the fake score's own steps."""
+        """Add the objective's gradient to the generator's parameters, and train the fake score."""
         config, training, device = self.config, self.training, images.device
         repeats, step = training.repeats, self.step - training.warmup_steps
         choices = allowed(
@@ -133,7 +131,7 @@ class Distiller:
         fake_min, fake_max = config.fake_range
         fake_choices = allowed(0, training.steps, t_min=fake_min, t_max=fake_max, grid=config.grid)
         totals = {"objective": torch.zeros((), device=device)}
-        followed: list[tuple[Tensor, Sequence[torch.Generator], Tensor]] = []  # what the fake score is to learn
+        followed: list[tuple[Tensor, Sequence[torch.Generator], Tensor]] = []  # for the fake score's training
         if self._fake is not None:
             totals["fake"] = torch.zeros((), device=device)
 
@@ -172,7 +170,7 @@ class Distiller:
     def _follow(
         self, followed: Sequence[tuple[Tensor, Sequence[torch.Generator], Tensor]], choices: range, rows: int
     ) -> Tensor:
-        """One step of the shared fake LoRA on the generator's latents, at timesteps and noises of its own."""
+        """One step of the shared fake LoRA on the generator's latents, with its own timesteps and noises."""
         assert self._fake is not None
         total = torch.zeros((), device=followed[0][0].device)
         for z, draws, text in followed:
@@ -183,24 +181,24 @@ class Distiller:
         return total
 
     def dump(self) -> bytes:
-        """All that a training goes on from, as safetensors."""
+        """The whole state of the training, as safetensors."""
         tensors = {"step": torch.tensor(self.step)}
         for name, part in self._parts().items():
             tensors |= {f"{name}.{key}": value for key, value in part.items()}
-        # Copies: safetensors takes no two names of one memory, and nothing that is not contiguous.
+        # Copies: safetensors refuses tensors that share memory or are not contiguous.
         return save(
             {name: value.detach().cpu().clone(memory_format=torch.contiguous_format) for name, value in tensors.items()}
         )
 
     def restore(self, data: bytes) -> None:
-        """Go on from what `dump` gave, of a distiller of the same manifest."""
+        """Load the state that `dump` returned for the same manifest."""
         parts: dict[str, dict[str, Tensor]] = {name: {} for name in ("generator", "ema", "adam", "fake", "fake_adam")}
         for name, value in load(data).items():
             part, _, key = name.partition(".")
             if part == "step":
                 self.step = int(value)
             else:
-                parts[part][key] = value  # whoever loads it moves it; Adam's step counts stay with the host
+                parts[part][key] = value  # loading moves it to the device; Adam's step counts stay on the CPU
         self.generator.load_state_dict(parts["generator"])
         self.ema.load_state_dict(parts["ema"])
         _load_state(self._optimizer, parts["adam"])

@@ -1,4 +1,4 @@
-"""The workers of a training, and what they agree upon."""
+"""The workers of a training, and the values and errors that they share."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ _Shared = TypeVar("_Shared")
 
 
 class WorkerGroup:
-    """The workers of a training. `rank` is this one's number; where there are several, a process group is set up.
+    """The workers of a training. `rank` is this one's number; several need a process group, already set up.
 
     Attributes:
-        error: what all of them have raised together, if they have.
+        error: the one that all workers have raised together, if any.
     """
 
     def __init__(self, rank: int = 0, size: int = 1, device: str = "cpu") -> None:
@@ -28,7 +28,7 @@ class WorkerGroup:
         self._own: SmsbatchError | None = None
 
     def average(self, tensors: list[Tensor]) -> None:
-        """Make tensors their means over all workers, in place: one all-reduce."""
+        """Replace tensors by their means over all workers, in place, by one all-reduce."""
         if self.size == 1:
             return
         flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
@@ -39,9 +39,9 @@ class WorkerGroup:
 
     @contextmanager
     def defer_errors(self) -> Iterator[None]:
-        """What a worker does on its own: an error of ours inside is raised by all at the next `agree`, and only then.
+        """Keep a SmsbatchError from the body of the `with`; all workers raise it at the next `agree`, and only then.
 
-        Raised by one alone, it would leave the others waiting for that one.
+        Raised by one worker alone, it would leave the others waiting for that one.
         """
         try:
             yield
@@ -50,7 +50,7 @@ class WorkerGroup:
 
     @contextmanager
     def collective(self) -> Iterator[None]:
-        """What all workers do here, each on its own: `defer_errors`, followed by `agree`, whose errors it raises."""
+        """`defer_errors` around work that every worker does, followed by `agree`, which raises the errors."""
         with self.defer_errors():
             yield
         self.agree()
@@ -59,7 +59,7 @@ class WorkerGroup:
         """The sums of the counts over all workers.
 
         Raises:
-            SmsbatchError: a worker has met one since the last time; every worker raises it.
+            SmsbatchError: a worker has kept one since the last call; every worker raises it.
         """
         sums = [int(self._own is not None), *counts]
         if self.size > 1:
@@ -76,7 +76,7 @@ class WorkerGroup:
         return sums[1:]
 
     def fail(self, error: SmsbatchError) -> NoReturn:
-        """Raise what every worker has found; the words of the first one count."""
+        """Raise an error that every worker has found; all of them raise the first worker's."""
         self._own = error
         self.agree()
         raise AssertionError("agree() raises it")

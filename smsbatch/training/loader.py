@@ -1,9 +1,8 @@
-"""What a generator is trained on: an endless shuffled stream of squares, cut into steps and shared out among workers.
+"""The training data: an endless shuffled stream of square crops, cut into steps and divided among the workers.
 
-A *position* counts the pictures of a training, `step * images_per_step + i`. Which sample stands there, how it is
-cropped and by what it is replaced if it fails depends on the run's seed, the position and the index alone: neither on
-how many workers there are nor on where one of them starts. Each reads and decodes only its own positions, in threads,
-a few steps ahead.
+A *position* counts the pictures of a training, `step * images_per_step + i`. The sample at a position, its
+crop and its substitute if it fails depend on the run's seed, the position and the index alone, neither on the number of
+workers nor on the first step. Each worker reads and decodes only its own positions, in threads, a few steps ahead.
 """
 
 from __future__ import annotations
@@ -14,34 +13,32 @@ from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
 from smsbatch.data import pixels
-from smsbatch.data.index import from_table, read_index_table
+from smsbatch.data.index import StoredFile, from_table, read_index_table
 from smsbatch.data.reader import Reader
 from smsbatch.data.sample import Entry
 from smsbatch.data.sources import load_sample
 from smsbatch.errors import RunError, SampleError
 from smsbatch.manifest import Distill
-from smsbatch.storage.store import Store
 
-__all__ = ["Batch", "SampleOrder", "TrainingLoader", "position_seed"]
-
-# Rows that are read together, the groups of the index: another number is another order. Rows that are shuffled together
-# are a pool: enough for those of one tar not to meet, few enough for every worker to hold their entries (21 MB, of tars
+# A group of the index is read together: another size gives another order. The groups of a shuffle block are shuffled
+# together: enough rows to spread those of one tar, few enough for every worker to hold their entries (21 MB for tars
 # with three fields a sample). Smaller sources are shuffled as a whole.
 GROUP_ROWS = 8192
 SHUFFLE_ROWS = 8 * GROUP_ROWS
-TRIES = 16  # samples in a row that cannot be had before the source as a whole is not to be trusted
-THREADS = 8  # they wait for storage, or decode without Python's lock
-AHEAD = 16  # pictures that wait decoded, at least; and two steps
+TRIES = 16  # failed samples in a row after which the whole source counts as unusable
+THREADS = 8  # they wait for storage, or decode without the GIL
+AHEAD = 16  # decoded pictures to hold ready, at least; and at least two steps
 
 
 def position_seed(run_seed: int, position: int) -> int:
-    """The seed of all that is random about a position, 63 bits of SHA-256 over it and the run's seed."""
+    """The seed of everything random at a position: 63 bits of SHA-256 over the run's seed and the position."""
     return _hashed(f"{run_seed}:position:{position}")
 
 
@@ -50,12 +47,12 @@ def _hashed(name: str) -> int:
 
 
 def _draws(seed: int, number: int) -> NDArray[np.uint64]:
-    """Raw bits: what numpy makes of them may change from version to version, and a resumed run must find the same."""
+    """Raw bits: numpy's distributions may change from version to version, and a resumed run must draw the same."""
     return np.random.PCG64(seed).random_raw(number)
 
 
 class ShuffleBlock(NamedTuple):
-    """Rows of the index that stand at the positions from `start`, in their order; `groups` are where they lie."""
+    """The index rows at the positions from `start` on, in order; `groups` are the groups that hold them."""
 
     start: int
     rows: NDArray[np.int64]
@@ -63,10 +60,10 @@ class ShuffleBlock(NamedTuple):
 
 
 class SampleOrder:
-    """Positions to rows of the index: epoch after epoch, each of which has every row once.
+    """Maps positions to rows of the index: epoch after epoch, each with every row once.
 
-    A pure function of both arguments, with the cost of a pool for any position. In every epoch blocks of rows are
-    permuted, and a few of them that follow each other are shuffled together.
+    A pure function of both arguments; any position costs one shuffle block. Every epoch permutes the groups of rows
+    and shuffles the rows of a few consecutive groups together.
     """
 
     def __init__(self, samples: int, seed: int) -> None:
@@ -85,7 +82,7 @@ class SampleOrder:
         return found
 
     def shuffle_block(self, position: int) -> ShuffleBlock:
-        """The pool that has this position."""
+        """The shuffle block of this position."""
         last = self._last
         if last is None or not last.start <= position < last.start + len(last.rows):
             self._last = last = self._shuffled(*divmod(position, self.samples))
@@ -94,7 +91,7 @@ class SampleOrder:
     def _shuffled(self, epoch: int, place: int) -> ShuffleBlock:
         groups = self._permutation(f"epoch:{epoch}", -(-self.samples // GROUP_ROWS))
         sizes = np.minimum(GROUP_ROWS, self.samples - groups * GROUP_ROWS)
-        ends = np.cumsum(sizes)  # only one of the blocks is shorter, but nobody knows where it is
+        ends = np.cumsum(sizes)  # one group may be shorter, at any place
         first = (
             int(np.searchsorted(ends, place, side="right"))
             // (SHUFFLE_ROWS // GROUP_ROWS)
@@ -118,9 +115,9 @@ class Batch:
 
     Attributes:
         images: [n, resolution, resolution, 3] uint8.
-        rows: of the index; those of substitutes where samples failed.
-        seeds: `position_seed` the positions.
-        failed: key, error code and message of the samples that could not be had, and were replaced by others.
+        rows: of the index; a substitute's where a sample failed.
+        seeds: `position_seed` of the positions.
+        failed: key, error code and message of the samples that failed and were replaced.
     """
 
     step: int
@@ -133,7 +130,7 @@ class Batch:
 
 
 class _Opened(NamedTuple):
-    """A pool and its entries, as tables by block."""
+    """A shuffle block and its entries, as tables by group."""
 
     shuffle_block: ShuffleBlock
     groups: dict[int, Future[Any]]
@@ -143,7 +140,7 @@ class _Opened(NamedTuple):
 
 
 class _Picture(NamedTuple):
-    """What stands at one position in the end."""
+    """The picture at one position, after any substitution."""
 
     square: pixels.Pixels
     caption: str
@@ -156,8 +153,8 @@ class _Picture(NamedTuple):
 class TrainingLoader:
     """The batches of worker `rank` of `workers`, from `first_step` to the last one of `manifest.distill`.
 
-    A context manager: reading stops when it is left. In memory are one pool's entries, two at its end, and the pictures
-    ahead.
+    A context manager: reading stops when it is left. In memory are one shuffle block's entries, two at its end, and the
+    pictures ahead.
 
     Raises, while it is iterated:
         RunError: so many samples in a row failed that there is nothing to train on.
@@ -165,12 +162,18 @@ class TrainingLoader:
     """
 
     def __init__(
-        self, manifest: Distill, store: Store, samples: int, rank: int = 0, workers: int = 1, first_step: int = 0
+        self,
+        manifest: Distill,
+        index: StoredFile | Path,
+        samples: int,
+        rank: int = 0,
+        workers: int = 1,
+        first_step: int = 0,
     ) -> None:
         images = manifest.distill.images_per_step
         if images % workers:
             raise ValueError(f"{images} images of a step cannot be divided among {workers} workers")
-        self._manifest, self._store, self._first_step = manifest, store, first_step
+        self._manifest, self._index, self._first_step = manifest, index, first_step
         self._own = range(rank * images // workers, (rank + 1) * images // workers)
         self._reader = Reader(manifest.storage, manifest.source.max_bytes)
         self._order = SampleOrder(samples, manifest.seed)
@@ -183,7 +186,7 @@ class TrainingLoader:
 
     def __exit__(self, *_: object) -> None:
         self._closed.set()
-        # Not waited for: one that hangs on a dead server would hold up a worker that is asked to leave.
+        # Without waiting: a thread that hangs on a dead server would hold up a worker that is asked to leave.
         self._threads.shutdown(wait=False, cancel_futures=True)
 
     def __iter__(self) -> Iterator[Batch]:
@@ -199,7 +202,7 @@ class TrainingLoader:
     def _begin(self, position: int) -> Future[_Picture]:
         shuffle_block = self._order.shuffle_block(position)
         if self._opened is None or self._opened.shuffle_block.start != shuffle_block.start:
-            # Before the pictures that wait for them: a thread that waits leaves the reading to an earlier one.
+            # Submitted before the pictures that wait for them, so that waiting pictures never block the reads.
             known = self._opened.groups if self._opened else {}
             groups = {
                 group: known.get(group) or self._threads.submit(self._read, group) for group in shuffle_block.groups
@@ -208,7 +211,7 @@ class TrainingLoader:
         return self._threads.submit(self._picture, position, self._opened)
 
     def _read(self, group: int) -> Any:
-        return read_index_table(self._store, group * GROUP_ROWS, (group + 1) * GROUP_ROWS)
+        return read_index_table(self._index, group * GROUP_ROWS, (group + 1) * GROUP_ROWS)
 
     def _picture(self, position: int, opened: _Opened) -> _Picture:
         seed, (start, rows, _) = position_seed(self._manifest.seed, position), opened.shuffle_block

@@ -1,13 +1,13 @@
-"""What a training says of itself: figures as JSON lines and for TensorBoard, pictures of what the generator does.
+"""The log of a training: figures as JSON lines and for TensorBoard, and pictures of the generator's results.
 
-    _smsbatch/training/log-<first step>-<id>.jsonl    one file an attempt, stored anew and whole as it grows
-    _smsbatch/training/progress.json                  the state of now, for whoever watches
+    _smsbatch/training/log-<first step>-<id>.jsonl    one file per attempt, stored whole each time it grows
+    _smsbatch/training/progress.json                  the current state, for observers
     training.jsonl                                    all attempts as one, when the training has ended
-    tensorboard/                                      event files, each of which holds what was new and is never touched
+    tensorboard/                                      event files; each holds the new events and never changes
     grids/<step>.jpg                                  sources above results
 
-An attempt goes on from a checkpoint, so it does steps again that the one before had logged: the later attempt's word
-counts, here and in TensorBoard. Storing is left to a thread; if that fails, the next call raises its StorageError.
+An attempt goes on from a checkpoint, so it repeats steps that the previous one had logged: the later attempt's figures
+count, here and in TensorBoard. A thread stores the files; if it fails, the next call raises its StorageError.
 """
 
 from __future__ import annotations
@@ -31,8 +31,6 @@ from smsbatch.manifest import Distill
 from smsbatch.runs.records import PARSE_ERRORS, new_attempt
 from smsbatch.storage.store import Store
 
-__all__ = ["GRIDS", "TRAINING", "TrainingLog", "TrainingProgress", "read_log", "read_progress"]
-
 TRAINING = "training.jsonl"
 GRIDS = "grids"
 TENSORBOARD = "tensorboard"
@@ -42,8 +40,8 @@ ATTEMPTS = f"{FOLDER}/log-"
 PROGRESS = f"{FOLDER}/progress.json"
 
 PROGRESS_S = 1.0
-# Event files are many, because one that is replaced is not seen by a TensorBoard that has it open: a new one when so
-# much of the attempt's time has passed, which makes some hundreds of them in days.
+# There are many event files, because an open TensorBoard does not see that a file was replaced: a new one is due after
+# this much of the attempt's time, which makes some hundreds of them in days.
 EVENTS_S = 10.0
 EVENTS_FRACTION = 0.02
 WINDOW_S = 60.0  # over which the rate is taken
@@ -51,12 +49,12 @@ WINDOW_S = 60.0  # over which the rate is taken
 
 @dataclass(frozen=True)
 class TrainingProgress:
-    """Where a training stands.
+    """The state of a training.
 
     Attributes:
-        step: finished ones, of `steps` with those of the warm-up.
-        losses: the last ones that were logged; None if it is not finite.
-        failed: samples that could not be had, each time that another one had to take their place.
+        step: finished steps, of `steps`; both include the warm-up.
+        losses: the last logged ones; None for one that is not finite.
+        failed: how often a sample failed and another one took its place.
         time: of this state, seconds since 1970.
     """
 
@@ -74,7 +72,7 @@ class TrainingProgress:
 
 
 class TrainingLog:
-    """The log of the attempt that goes on after `first_step` finished steps; a context manager that ends in `close`."""
+    """The log of the attempt that goes on after `first_step` finished steps; a context manager that calls `close`."""
 
     def __init__(self, store: Store, manifest: Distill, first_step: int = 0, failed: int = 0) -> None:
         self._store, self._training = store, manifest.distill
@@ -98,11 +96,11 @@ class TrainingLog:
         if kind is None:
             self.close()
             return
-        with suppress(StorageError):  # it must not hide why we leave
+        with suppress(StorageError):  # it must not hide the first error
             self.close()
 
     def step(self, step: int, failed: int = 0) -> TrainingProgress:
-        """To be called after every step, with how many samples failed in it; returns where the training stands."""
+        """Log a finished step and the number of samples that failed in it; returns the state of the training."""
         now = time.monotonic()
         self._seen.append((now, step))
         while len(self._seen) > 2 and now - self._seen[0][0] > WINDOW_S:
@@ -126,7 +124,7 @@ class TrainingLog:
 
     def scalars(self, step: int, values: Mapping[str, float], losses: Collection[str] | None = None) -> None:
         """Log figures of a step, after `step(step)`; those named in `losses`, default all, are shown as progress."""
-        # JSON has no word for what is not finite.
+        # JSON has no NaN and no infinity.
         figures = {name: float(value) if isfinite(value) else None for name, value in values.items()}
         self._now = replace(self._now, losses={k: v for k, v in figures.items() if losses is None or k in losses})
         rates = {
@@ -142,7 +140,7 @@ class TrainingLog:
         self._store_waiting()
 
     def grid(self, step: int, sources: Pixels, results: Pixels) -> None:
-        """Store pictures [n, H, W, 3] uint8 and what was made of them, as one picture: `results` below `sources`."""
+        """Store `sources` and `results` [n, H, W, 3] uint8 as one picture, the results below."""
         rows = [np.concatenate(list(pictures), axis=1) for pictures in (sources, results)]
         grid = np.concatenate(rows)
         data = encode(grid, "jpg", 90)
@@ -151,7 +149,7 @@ class TrainingLog:
         self._store_waiting()
 
     def flush(self) -> None:
-        """Store what is not stored yet, now: a checkpoint must not be ahead of the log that led to it.
+        """Store everything pending now: a checkpoint must not be ahead of its log.
 
         Raises:
             StorageError: something could not be stored.
@@ -163,7 +161,7 @@ class TrainingLog:
             self._storing.result()
 
     def close(self, finished: bool = False) -> None:
-        """Store all that is not stored yet, and `training.jsonl` if the training has ended.
+        """Store everything pending, and `training.jsonl` if the training has finished.
 
         Raises:
             StorageError: something could not be stored.
@@ -180,7 +178,7 @@ class TrainingLog:
             self._store.put(TRAINING, b"".join(map(_json, read_log(self._store))))
 
     def _store_waiting(self, closing: bool = False) -> None:
-        """Give what waits to the thread, unless it is busy: then the next call does."""
+        """Pass everything pending to the thread; if it is busy, the next call does."""
         if self._storing is not None:
             if not closing and not self._storing.done():
                 return
@@ -199,18 +197,18 @@ class _Events:
     """TensorBoard's event files of one attempt, made in memory."""
 
     def __init__(self, store: Store, first_step: int) -> None:
-        from tensorboard.compat.proto.event_pb2 import Event, SessionLog  # half a second, and only for who writes
+        from tensorboard.compat.proto.event_pb2 import Event, SessionLog  # half a second, needed for writing only
         from tensorboard.compat.proto.summary_pb2 import Summary
         from tensorboard.summary.writer.record_writer import RecordWriter
 
         self._event, self._summary, self._writer = Event, Summary, RecordWriter
-        # Read in the order of their names: after those of the attempts before, also by a clock that is behind theirs.
+        # TensorBoard reads in the order of names: ours follow earlier attempts' even if our clock is behind theirs.
         numbers = (path.removeprefix(EVENTS).partition(".")[0] for path in store.list(TENSORBOARD))
         self._name = f"{EVENTS}{max([int(time.time()), *(1 + int(n) for n in numbers if n.isdigit())]):010d}"
         self._number = 0
         self._begun = self._stored = time.monotonic()
         self._begin()
-        # What attempts before have shown beyond the steps that count is forgotten.
+        # TensorBoard forgets what earlier attempts logged from this step on.
         self._add(step=first_step + 1, session_log=SessionLog(status=SessionLog.START))
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
@@ -222,7 +220,7 @@ class _Events:
         self._add(step=step, summary=self._summary(value=[self._summary.Value(tag=name, image=image)]))
 
     def due(self, closing: bool) -> dict[str, bytes]:
-        """The next file by its path, if it is time for one and there is something new."""
+        """The next file by its path, if it is time for one and there are new events."""
         now = time.monotonic()
         pause = max(EVENTS_S, EVENTS_FRACTION * (now - self._begun))
         if self._empty or (now - self._stored < pause and not closing):
@@ -243,7 +241,7 @@ class _Events:
 
 
 def read_log(store: Store) -> list[dict[str, Any]]:
-    """All lines of all attempts by step; from its first step on a later attempt's count.
+    """The lines of all attempts by step; a later attempt's replace earlier ones from its first step on.
 
     Raises:
         StorageError: a file is not a log.
@@ -262,7 +260,7 @@ def read_log(store: Store) -> list[dict[str, Any]]:
 
 
 def read_progress(store: Store) -> TrainingProgress | None:
-    """What was last stored of a training's state; None before anything was."""
+    """The last stored state of a training; None before the first."""
     data = store.read_all([PROGRESS]).get(PROGRESS)
     if data is None:
         return None

@@ -1,8 +1,8 @@
 """The training loop of a generator, the same in every pool: one worker alone, or several by torch.distributed.
 
-All workers do every step together and leave together: what only one of them meets, an error or a request to stop, is
-agreed upon before the next step. Worker 0 writes, and everything it writes is whole: whoever goes on begins at the
-newest checkpoint and sees the pictures that would have come next.
+All workers do every step together and leave together: before each step they share an error or a request to stop that
+only one of them has met. Worker 0 writes, and always whole files: a resumed training begins at the newest checkpoint
+and sees the pictures that would have come next.
 """
 
 from __future__ import annotations
@@ -18,20 +18,17 @@ import torch
 from torch import Tensor
 
 from smsbatch.data.index import index_size
-from smsbatch.engines.optimize import load_models
+from smsbatch.diffusion.priors.load import load_models
 from smsbatch.errors import RunError
 from smsbatch.manifest import Distill
 from smsbatch.runs.checkpoints import Checkpoint, Restored, prune, read, restore, write
 from smsbatch.runs.layout import SUCCESS
-from smsbatch.runs.run_file import require_run, store_of
-from smsbatch.storage.store import Store
+from smsbatch.runs.run import Run
 from smsbatch.training.distiller import Distiller, generator_learning_rate
 from smsbatch.training.group import WorkerGroup
 from smsbatch.training.loader import Batch, TrainingLoader
 from smsbatch.training.log import TrainingLog, TrainingProgress
 from smsbatch.training.result import describe_generator, model_card
-
-__all__ = ["train_here", "train_loop"]
 
 _SHOWN = 8  # pictures in a grid
 
@@ -48,28 +45,29 @@ def train_loop(
     progress: Callable[[TrainingProgress], None] = lambda now: None,
     preempted: Callable[[], bool] = lambda: False,
 ) -> bool:
-    """Train what stands planned at `output.path`, from its newest checkpoint to its generator.
+    """Run the training planned at `output.path`, from its newest checkpoint to its generator.
 
     Args:
-        stop: whether to leave after this step, with a checkpoint; asked before each step, and one worker is enough.
+        stop: called before each step; True in one worker makes all of them leave, with a checkpoint.
         progress: called by worker 0 after each step.
-        doomed: whether a worker's machine is about to be taken away. Every worker asks at the same steps, those of the
-            log, and gets the same answer; at the first yes a checkpoint is written.
+        preempted: whether a worker's machine is about to be taken away. Every worker calls it at the same steps, those
+            of the log, and gets the same answer; the first True writes a checkpoint.
 
     Returns:
-        Whether it is done; False if it was stopped before.
+        True if the training is finished, False if it was stopped.
 
     Raises:
-        SmsbatchError: in all workers alike, except if one of them runs out of memory.
+        SmsbatchError: in all workers, except that one which runs out of memory raises alone.
     """
-    store, training = store_of(manifest), manifest.distill
+    run, training = Run.open(manifest), manifest.distill
+    store = run.store
     if isinstance(manifest.compute.threads, int):
         torch.set_num_threads(manifest.compute.threads)
     found: Restored | None = None
     writer: TrainingWriter | None = None
     with group.collective():
         distiller = Distiller(*load_models(manifest, group.device), manifest, group.average)
-        samples = index_size(store)
+        samples = index_size(run.index)
         found = restore(store) if group.rank == 0 else None
     checkpoint = group.broadcast(found.checkpoint if found else None)
     with group.collective():
@@ -78,10 +76,10 @@ def train_loop(
 
     saved, warned, failures = distiller.step, False, checkpoint.about["failed"] if checkpoint else 0
     with ExitStack() as stack:
-        feed = stack.enter_context(TrainingLoader(manifest, store, samples, group.rank, group.size, distiller.step))
+        feed = stack.enter_context(TrainingLoader(manifest, run.index, samples, group.rank, group.size, distiller.step))
         with group.collective():
             if group.rank == 0:
-                writer = stack.enter_context(TrainingWriter(store, manifest, distiller, checkpoint))
+                writer = stack.enter_context(TrainingWriter(run, manifest, distiller, checkpoint))
         batches, recent, waited, began = iter(feed), list[dict[str, Tensor]](), 0.0, monotonic()
         while distiller.step < training.all_steps:
             batch, asked = None, monotonic()
@@ -91,7 +89,7 @@ def train_loop(
             stopping, failed = group.agree(int(stop()), len(batch.failed) if batch else 0)
             if stopping:
                 break
-            assert batch is not None, "agree() raises what came instead"
+            assert batch is not None, "agree() raises the error that came instead"
             failures += failed
             taken = max(samples, (distiller.step + 1) * training.images_per_step)
             if failures > manifest.errors.max_failed_fraction * taken:
@@ -133,18 +131,18 @@ def train_loop(
 
 
 class TrainingWriter:
-    """What worker 0 writes: log, grids, checkpoints, and in the end the generator.
+    """Worker 0's output: log, grids, checkpoints, and at the end the generator.
 
-    A checkpoint is taken at once and stored by a thread, while the training goes on; an error there is raised by the
-    next one, or by `finish`.
+    A checkpoint is taken at once and stored by a thread while the training goes on; the next `save`, or `finish`,
+    raises the thread's error.
     """
 
-    def __init__(self, store: Store, manifest: Distill, distiller: Distiller, checkpoint: Checkpoint | None) -> None:
-        self._store, self._training, self._distiller = store, manifest.distill, distiller
+    def __init__(self, run: Run, manifest: Distill, distiller: Distiller, checkpoint: Checkpoint | None) -> None:
+        self._run, self._store, self._training, self._distiller = run, run.store, manifest.distill, distiller
         self._about: Mapping[str, Any] = checkpoint.about if checkpoint else {"failed": 0, "seconds": 0.0, "losses": {}}
         self._saved, self._began = distiller.step, monotonic()
         self._seconds = self._about["seconds"]
-        self.log = TrainingLog(store, manifest, distiller.step, self._about["failed"])
+        self.log = TrainingLog(run.store, manifest, distiller.step, self._about["failed"])
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="smsbatch-checkpoint")
         self._storing: Future[None] | None = None
 
@@ -157,7 +155,7 @@ class TrainingWriter:
         self.log.__exit__(*error)
 
     def grid(self, images: Tensor) -> None:
-        """Sources [n, 3, H, W] in [0, 1], and what the averaged generator makes of them."""
+        """Log a grid of sources [n, 3, H, W] in [0, 1] and of the averaged generator's results."""
         sources = images[:_SHOWN]
         with torch.no_grad():
             results = self._distiller.ema(sources)
@@ -166,7 +164,7 @@ class TrainingWriter:
         self.log.grid(self._distiller.step, sources_shown, results_shown)
 
     def save(self, failed: int, losses: Mapping[str, float]) -> None:
-        """A checkpoint of now."""
+        """Take a checkpoint."""
         self._wait()
         self.log.flush()
         step = self._distiller.step
@@ -179,14 +177,14 @@ class TrainingWriter:
         self._storing = self._thread.submit(self._store_checkpoint, step, self._distiller.dump(), self._about)
 
     def finish(self, failed: int, stopped: bool) -> None:
-        """The last checkpoint; and all that says that the training is done, unless it was stopped."""
+        """Write the last checkpoint and, unless the training was stopped, the generator and `_SUCCESS`."""
         if self._saved < self._distiller.step:
             self.save(failed, self._about["losses"])
         self._wait()
         self.log.close(finished=not stopped)
         if stopped:
             return
-        generator, run = self._distiller.ema, require_run(self._store)
+        generator, run = self._distiller.ema, self._run.about
         generator.about = describe_generator(run, self._about)
         files = generator.files()
         for name, data in files.items():
@@ -215,13 +213,13 @@ def _step(distiller: Distiller, images: Tensor, batch: Batch, manifest: Distill)
 
 
 def _means(recent: Sequence[Mapping[str, Tensor]]) -> dict[str, float]:
-    """Of every loss over the steps that have it."""
+    """The mean of every loss over the steps that have it."""
     names = dict.fromkeys(name for losses in recent for name in losses)
     return {name: float(torch.stack([each[name] for each in recent if name in each]).mean()) for name in names}
 
 
 def _not_finite(distiller: Distiller, recent: Sequence[Mapping[str, Tensor]]) -> str:
-    """What of the last steps is not a number, '' if all is well; what all workers find alike."""
+    """A message on the first value that is not finite, '' if there is none; the same in all workers."""
     for step, losses in enumerate(recent, distiller.step - len(recent) + 1):
         for name, loss in losses.items():
             if not math.isfinite(loss):
@@ -233,17 +231,17 @@ def _not_finite(distiller: Distiller, recent: Sequence[Mapping[str, Tensor]]) ->
 
 def _advice(saved: int) -> str:
     if not saved:
-        return "lower distill.learning_rate or objective.fake.learning_rate, and begin anew in another output.path"
+        return "lower distill.learning_rate or objective.fake.learning_rate, and start again in another output.path"
     return (
-        f"lower distill.learning_rate and go on from step {saved} with --allow-drift distill.learning_rate, or begin "
-        "anew in another output.path"
+        f"lower distill.learning_rate and go on from step {saved} with --allow-drift distill.learning_rate, or start "
+        "again in another output.path"
     )
 
 
 def _too_many(failed: int, taken: int, batch: Batch, step: int, manifest: Distill) -> RunError:
     example = f" ({batch.failed[-1][0]}: {batch.failed[-1][1]}: {batch.failed[-1][2]})" if batch.failed else ""
     return RunError(
-        f"samples could not be used {failed} times{example}, more than errors.max_failed_fraction "
-        f"({manifest.errors.max_failed_fraction:g}) of {taken} allows; stopped at step {step}; mend the source and run "
+        f"samples failed {failed} times{example}, more than errors.max_failed_fraction "
+        f"({manifest.errors.max_failed_fraction:g}) of {taken} allows; stopped at step {step}; fix the source and run "
         "with --allow-drift inputs, or raise the limit"
     )

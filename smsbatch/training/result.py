@@ -1,4 +1,4 @@
-"""What a distill run has made: the generator's own words, its card, and the figures of the training."""
+"""The result of a distill run: the generator's description, its card, and the figures of the training."""
 
 from __future__ import annotations
 
@@ -12,9 +12,8 @@ from smsbatch.errors import StorageError
 from smsbatch.manifest import Training
 from smsbatch.runs.layout import SUCCESS
 from smsbatch.runs.records import PARSE_ERRORS
-from smsbatch.storage.store import Store
-
-__all__ = ["Distilled", "describe_generator", "model_card"]
+from smsbatch.runs.run import Run
+from smsbatch.text import render_template
 
 GENERATOR = "generator/generator.json"
 
@@ -25,12 +24,12 @@ class Distilled:
 
     Attributes:
         samples: different pictures of the source.
-        steps: with those of the warm-up.
-        seconds: of all attempts, as far as their steps count.
+        steps: including the warm-up.
+        seconds: of all attempts, without steps that were repeated later.
         losses: means over the last steps.
-        failed: samples that could not be had, each time that another one had to take their place.
-        generator: the folder or URL of its files, for `generator:` of a `stylize` manifest.
-        resumed_from: the step this call went on from; None if it did nothing.
+        failed: how often a sample failed and another one took its place.
+        generator: the run's folder or URL, for `generator:` of a `stylize` manifest.
+        resumed_from: the step at which this call resumed; None if it did nothing.
     """
 
     name: str
@@ -47,27 +46,25 @@ class Distilled:
     resumed_from: int | None = None
 
     @classmethod
-    def of(
-        cls, store: Store, run: Mapping[str, Any], resumed_from: int | None = None, notices: Iterable[str] = ()
-    ) -> Distilled:
-        """What stands finished there; `notices` are of this call, and come after those of the plan.
+    def of(cls, run: Run, resumed_from: int | None = None, notices: Iterable[str] = ()) -> Distilled:
+        """The finished training in a store; this call's `notices` follow those of the plan.
 
         Raises:
             StorageError: the generator's file is gone or damaged.
         """
         try:
-            told = json.loads(store.read(GENERATOR))
+            told = json.loads(run.store.read(GENERATOR))
             training, parameters = told["about"]["training"], told["parameters"]
             return cls(
-                name=run["name"],
-                generator=store.url,
+                name=run.name,
+                generator=run.store.url,
                 parameters=parameters,
-                notices=(*run["notices"], *notices),
+                notices=(*run.about["notices"], *notices),
                 resumed_from=resumed_from,
                 **training,
             )
         except PARSE_ERRORS as error:
-            where = store.locate(GENERATOR)
+            where = run.store.locate(GENERATOR)
             raise StorageError(f"{where} is damaged; delete it and {SUCCESS}, and run again") from error
 
     def to_dict(self) -> dict[str, Any]:
@@ -75,7 +72,7 @@ class Distilled:
 
 
 def describe_generator(run: Mapping[str, Any], checkpoint: Mapping[str, Any]) -> dict[str, Any]:
-    """What a generator says of itself, of the run's record and of what its last checkpoint says: always the same."""
+    """A generator's `about`, from the run's record and its last checkpoint's `about` alone, so always the same."""
     manifest, planned = run["manifest"], run["planned"]
     training, style = Training.model_validate(manifest["distill"]), manifest["style"]
     steps, seconds = training.all_steps, checkpoint["seconds"]
@@ -101,76 +98,11 @@ def describe_generator(run: Mapping[str, Any], checkpoint: Mapping[str, Any]) ->
 
 
 def model_card(run: Mapping[str, Any], files: Mapping[str, bytes]) -> str:
-    """`README.md` of a generator, so that a folder handed on explains itself."""
-    told = json.loads(files["generator.json"])
-    made, training, manifest = told["about"], told["about"]["training"], run["manifest"]
-    losses = ", ".join(f"{name} {value:.4g}" for name, value in training["losses"].items())
-    rows = {
-        "style": f"`{_plain(made['style'])}`" + (f", LoRA {_code(made['lora'])}" if made["lora"] else ""),
-        "model": f"{_code([made['model']])}, objective `{manifest['objective']['name']}`",
-        "generator": f"{told['parameters']:,} parameters: width {told['width']}, {told['blocks']} blocks",
-        "trained on": f"{training['samples']:,} pictures, {made['resolution']} x {made['resolution']} pixels",
-        "training": f"{training['steps']:,} steps, {training['images']:,} pictures, {training['seconds']:.0f} s",
-        "last losses": losses or "-",
-        "manifest": f"`{made['manifest_sha256']}`, smsbatch {run['smsbatch']}",
-    }
-    table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
-    return f"""---
-license: other  # yours to state, see below
-library_name: smsbatch
-pipeline_tag: image-to-image
-tags: [smsbatch, style-transfer]
----
-
-# {_plain(run["name"])}
-
-A style distilled into one feed-forward network: a picture of any size goes in, the stylized one comes out, in a single
-pass. Made by [smsbatch](https://arxiv.org/abs/2503.07601).
-
-| | |
-|---|---|
-{table}
-
-## Use
-
-A whole dataset, by `smsbatch run stylize.yaml`:
-
-```yaml
-task: stylize
-name: stylized
-generator: .  # this folder, or its URL
-source: {{format: folder, urls: photos}}
-output: {{path: stylized}}
-```
-
-A picture, in Python:
-
-```python
-import torch
-import smsbatch as sb
-
-generator = sb.Generator.load(".")
-images = torch.rand(1, 3, 512, 512)  # RGB in [0, 1], any height and width from 16
-results = generator(images)
-```
-
-It was trained on {made["resolution"]} x {made["resolution"]} pixels: there, and somewhat around, it is at its best.
-
-## Licence
-
-That of the model, the style and the pictures it was trained on; smsbatch knows none of them.
-"""
+    """`README.md` of a generator, so that a copied folder explains itself."""
+    config = json.loads(files["generator.json"])
+    return render_template("training/card.md.jinja", run=run, training=config["about"]["training"], **config)
 
 
 def _name(path: str) -> str:
-    """Of a path on this machine the last part: the folders before are nobody's business."""
+    """The last part of a local path, whose folders are private; any other name unchanged."""
     return PurePosixPath(path).name if path.startswith(("/", "~", ".")) else path
-
-
-def _code(names: list[str]) -> str:
-    return ", ".join(f"`{_plain(name)}`" for name in names)
-
-
-def _plain(text: str) -> str:
-    """One line without what Markdown would read, or a table."""
-    return " ".join("".join(" " if letter in "`|" else letter for letter in text).split())

@@ -1,9 +1,9 @@
-"""What feeds workers: what every pool is, and `LocalPool`, one worker in this process. `ray_pool.py` has the cluster.
+"""What feeds workers: the base of every pool, and `LocalPool`, one worker in this process. `cluster/` has `RayPool`.
 
-A pool is a context manager; `work` yields a commit for every task, in the order they finish, and None now and then so
-that the caller can look at `progress`. A worker has `in_flight` units: one it computes, others it reads or stores.
-An exception out of a worker that is not its death (a full disk, say) ends the run. Workers are started by the first
-call that needs them, so that a pool with nothing to do costs nothing.
+A pool is a context manager. `work` yields a commit for every item, in the order they finish, and None now and then so
+that the caller can look at `progress`. A worker has several units in flight: one that it computes, others that it reads
+or commits. An exception out of a worker that is not its death (a full disk, say) ends the run. Workers are started by
+the first call that needs them, so that a pool with nothing to do costs nothing.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from contextlib import AbstractContextManager
 from itertools import islice
 
 from smsbatch.data.sample import Entry
-from smsbatch.manifest import Dataset, Manifest, Stylize
+from smsbatch.engines.table import ENGINES
+from smsbatch.manifest import Dataset, Manifest
 from smsbatch.parallel import Item, Result, started_ahead
 from smsbatch.runs.plan import Estimate
 from smsbatch.runs.records import Commit
+from smsbatch.runs.run import Run
 from smsbatch.runs.status import Progress
 from smsbatch.workers.worker import Worker, WorkItem
-
-__all__ = ["LocalPool", "Pool", "in_flight"]
 
 TICK_S = 0.25
 _THREADS = 16  # for what mostly waits
@@ -33,10 +33,11 @@ class Pool(AbstractContextManager["Pool"], ABC):
 
     def __init__(self, manifest: Manifest) -> None:
         self.manifest = manifest
+        self.units_in_flight = ENGINES[manifest.task].units_in_flight if manifest.task in ENGINES else 0
 
     @abstractmethod
-    def work(self, items: Iterable[WorkItem]) -> Iterator[Commit | None]:
-        """Do all tasks; leaving the iterator early, or the pool's context, drops what is in hand."""
+    def work(self, run: Run, items: Iterable[WorkItem]) -> Iterator[Commit | None]:
+        """Do all items of a run; leaving the iterator early, or the pool's context, drops what is in hand."""
 
     @abstractmethod
     def progress(self) -> list[Progress]:
@@ -56,21 +57,12 @@ class Pool(AbstractContextManager["Pool"], ABC):
             threads.shutdown(cancel_futures=True)
 
 
-def in_flight(manifest: Manifest) -> int:
-    """Units a worker has at once. With one it would wait for every read; with three a lost worker would lose more.
-
-    A generator is done with a unit before the last one is committed and the next one read.
-    """
-    return 4 if isinstance(manifest, Stylize) else 2
-
-
 class LocalPool(Pool):
     """One worker in this process."""
 
     def __init__(self, manifest: Manifest) -> None:
         super().__init__(manifest)
-        self._in_flight = in_flight(manifest)
-        self._threads = ThreadPoolExecutor(self._in_flight, thread_name_prefix="smsbatch")
+        self._threads = ThreadPoolExecutor(max(1, self.units_in_flight), thread_name_prefix="smsbatch")
         self._worker: Worker | None = None
 
     def __exit__(self, *_: object) -> None:
@@ -78,12 +70,13 @@ class LocalPool(Pool):
             self._worker.cancel()
         self._threads.shutdown(cancel_futures=True)
 
-    def work(self, items: Iterable[WorkItem]) -> Iterator[Commit | None]:
+    def work(self, run: Run, items: Iterable[WorkItem]) -> Iterator[Commit | None]:
         worker = self._ready()
+        worker.run = run
         remaining = iter(items)
         running: set[Future[Commit]] = set()
         while True:
-            for item in islice(remaining, self._in_flight - len(running)):
+            for item in islice(remaining, self.units_in_flight - len(running)):
                 running.add(self._threads.submit(worker.process, item))
             if not running:
                 return

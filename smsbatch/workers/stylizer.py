@@ -28,12 +28,10 @@ from torch import Tensor
 from smsbatch.data import pixels
 from smsbatch.data.sample import Outcome, Sample, Unit
 from smsbatch.engines.memory import BatchFitter
-from smsbatch.engines.table import engine_of
+from smsbatch.engines.table import ENGINES
 from smsbatch.errors import RequestError, SampleError
 from smsbatch.manifest import Dataset, Manifest
 from smsbatch.metrics import METRICS, Metric
-
-__all__ = ["Stylizer", "sample_seed"]
 
 Picture = NDArray[np.uint8]
 Item = TypeVar("Item")
@@ -129,12 +127,13 @@ class Stylizer:
     """
 
     def __init__(self, manifest: Manifest, device: str | None = None) -> None:
-        if not isinstance(manifest, Dataset):
+        if manifest.task not in ENGINES:
             raise RequestError(f"task {manifest.task} makes no pictures; a manifest of task stylize uses its generator")
+        assert isinstance(manifest, Dataset), "every task with an engine makes a dataset"
         self.manifest, threads = manifest, manifest.compute.threads
         if isinstance(threads, int):
             torch.set_num_threads(threads)
-        self.engine = engine_of(manifest, device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.engine = ENGINES[manifest.task](manifest, device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.metrics: dict[str, Metric] = {name: METRICS[name]() for name in manifest.metrics}
         self._threads = threads if isinstance(threads, int) else os.cpu_count() or 1
         self._decoders = ThreadPoolExecutor(self._threads, thread_name_prefix="smsbatch-decode")

@@ -8,28 +8,23 @@ import time
 from collections.abc import Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
-from itertools import groupby
+from functools import partial
 from time import perf_counter
 from typing import TYPE_CHECKING
 
-from smsbatch.data.index import read_index, read_units
+from smsbatch.data.index import read_index
 from smsbatch.data.reader import Reader, public
 from smsbatch.data.sample import Entry, Outcome, Sample, Unit
 from smsbatch.data.sources import load_sample
 from smsbatch.errors import SampleError
 from smsbatch.manifest import Dataset
-from smsbatch.runs.ledger import Ledger
 from smsbatch.runs.plan import Estimate
 from smsbatch.runs.records import Commit
-from smsbatch.runs.run_file import store_of
+from smsbatch.runs.run import Run
 from smsbatch.runs.status import Progress
-from smsbatch.storage.store import Store
 
 if TYPE_CHECKING:
     from smsbatch.workers.stylizer import Stylizer
-
-__all__ = ["Cancelled", "WorkItem", "Worker", "failed"]
 
 _READERS = 16  # threads that wait for a store or a web server
 
@@ -60,6 +55,7 @@ class Worker:
         self._showing = threading.Lock()
         self._cancelled = threading.Event()
         self._stylizer: Stylizer | None = None
+        self.run: Run | None = None  # set by a pool in the driver's process
         self._progress = Progress(self.name, None)
 
     def setup(self) -> None:
@@ -89,18 +85,19 @@ class Worker:
             The commit that stands, which is another worker's if that was faster; where only the driver may commit, one
             that the driver has yet to decide.
         """
-        unit = item.unit
-        stands = self._ledger.committed(unit.id)
+        unit, run = item.unit, self._run
+        # Of a first generation nearly nothing is committed by now: one request tells.
+        stands = run.ledger.committed(unit.id) if item.generation or run.ledger.is_committed(unit.id) else None
         if stands is not None and stands.generation >= item.generation:
             return stands
         started = perf_counter()
         outcomes = self._outcomes(item, range(unit.start, unit.stop), lost, deaths)
         seconds = perf_counter() - started + (stands.seconds if stands is not None else 0.0)  # of all generations
-        commit = self._ledger.attempt(unit, outcomes, worker=self.name, seconds=seconds, generation=item.generation)
-        if not self._store.conditional:
+        commit = run.ledger.attempt(unit, outcomes, worker=self.name, seconds=seconds, generation=item.generation)
+        if not run.store.has_create_only_put:
             return commit
-        commit = self._ledger.decide(commit)
-        self._ledger.publish(unit.shard, self._shards[unit.shard])  # None while another unit is missing
+        commit = run.ledger.decide(commit)
+        run.ledger.publish(unit.shard, run.shards[unit.shard])  # None while another unit is missing
         return commit
 
     def probe(self, item: WorkItem, rows: range) -> None:
@@ -133,7 +130,7 @@ class Worker:
         known = self._known(item)
         kept = {row for row in rows if row in known and known[row].error_code not in item.codes}
         read: dict[int, Sample | Outcome] = {row: known[row] for row in kept}
-        entries = dict(zip(rows, read_index(self._store, rows.start, rows.stop), strict=True))
+        entries = dict(zip(rows, read_index(self._run.index, rows.start, rows.stop), strict=True))
         read |= {row: self._lost(entry) for row, entry in entries.items() if row in lost and row not in kept}
         todo = {row: entry for row, entry in entries.items() if row not in read}
         read |= zip(todo, self._readers.map(self._reading(), todo.values()), strict=True)
@@ -147,10 +144,11 @@ class Worker:
 
     def _known(self, item: WorkItem) -> dict[int, Outcome]:
         """Row by row what the generation before has made of a unit."""
-        stands = self._ledger.committed(item.unit.id) if item.generation else None
+        ledger = self._run.ledger
+        stands = ledger.committed(item.unit.id) if item.generation else None
         if stands is None:
             return {}
-        return dict(zip(range(item.unit.start, item.unit.stop), self._ledger.outcomes(stands), strict=True))
+        return dict(zip(range(item.unit.start, item.unit.stop), ledger.outcomes(stands), strict=True))
 
     def _stylize(self, item: WorkItem | None, read: Sequence[Sample | Outcome]) -> list[Outcome]:
         samples = [one for one in read if isinstance(one, Sample)]
@@ -190,17 +188,11 @@ class Worker:
         message = f"its worker died {self.manifest.compute.retries + 1} times, and again on this sample alone"
         return failed(entry, "worker_lost", message)
 
-    @cached_property
-    def _store(self) -> Store:
-        return store_of(self.manifest)  # not before a unit is asked for: the plan stands then, and says how to commit
-
-    @cached_property
-    def _ledger(self) -> Ledger:
-        return Ledger(self._store, metrics=self.manifest.metrics)
-
-    @cached_property
-    def _shards(self) -> dict[int, list[Unit]]:
-        return {shard: list(units) for shard, units in groupby(read_units(self._store), lambda unit: unit.shard)}
+    @property
+    def _run(self) -> Run:
+        if self.run is None:
+            self.run = Run.open(self.manifest)  # not before a unit is asked for: the plan is written by then
+        return self.run
 
 
 def _name(item: WorkItem | None) -> str:

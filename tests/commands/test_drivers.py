@@ -53,7 +53,7 @@ def test_a_heart_beats_on_while_the_driver_is_busy_otherwise(tmp_path: Path, mon
     monkeypatch.setattr(heart_module, "BEAT_S", 0.01)
     with Heartbeat(store, sb.Status("x", 1, 0, 1, 0, 0.0, {}, False).beat()) as heart:
         (beat,) = tmp_path.rglob("*.json")
-        heart.now = sb.Status("x", 1, 0, 1, 0, 0.5, {}, False)
+        heart.now = sb.Status("x", 1, 0, 1, 0, 0.5, {}, False).beat()
         deadline = time.monotonic() + 30
         while json.loads(beat.read_text())["samples_under_way"] != 0.5:
             assert time.monotonic() < deadline

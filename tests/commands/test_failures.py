@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from support.ledgers import commit_unit
 from support.made_up_run import MIXED, make_run, stylized
 
 import smsbatch as sb
@@ -38,7 +39,7 @@ def test_of_an_unfinished_run_from_its_attempts(tmp_path: Path) -> None:
     assert keys(store.url) == []
     ledger, units = Ledger(store, metrics=("lpips",)), read_units(store)
     for unit in (units[0], units[2]):
-        ledger.commit(unit, MIXED[unit.start : unit.stop], worker="w", seconds=1.0)
+        commit_unit(ledger, unit, MIXED[unit.start : unit.stop], worker="w", seconds=1.0)
     assert not store.list("metrics")
     assert keys(store.url) == FAILED
 
@@ -47,7 +48,7 @@ def test_of_a_newer_generation_before_it_is_published(tmp_path: Path) -> None:
     store = make_run(tmp_path, MIXED)
     unit = read_units(store)[2]
     again = [stylized(8), stylized(9), replace(MIXED[10], attempts=2), stylized(11)]
-    Ledger(store, metrics=("lpips",)).commit(unit, again, worker="w", seconds=1.0, generation=1)
+    commit_unit(Ledger(store, metrics=("lpips",)), unit, again, worker="w", seconds=1.0, generation=1)
     assert [(row["key"], row["attempts"]) for row in failures(store.url)] == [("p001", 1), ("p010", 2)]
 
 

@@ -13,13 +13,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from smsbatch.runs.run_file import store_of
 from support.jobs import make_photos, write_manifest
 
 import smsbatch as sb
 from smsbatch.commands.plan import cut, establish
 from smsbatch.runs.drift import allowed_drift
 from smsbatch.runs.plan import Estimate
+from smsbatch.runs.run import Run, store_of
 from smsbatch.workers.pool import LocalPool
 
 
@@ -38,10 +38,10 @@ def job(tmp_path: Path, model: Path, lora: Path) -> Path:
     return write_manifest(tmp_path, model, lora, make_photos(tmp_path / "photos"))
 
 
-def _establish(job: Path, *overrides: str) -> sb.Plan:
+def _establish(job: Path, *overrides: str) -> Run:
     manifest = sb.load(job, overrides)
     with LocalPool(manifest) as pool:
-        return establish(manifest, store_of(manifest), pool)
+        return establish(manifest, pool)
 
 
 def test_planning_writes_nothing(job: Path) -> None:
@@ -108,7 +108,7 @@ def test_changed_weights_are_named(job: Path, lora: Path) -> None:
 
 
 def test_another_limit_is_another_plan(job: Path) -> None:
-    assert _establish(job, "source.limit=3").samples == 3
+    assert _establish(job, "source.limit=3").about["planned"]["samples"] == 3
     with pytest.raises(sb.DriftError, match=r"source\.limit \(3 then, None now\)"):
         _establish(job)
 
@@ -211,7 +211,7 @@ def test_an_output_that_cannot_be_written(job: Path) -> None:
 
 def test_a_sample_that_went_does_not_move_the_others(job: Path) -> None:
     """What is skipped was chosen once: counted anew, photo-2 would be, and not be found as it is now."""
-    assert _establish(job, "source.skip=2", "source.limit=3").samples == 3
+    assert _establish(job, "source.skip=2", "source.limit=3").about["planned"]["samples"] == 3
     photos = job.parent / "photos"
     (photos / "photo-0.png").unlink()
     (photos / "photo-2.png").write_bytes((photos / "photo-4.png").read_bytes() + b"longer")
@@ -245,13 +245,13 @@ class TestProbe:
 
     def test_units_by_time(self, job: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         estimate = Estimate(images=6, seconds_per_image=2.5, bytes_per_image=1000.0, device="cpu")
-        monkeypatch.setattr(LocalPool, "measure", lambda self, entries: estimate)
+        monkeypatch.setattr(LocalPool, "estimate_cost", lambda self, entries: estimate)
         plan = _establish(job, "output.seconds_per_unit=10", "output.samples_per_shard=6")
         assert [len(unit) for unit in plan.units] == [4, 2]
         run = json.loads((job.parent / "out/run.json").read_text())
         assert (run["planned"]["samples_per_unit"], run["planned"]["seconds_per_image"]) == (4, 2.5)
         (job.parent / "out/plan/units.parquet").unlink()  # half a plan is completed as it was begun, not measured anew
-        monkeypatch.setattr(LocalPool, "measure", lambda self, entries: replace(estimate, seconds_per_image=0.1))
+        monkeypatch.setattr(LocalPool, "estimate_cost", lambda self, entries: replace(estimate, seconds_per_image=0.1))
         again = _establish(job, "output.seconds_per_unit=10", "output.samples_per_shard=6")
         assert again.units == plan.units
 
@@ -267,8 +267,8 @@ class TestAllowedDrift:
         manifest = sb.load(job, ["objective.steps=3"])
         with LocalPool(manifest) as pool:
             store = store_of(manifest)
-            assert establish(manifest, store, pool, ["objective.steps"]).units == first.units
-            assert establish(manifest, store, pool).units == first.units
+            assert establish(manifest, pool, ["objective.steps"]).units == first.units
+            assert establish(manifest, pool).units == first.units
         (note,) = allowed_drift(store)
         assert (note["changed"]["objective.steps"]["then"], note["changed"]["objective.steps"]["now"]) == (2, 3)
         with pytest.raises(sb.DriftError, match=r"objective\.steps \(2 then, 4 now\)"):
@@ -283,15 +283,15 @@ class TestAllowedDrift:
         copy.write_bytes(data)
         manifest = sb.load(job, [f"style.lora={copy}", "objective.steps=3", "objective.guidance=2"])
         with LocalPool(manifest) as pool, pytest.raises(sb.DriftError, match="weights: the file"):
-            establish(manifest, store_of(manifest), pool, ["objective"])
+            establish(manifest, pool, ["objective"])
         with LocalPool(manifest) as pool:
-            establish(manifest, store_of(manifest), pool, ["objective", "weights"])
+            establish(manifest, pool, ["objective", "weights"])
 
     def test_columns_cannot_change(self, job: Path) -> None:
         _establish(job)
         manifest = sb.load(job, ["metrics=[]"])
         with LocalPool(manifest) as pool, pytest.raises(sb.DriftError, match="metrics"):
-            establish(manifest, store_of(manifest), pool, ["metrics"])
+            establish(manifest, pool, ["metrics"])
 
     def test_planning_notes_nothing(self, job: Path) -> None:
         _establish(job)

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from smsbatch.runs.run_file import require_run, store_of
 from support.jobs import KEYS, make_photos, pictures, write_manifest
 
 import smsbatch as sb
@@ -18,6 +17,7 @@ from smsbatch.commands.replay import replay
 from smsbatch.data.pixels import decode, encode
 from smsbatch.data.sample import Entry, Span
 from smsbatch.manifest import Storage
+from smsbatch.runs.run import Run
 
 
 @pytest.fixture(scope="module")
@@ -59,11 +59,9 @@ def test_a_failed_sample_tells_its_error(out: str, tmp_path: Path) -> None:
 def test_a_signed_url_is_told_without_its_signature(out: str, monkeypatch: pytest.MonkeyPatch) -> None:
     signed = "http://127.0.0.1:1/zero.png?X-Amz-Signature=5ec2e7"
     monkeypatch.setattr(replay_module, "read_index", lambda *_: [Entry("zero", "png", {"png": Span(signed, 0, None)})])
-    store = store_of(out)
-    manifest = sb.Manifest.model_validate(require_run(store)["manifest"]).model_copy(
-        update={"storage": Storage(retries=0)}
-    )
-    outcome = replay_module._again(store, manifest, 0)
+    run = Run.open(out)
+    manifest = run.dataset.model_copy(update={"storage": Storage(retries=0)})
+    outcome = replay_module._again(run, manifest, 0)
     assert outcome.error_code == "read_error"
     assert outcome.url.startswith("http://127.0.0.1:1/zero.png?X-Amz-Signature=")
     assert "5ec2e7" not in f"{outcome.url} {outcome.error_message}"

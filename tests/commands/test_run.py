@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from smsbatch.runs.run_file import store_of
 from support.jobs import KEYS, commits, make_photos, pictures, rows, tars, write_manifest
 
 import smsbatch as sb
@@ -199,7 +198,7 @@ class TestChangedInputs:
         folder = make_photos(tmp_path / "changing")
         manifest = job(f"source.urls={folder}", "errors.max_failed_fraction=1")
         with LocalPool(manifest) as pool:
-            establish(manifest, store_of(manifest), pool)
+            establish(manifest, pool)
         (folder / "photo-3.png").write_bytes((folder / "photo-2.png").read_bytes() + b"longer")
         (folder / "photo-4.png").unlink()
         (folder / "photo-9.png").write_bytes((folder / "photo-2.png").read_bytes())
@@ -227,14 +226,14 @@ def test_a_picture_that_is_replaced_under_a_worker_is_a_row(job: Job, tmp_path: 
     folder = make_photos(tmp_path / "changing")
     manifest = job(f"source.urls={folder}")
     with LocalPool(manifest) as pool:
-        plan = establish(manifest, store_of(manifest), pool)
+        plan = establish(manifest, pool)
     (folder / "photo-2.png").write_bytes((folder / "photo-4.png").read_bytes())
     (folder / "photo-3.png").unlink()
     worker = Worker(manifest, "w")
     worker.setup()
     assert worker.process(WorkItem(plan.units[0])).errors == {}
     assert worker.process(WorkItem(plan.units[1])).errors == {"read_error": 2}
-    (first, second) = worker._ledger.outcomes(worker._ledger.commits()[1])
+    (first, second) = worker._run.ledger.outcomes(worker._run.ledger.commits()[1])
     assert "photo-2.png" in str(first.error_message)
     assert "replaced" in str(first.error_message)
     assert "No such file" in str(second.error_message)

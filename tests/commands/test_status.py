@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.ledgers import commit_unit
 from support.made_up_run import MIXED, make_run, stylized
 
 import smsbatch as sb
@@ -18,6 +19,7 @@ from smsbatch.report.write import write_report
 from smsbatch.runs import status as status_module
 from smsbatch.runs.heartbeat import HEARTBEATS
 from smsbatch.runs.ledger import Ledger
+from smsbatch.runs.run import Run
 from smsbatch.runs.snapshot import Snapshot
 from smsbatch.runs.status import Progress, RunTally
 from smsbatch.storage.store import Store
@@ -34,7 +36,7 @@ def retry(store: Store, unit: int, *, publish: bool = False) -> None:
     """The unit's failed samples succeed."""
     ledger, units = Ledger(store, metrics=("lpips",)), read_units(store)
     of = units[unit]
-    ledger.commit(of, [stylized(n) for n in range(of.start, of.stop)], worker="w", seconds=1.0, generation=1)
+    commit_unit(ledger, of, [stylized(n) for n in range(of.start, of.stop)], worker="w", seconds=1.0, generation=1)
     if publish:
         ledger.publish(of.shard, [one for one in units if one.shard == of.shard])
 
@@ -120,7 +122,7 @@ def test_it_says_that_nobody_is_at_work(tmp_path: Path) -> None:
 
 def test_it_says_that_only_the_report_is_missing(store: Store) -> None:
     assert "shards or the report are missing" in sb.status(store.url).note
-    write_report(store)
+    write_report(Run.open(store))
     now = sb.status(store.url)
     assert (now.finished, now.note) == (True, "")
 
@@ -142,13 +144,13 @@ def test_it_says_that_a_run_stopped_by_its_budget(errors: dict[str, float], said
     assert note.endswith("run with --retry-failed, or raise the limit")
     manifest = sb.Manifest.model_validate(json.loads(store.read("run.json"))["manifest"] | LENIENT)
     assert "report" in sb.status(manifest).note, "the limit was raised"
-    write_report(store)
+    write_report(Run.open(store))
     assert sb.status(store.url).note.startswith("finished, but ")
 
 
 def test_what_a_killed_driver_left_does_not_unmake_a_finished_run(store: Store) -> None:
     """Its heartbeat is young for a minute, while another has done the rest."""
-    write_report(store)
+    write_report(Run.open(store))
     beat(store)
     assert sb.status(store.url).finished
     store.delete("_smsbatch/published/000001.json")

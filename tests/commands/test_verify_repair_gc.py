@@ -13,8 +13,8 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from smsbatch.runs.run_file import of_output, store_of
 from support.jobs import make_photos, tars, write_manifest
+from support.ledgers import commit_unit
 from support.made_up_run import MIXED, make_run, picture, stylized
 from support.s3server import Server
 
@@ -27,6 +27,7 @@ from smsbatch.report.write import write_report
 from smsbatch.runs.heartbeat import HEARTBEATS
 from smsbatch.runs.layout import SUCCESS
 from smsbatch.runs.ledger import Ledger
+from smsbatch.runs.run import Run, of_output, store_of
 from smsbatch.storage.store import Store
 
 TAR, PARQUET = "shards/000000.tar", "metrics/000000.parquet"
@@ -35,7 +36,7 @@ RECORD = "_smsbatch/published/000000.json"
 
 def finish(folder: Path) -> Path:
     store = make_run(folder, MIXED)
-    write_report(store)
+    write_report(Run.open(store))
     store.create(SUCCESS, b"")
     return folder / "out"
 
@@ -223,7 +224,7 @@ def test_an_unfinished_run_is_no_problem(tmp_path: Path) -> None:
     assert empty.pending == ("units without a commit: 3 of 3",)
     ledger, units = Ledger(store, metrics=("lpips",)), read_units(store)
     for unit in units[:2]:
-        ledger.commit(unit, MIXED[unit.start : unit.stop], worker="w", seconds=1.0)
+        commit_unit(ledger, unit, MIXED[unit.start : unit.stop], worker="w", seconds=1.0)
     assert verify(store.url).pending == ("units without a commit: 1 of 3", "complete shards that are not published: 1")
     ledger.publish(0, units[:2])
     found = verify(store.url, full=True)
@@ -235,7 +236,7 @@ def test_an_unfinished_run_is_no_problem(tmp_path: Path) -> None:
 def test_an_attempt_that_is_still_needed(tmp_path: Path) -> None:
     store = make_run(tmp_path, MIXED, commit=False)
     unit = read_units(store)[0]
-    commit = Ledger(store, metrics=("lpips",)).commit(unit, MIXED[:4], worker="w", seconds=1.0)
+    commit = commit_unit(Ledger(store, metrics=("lpips",)), unit, MIXED[:4], worker="w", seconds=1.0)
     store.delete(f"_smsbatch/attempts/000000/{commit.attempt}.tar")
     (problem,) = verify(store.url).problems
     assert (problem.unit, problem.remedy) == (0, "recompute")
@@ -323,7 +324,7 @@ def test_gc_removes_what_nothing_needs_and_keeps_what_may_be_work_in_hand(tmp_pa
     store = make_run(tmp_path, MIXED, commit=False)
     ledger, units = Ledger(store, metrics=("lpips",)), read_units(store)
     lost = ledger.attempt(units[0], MIXED[:4], worker="slow", seconds=1.0)
-    ledger.commit(units[0], MIXED[:4], worker="w", seconds=1.0)
+    commit_unit(ledger, units[0], MIXED[:4], worker="w", seconds=1.0)
     old = ledger.attempt(units[1], MIXED[4:8], worker="dead", seconds=1.0)
     young = ledger.attempt(units[1], MIXED[4:8], worker="busy", seconds=1.0)
     again = ledger.attempt(units[0], MIXED[:4], worker="busy", seconds=1.0, generation=1)
@@ -372,14 +373,14 @@ def test_gc_of_an_older_generation(out: Path) -> None:
     store = Store(str(out))
     ledger, units = Ledger(store, metrics=("lpips",)), read_units(store)
     again = [stylized(n) for n in range(4)]
-    ledger.commit(units[0], again, worker="w", seconds=1.0, generation=1)
+    commit_unit(ledger, units[0], again, worker="w", seconds=1.0, generation=1)
     assert verify(str(out)).pending == ("published shards with newer commits: 1",)
     assert gc(str(out), dry_run=True).objects == 0, "the older attempt lost, but is young"
     for path in out.glob("_smsbatch/attempts/*/*"):
         age(path)
     assert gc(str(out), dry_run=True).objects == 2
     ledger.publish(0, units[:2])
-    write_report(store)
+    write_report(Run.open(store))
     kinds = {heap.kind: heap.objects for heap in gc(str(out)).heaps}
     assert kinds == {"attempts that lost": 2, "older generations": 3}
     found = verify(str(out), full=True)

@@ -402,7 +402,7 @@ TABLES = [
         for scheme, row in [
             *[(scheme, f"{scheme}://: its driver cannot be used by an address alone") for scheme in UNUSABLE],
             ("gs", "gs://: its driver is not installed"),
-            ("what", "what://: nothing is known that reads such addresses"),
+            ("what", "what://: no driver is known for this scheme"),
             ("data", "data://host/b.jpg: "),
             ("memory", "memory://host/b.jpg: "),
             ("file", "file://host/b.jpg: No such file"),

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from smsbatch.data import index
-from smsbatch.data.index import Part, build_index, from_table, read_index, to_table
+from smsbatch.data.index import OBJECTS, SAMPLES, Part, StoredFile, build_index, from_table, read_index, to_table
 from smsbatch.data.sample import Entry, Span, Unit
 from smsbatch.errors import SourceError, StorageError
 from smsbatch.storage.store import Store
@@ -135,7 +135,7 @@ def test_a_limit_cuts_and_reads_no_further(tmp_path: Path) -> None:
     assert read_index(tmp_path / "y") == []
 
 
-# --- keys that stand twice ---
+# --- duplicate keys ---
 
 
 def test_keys_that_stand_twice_are_named_with_both_places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -151,7 +151,7 @@ def test_keys_that_stand_twice_are_named_with_both_places(tmp_path: Path, monkey
 
 def test_a_source_that_is_there_twice_is_counted(tmp_path: Path) -> None:
     once = [entry(f"k{n}") for n in range(3000)]
-    with pytest.raises(SourceError, match=r"key 'k\d+' is also in a\.tar; .*; 3,000 keys stand twice$"):
+    with pytest.raises(SourceError, match=r"key 'k\d+' is also in a\.tar; .*; 3,000 keys are duplicated$"):
         build_index(tmp_path / "x", [to_table(once), to_table(once)], None)
 
 
@@ -183,9 +183,9 @@ def test_only_the_groups_of_a_unit_are_read(tmp_path: Path, monkeypatch: pytest.
         return original(self, group, **options)
 
     monkeypatch.setattr(pq.ParquetFile, "read_row_group", counted)
-    assert [one.key for one in read_index(store, 25, 32)] == [f"{n:03d}" for n in range(25, 32)]
+    assert [one.key for one in read_index(StoredFile(store, SAMPLES), 25, 32)] == [f"{n:03d}" for n in range(25, 32)]
     assert read == [2, 3]
-    assert index.find_key(store, "071") == 71
+    assert index.find_key(StoredFile(store, SAMPLES), "071") == 71
     assert read == [2, 3, 7]
 
 
@@ -194,24 +194,27 @@ def test_a_key_is_found_in_any_order(tmp_path: Path, monkeypatch: pytest.MonkeyP
     store = Store(tmp_path / "run")
     keys = ["zé", "a", "ü/x", "😀", "b~0123456789", "m", "B"]
     stored(store, tmp_path / "x", [entry(key) for key in keys])
-    assert [index.find_key(store, key) for key in keys] == list(range(7))
-    assert [index.find_key(store, key) for key in ("c", "", "zz")] == [None, None, None]
+    planned = StoredFile(store, SAMPLES)
+    assert [index.find_key(planned, key) for key in keys] == list(range(7))
+    assert [index.find_key(planned, key) for key in ("c", "", "zz")] == [None, None, None]
 
 
 def test_the_first_plan_stands(tmp_path: Path) -> None:
     store = Store(tmp_path / "run")
     assert stored(store, tmp_path / "x", [entry("a")])
     assert not stored(store, tmp_path / "x", [entry("b"), entry("c")])
-    assert read_index(store) == [entry("a")]
-    assert index.index_size(store) == 1
+    assert read_index(StoredFile(store, SAMPLES)) == [entry("a")]
+    assert index.index_size(StoredFile(store, SAMPLES)) == 1
     units = [Unit(0, 0, 0, 64), Unit(1, 0, 64, 70)]
-    assert index.write_units(store, units) == units
-    assert index.write_units(store, units[:1]) == units == index.read_units(store)
+    assert index.write_units(store, units)
+    assert not index.write_units(store, units[:1])
+    assert index.read_units(store) == units
     assert [unit.name for unit in units] == ["000000", "000001"]
     assert [len(unit) for unit in units] == [64, 6]
     objects = [Part("webdataset", "s3://b/ä.tar", 2**40, "etag-1"), Part("folder", "/photos", 0, "")]
-    assert index.write_objects(store, objects) == objects
-    assert index.write_objects(store, objects[:1]) == objects == index.read_objects(store)
+    assert index.write_objects(store, objects)
+    assert not index.write_objects(store, objects[:1])
+    assert index.read_objects(StoredFile(store, OBJECTS)) == objects
 
 
 def test_a_source_that_fails_midway_leaves_nothing_in_the_store(tmp_path: Path) -> None:
@@ -223,6 +226,6 @@ def test_a_source_that_fails_midway_leaves_nothing_in_the_store(tmp_path: Path) 
     with pytest.raises(SourceError, match=r"b\.tar"):
         build_index(tmp_path / "x", failing(), None)
     with pytest.raises(StorageError, match=r"samples\.parquet"):
-        read_index(store)
+        read_index(StoredFile(store, SAMPLES))
     with pytest.raises(StorageError, match="nowhere"):
         build_index(tmp_path / "nowhere" / "x", [], None)

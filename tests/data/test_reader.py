@@ -474,7 +474,7 @@ def test_a_file_on_the_web_can_be_sought_in(web: Web) -> None:
         assert file.read(1000) == BODY[3000:]
         file.seek(10)
         assert file.read(5) == BODY[10:15]
-    with pytest.raises(OSError, match="does not tell how long it is"):
+    with pytest.raises(OSError, match="does not send its length"):
         open_url(f"{web.url}/endless/a", HERE)
     with pytest.raises(FileNotFoundError):
         open_url(f"{web.url}/status/404", HERE)

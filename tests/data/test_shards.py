@@ -207,7 +207,7 @@ def test_rows_are_counted_by_the_footer_alone(tmp_path: Path) -> None:
 def test_outcomes_of_a_tar_without_their_picture_are_refused(tmp_path: Path) -> None:
     rows = rows_file(tmp_path / "a.parquet", Unit(0, 0, 0, 1))
     write_tar(tmp_path / "a.tar", [outcome(0, "another")])
-    with pytest.raises(StorageError, match="key-0000: the tar has not the picture of its row"):
+    with pytest.raises(StorageError, match="key-0000: the tar lacks the picture of its row"):
         read_outcomes(tmp_path / "a.tar", rows)
 
 

@@ -308,7 +308,7 @@ def test_links_and_devices_are_passed_over_and_said(tmp_path: Path) -> None:
 
 def test_duplicate_keys_name_both_places(tmp_path: Path) -> None:
     one, two = (make_tar(tmp_path / f"{number}.tar", [("a.jpg", b"x"), ("b.jpg", b"x")]) for number in (1, 2))
-    message = f"{two}: key 'a' is also in {one}; keys must be unique, rename one of them; 2 keys stand twice"
+    message = f"{two}: key 'a' is also in {one}; keys must be unique, rename one of them; 2 keys are duplicated"
     assert refused("webdataset", one, two) == message
     assert refused("webdataset", one, one) == f"{one}: listed twice in source.urls; name it once"
     twice = make_tar(tmp_path / "3.tar", [("a.jpg", b"x"), ("b.jpg", b"x"), ("a.JPG", b"y")])

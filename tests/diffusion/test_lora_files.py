@@ -150,7 +150,7 @@ def test_an_incomplete_module_is_named(write: Callable[..., str], parts: list[st
 
 def test_two_writings_of_one_part_are_refused(write: Callable[..., str]) -> None:
     keys = ["unet.mid_block.resnets.0.conv1.lora_A.weight", "unet.mid_block.resnets.0.conv1.lora_B.weight"]
-    with pytest.raises(WeightsError, match=r"say the same"):
+    with pytest.raises(WeightsError, match=r"are the same part"):
         survey(write(*both(UNET), *keys))
 
 

@@ -57,7 +57,7 @@ def test_a_folder_is_itself(model: Path) -> None:
 def test_what_is_not_there_is_named() -> None:
     with pytest.raises(WeightsError, match=r"model\.path: /nowhere is neither a folder"):
         locate_model(Model(path="/nowhere"))
-    with pytest.raises(WeightsError, match=r"style\.model\.path: nobody/nothing .* the hub did not give it"):
+    with pytest.raises(WeightsError, match=r"style\.model\.path: nobody/nothing .* the hub download failed"):
         locate_model(Model(path="nobody/nothing"), "style.model")  # offline in tests
     with pytest.raises(WeightsError, match=r"style\.lora: no such file /nowhere\.safetensors"):
         locate_lora("/nowhere.safetensors")
@@ -173,7 +173,7 @@ def test_a_single_file_takes_its_configuration_from_where_it_is_told(single: Pat
     assert locate_model(section) == single
     assert locate_config(section) == model
     assert parameter_names(section, "unet") is None
-    with pytest.raises(WeightsError, match=r"model\.config: is of a checkpoint in one file, and .* is none"):
+    with pytest.raises(WeightsError, match=r"model\.config: is for a single-file checkpoint, which .* is not"):
         locate_model(Model(path=str(model), config=str(model)))
 
 
@@ -185,7 +185,7 @@ def test_a_single_file_of_an_unknown_width_needs_its_configuration_named(single:
 def test_a_single_file_of_1_x_is_known_by_its_keys(single: Path, tmp_path: Path) -> None:
     key = "model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight"
     save_file(load_file(single) | {key: torch.zeros(1, 768)}, tmp_path / "model.safetensors")
-    with pytest.raises(WeightsError, match=r"stable-diffusion-v1-5/stable-diffusion-v1-5 .* the hub did not give it"):
+    with pytest.raises(WeightsError, match=r"stable-diffusion-v1-5/stable-diffusion-v1-5 .* the hub download failed"):
         locate_config(Model(path=str(tmp_path / "model.safetensors")))  # offline in tests
 
 

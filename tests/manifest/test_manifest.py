@@ -142,7 +142,7 @@ def test_prompts() -> None:
         ("urls: photos", "urls: []", "manifest.yaml:5: source.urls: names no file or folder"),
         ("path: tiny", "path: [", "not valid YAML"),
         ("path: tiny", "path: '${NOT_SET}'", "manifest.yaml:6: model.path: the environment has no NOT_SET"),
-        ("name: test", "name: test\nname: again", "manifest.yaml:3: name: stands here a second time"),
+        ("name: test", "name: test\nname: again", "manifest.yaml:3: name: is given a second time"),
         ("task: optimize", "task: dance", "manifest.yaml:1: task: is one of optimize, distill, stylize, not 'dance'"),
     ],
 )

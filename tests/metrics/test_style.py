@@ -132,7 +132,7 @@ def test_the_public_function_takes_arrays_files_and_folders(photos: list[np.ndar
 def test_what_cannot_be_measured_is_said(tmp_path: Path) -> None:
     with pytest.raises(RequestError, match="sides of 31 pixels, got 30x64"):
         StyleReference.of([torch.rand(1, 3, 64, 30)])
-    with pytest.raises(RequestError, match="0 images are no set"):
+    with pytest.raises(RequestError, match="0 images are too few"):
         StyleReference.of([])
     with pytest.raises(RequestError, match="no pictures in this folder"):
         public_distance([], tmp_path)

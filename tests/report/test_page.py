@@ -14,9 +14,11 @@ import pytest
 from support.made_up_run import HOSTILE, MIXED, failed, make_run, picture, stylized
 
 from smsbatch.data import pixels
-from smsbatch.report.model import SHOW_ALL, SHOW_END, SHOW_SAMPLE, duration, moment
+from smsbatch.report.model import SHOW_ALL, SHOW_END, SHOW_SAMPLE
 from smsbatch.report.write import write_report
+from smsbatch.runs.run import Run
 from smsbatch.storage.store import Store
+from smsbatch.text import duration, moment
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
@@ -41,7 +43,7 @@ class Page(HTMLParser):
 
 
 def page(store: Store) -> Page:
-    write_report(store)
+    write_report(Run.open(store))
     return Page(store.read("report.html").decode())
 
 
@@ -178,7 +180,7 @@ def in_browser(html: str, folder: Path) -> tuple[Page, str]:
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed")
 def test_a_browser_runs_our_script_and_no_other(tmp_path: Path) -> None:
     store = make_run(tmp_path, MIXED)
-    write_report(store)
+    write_report(Run.open(store))
     html = store.read("report.html").decode()
     found, console = in_browser(html, tmp_path)
     assert found.attributes("html", "class") == ["js"]
@@ -195,7 +197,7 @@ def test_a_browser_runs_our_script_and_no_other(tmp_path: Path) -> None:
 def test_in_a_browser_the_slider_moves_and_nothing_is_wider_than_a_phone(tmp_path: Path) -> None:
     long = stylized(0, caption="x" * 300, key="p000")
     store = make_run(tmp_path, [long, failed(1, "decode_error", "y" * 300), *MIXED[2:]], name="n" * 90)
-    write_report(store)
+    write_report(Run.open(store))
     probe = """<script>
         const slider = document.querySelector("input"), root = document.documentElement;
         slider.value = 80;

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.ledgers import commit_unit
 from support.made_up_run import HOSTILE, MIXED, failed, make_run, stylized
 from support.s3server import Faults, Server
 
@@ -28,13 +29,14 @@ from smsbatch.report.model import Distribution
 from smsbatch.report.write import summarize, write_report
 from smsbatch.runs.layout import is_reported
 from smsbatch.runs.ledger import Ledger
+from smsbatch.runs.run import Run
 from smsbatch.storage.store import Store
 
 # ----------------------------------------------------------------------------------------------------------- numbers
 
 
 def test_every_planned_image_is_counted_once(tmp_path: Path) -> None:
-    report = summarize(make_run(tmp_path, MIXED))
+    report = summarize(Run.open(make_run(tmp_path, MIXED)))
     assert (report.planned, report.succeeded, report.failed) == (12, 9, 3)
     assert (report.units, report.shards, report.workers) == (3, 2, 1)
     assert report.seconds == pytest.approx(9 * 0.5)
@@ -43,7 +45,7 @@ def test_every_planned_image_is_counted_once(tmp_path: Path) -> None:
 
 
 def test_failures_come_by_code_with_the_first_as_an_example(tmp_path: Path) -> None:
-    report = summarize(make_run(tmp_path, MIXED))
+    report = summarize(Run.open(make_run(tmp_path, MIXED)))
     assert report.errors == {"decode_error": 2, "bad_caption": 1}
     assert [(one.code, one.key, one.message) for one in report.failures] == [
         ("decode_error", "p001", "damaged JPEG data: broken"),
@@ -53,7 +55,7 @@ def test_failures_come_by_code_with_the_first_as_an_example(tmp_path: Path) -> N
 
 def test_a_metric_is_described_over_the_stylized_images_that_have_it(tmp_path: Path) -> None:
     outcomes = [*MIXED[:11], stylized(11, metrics={}), stylized(12, metrics={"lpips": float("nan")})]
-    one = summarize(make_run(tmp_path, outcomes)).metrics["lpips"]
+    one = summarize(Run.open(make_run(tmp_path, outcomes))).metrics["lpips"]
     values = [n / 100 for n in (0, 2, 3, 4, 5, 6, 7, 8)]
     assert one.count == len(values)
     assert (one.low, one.high) == (pytest.approx(0.0), pytest.approx(0.08))
@@ -79,13 +81,13 @@ def test_time_is_that_of_the_work_and_not_of_the_pause_between_two_drivers(tmp_p
         name = f"_smsbatch/commits/{unit:06d}.json"
         record = json.loads(store.read(name)) | {"finished": f"2026-01-01T{finished}+00:00", "seconds": seconds}
         store.put(name, json.dumps(record).encode())
-    report = summarize(store)
+    report = summarize(Run.open(store))
     assert (report.started, report.finished) == ("2026-01-01T10:00:00+00:00", "2026-01-01T12:00:05+00:00")
     assert report.wall_seconds == pytest.approx(15 + 5)
 
 
 def test_numbers_are_plain_data(tmp_path: Path) -> None:
-    report = summarize(make_run(tmp_path, MIXED))
+    report = summarize(Run.open(make_run(tmp_path, MIXED)))
     assert json.loads(json.dumps(report.to_dict()))["metrics"]["lpips"]["count"] == 9
 
 
@@ -125,14 +127,14 @@ def test_a_shard_more_costs_two_requests_and_nothing_when_nothing_is_to_do(
         ledger = Ledger(store)
         commits = ledger.commits()
         requests(faults)
-        summarize(store, commits)
+        summarize(Run.open(store), commits)
         cost.setdefault("counting", []).append(requests(faults).total())
-        written = write_report(store, commits)
+        written = write_report(Run.open(store), commits)
         published = ledger.publications()
         requests(faults)
-        assert summarize(store, commits, published) == written
+        assert summarize(Run.open(store), commits, published) == written
         cost.setdefault("nothing to do", []).append(requests(faults).total())
-        summarize(store)
+        summarize(Run.open(store))
         cost.setdefault("nothing to do, asked by itself", []).append(requests(faults).total())
     assert {name: (many - few) / 4 for name, (few, many) in cost.items()} == {
         "counting": 2,  # its record, its rows
@@ -147,10 +149,10 @@ def test_a_shard_more_costs_two_requests_and_nothing_when_nothing_is_to_do(
 
 def test_the_numbers_are_kept_in_the_index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = make_run(tmp_path, MIXED)
-    counted = summarize(store)
-    assert write_report(store) == counted
+    counted = summarize(Run.open(store))
+    assert write_report(Run.open(store)) == counted
     monkeypatch.setattr(report_module, "_count", None)  # whoever counts fails
-    assert summarize(store) == counted
+    assert summarize(Run.open(store)) == counted
 
 
 def forge(store: Store) -> None:
@@ -172,18 +174,18 @@ def test_numbers_that_are_not_as_they_were_written_are_counted_anew(
     hurt: Callable[[Store], None], tmp_path: Path
 ) -> None:
     store = make_run(tmp_path, MIXED)
-    written = write_report(store)
+    written = write_report(Run.open(store))
     hurt(store)
-    assert summarize(store) == written
+    assert summarize(Run.open(store)) == written
 
 
 def test_numbers_of_an_older_generation_are_counted_anew(tmp_path: Path) -> None:
     store = make_run(tmp_path, MIXED)
-    assert write_report(store).failed == 3
+    assert write_report(Run.open(store)).failed == 3
     ledger, units = Ledger(store, metrics=("lpips",)), read_units(store)
-    ledger.commit(units[0], [stylized(n) for n in range(4)], worker="w", seconds=1.0, generation=1)
+    commit_unit(ledger, units[0], [stylized(n) for n in range(4)], worker="w", seconds=1.0, generation=1)
     ledger.publish(0, units[:2])
-    assert summarize(store).failed == 2
+    assert summarize(Run.open(store)).failed == 2
 
 
 # ------------------------------------------------------------------------------------------------ what has no report
@@ -191,13 +193,13 @@ def test_numbers_of_an_older_generation_are_counted_anew(tmp_path: Path) -> None
 
 def test_no_run_no_report(tmp_path: Path) -> None:
     with pytest.raises(RequestError, match=r"no run here"):
-        write_report(Store(tmp_path))
+        write_report(Run.open(Store(tmp_path)))
 
 
 def test_a_run_that_is_not_finished_has_no_report(tmp_path: Path) -> None:
     store = make_run(tmp_path, MIXED, commit=False)
     with pytest.raises(RunError, match="shard 000000 is not published yet; run the manifest again"):
-        write_report(store)
+        write_report(Run.open(store))
     planned = ["plan/objects.parquet", "plan/samples.parquet", "plan/units.parquet"]
     assert store.list() == [*planned, "run.json"]
 
@@ -206,7 +208,7 @@ def test_a_shard_that_was_deleted_is_missed(tmp_path: Path) -> None:
     store = make_run(tmp_path, MIXED)
     store.delete("shards/000001.tar")
     with pytest.raises(RunError, match="shard 000001"):
-        write_report(store)
+        write_report(Run.open(store))
 
 
 def test_rows_of_other_samples_than_planned_are_refused(tmp_path: Path) -> None:
@@ -214,14 +216,14 @@ def test_rows_of_other_samples_than_planned_are_refused(tmp_path: Path) -> None:
     with pytest.raises(
         RunError, match=r"000001.parquet has not the rows of its 4 planned images; run `smsbatch repair"
     ):
-        write_report(store)
+        write_report(Run.open(store))
 
 
 def test_rows_that_cannot_be_read_are_to_be_repaired(tmp_path: Path) -> None:
     store = make_run(tmp_path, MIXED)
     store.put("metrics/000001.parquet", b"x" * (store.size("metrics/000001.parquet") or 0))
     with pytest.raises(RunError, match=r"000001.parquet cannot be read; run `smsbatch repair --full "):
-        write_report(store)
+        write_report(Run.open(store))
 
 
 def test_a_gap_between_plan_and_rows_is_refused(tmp_path: Path) -> None:
@@ -230,7 +232,7 @@ def test_a_gap_between_plan_and_rows_is_refused(tmp_path: Path) -> None:
     run["planned"]["samples"] = 13
     store.put("run.json", json.dumps(run).encode())
     with pytest.raises(RunError, match=r"13 images are planned, but 9 \+ 3 have a row"):
-        write_report(store)
+        write_report(Run.open(store))
     assert not is_reported(store)
 
 
@@ -243,11 +245,11 @@ def test_a_second_report_changes_nothing(tmp_path: Path, monkeypatch: pytest.Mon
     for name in ("put", "create"):
         method = getattr(Store, name)
         monkeypatch.setattr(Store, name, lambda *args, method=method: (written.append(args[1]), method(*args))[1])
-    write_report(store)
+    write_report(Run.open(store))
     assert written == ["README.md", "report.html", "index.json"]
     assert set(store.list()) - before == set(written)
     first = {name: store.read(name) for name in written}
-    write_report(store)
+    write_report(Run.open(store))
     assert {name: store.read(name) for name in written} == first
 
 
@@ -261,13 +263,13 @@ def test_half_a_report_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
     monkeypatch.setattr(Store, "put", full)
     with pytest.raises(StorageError):
-        write_report(store)
+        write_report(Run.open(store))
     assert not is_reported(store)
 
 
 def test_the_index_names_every_file_with_its_digest(tmp_path: Path) -> None:
     store = make_run(tmp_path, MIXED)
-    write_report(store)
+    write_report(Run.open(store))
     index = json.loads(store.read("index.json"))
     assert [index[name] for name in ("planned", "succeeded", "failed")] == [12, 9, 3]
     assert [shard["samples"] for shard in index["shards"]] == [8, 4]
@@ -281,7 +283,7 @@ def test_the_index_names_every_file_with_its_digest(tmp_path: Path) -> None:
 @pytest.mark.parametrize("outcomes", [MIXED, MIXED[:8]], ids=["two shards", "one shard"])
 def test_the_cards_programs_load_the_run(tmp_path: Path, outcomes: list[Outcome]) -> None:
     store = make_run(tmp_path, outcomes)
-    write_report(store)
+    write_report(Run.open(store))
     programs = re.findall(r"```python\n(.*?)```", store.read("README.md").decode(), re.DOTALL)
     by_webdataset, by_datasets, by_pyarrow = programs
     compile(by_datasets, "README.md", "exec")  # a large package to install for one line
@@ -300,7 +302,7 @@ def test_the_cards_programs_load_the_run(tmp_path: Path, outcomes: list[Outcome]
 def test_the_card_keeps_foreign_text_in_code_spans_of_one_cell(tmp_path: Path) -> None:
     foreign = "a | b\n# `` <img src=x>"
     store = make_run(tmp_path, [stylized(0), failed(1, "decode_error", foreign)])
-    write_report(store)
+    write_report(Run.open(store))
     lines = store.read("README.md").decode().splitlines()
     assert r"| `decode_error` | 1 | ``` p001: a \| b # `` <img src=x> ``` |" in lines
 
@@ -321,7 +323,7 @@ def test_the_card_names_every_part_of_the_style_and_the_objective(
     tmp_path: Path, style: dict[str, object], told: str
 ) -> None:
     store = make_run(tmp_path, [stylized(0)], style={"prompt": "oil"} | style, objective={"name": "dds"})
-    write_report(store)
+    write_report(Run.open(store))
     card = store.read("README.md").decode()
     assert f"| style | {told} |" in card
     assert "[Delta Denoising Score](https://arxiv.org/abs/2304.07090)" in card

@@ -25,6 +25,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from support.ledgers import commit_unit
 from support.making import leftovers, outcome, outcomes_of
 
 from smsbatch.data import shards
@@ -49,7 +50,7 @@ def finish(ledger: Ledger, units: list[Unit], salt: str = "") -> None:
     done = ledger.commits()
     for unit in units:
         if unit.id not in done:
-            ledger.commit(unit, outcomes_of(unit, salt), worker="w", seconds=1.0)
+            commit_unit(ledger, unit, outcomes_of(unit, salt), worker="w", seconds=1.0)
     for shard, its in by_shard(units).items():
         assert ledger.publish(shard, its) is not None
 
@@ -82,7 +83,7 @@ def test_commit_and_publish(tmp_path: Path) -> None:
     store = Store(tmp_path / "run")
     ledger = Ledger(store, tmp_path / "scratch", ["lpips"])
     units = cut(23, 4, 12)
-    first = ledger.commit(units[0], outcomes_of(units[0]), worker="gpu-1", seconds=2.5)
+    first = commit_unit(ledger, units[0], outcomes_of(units[0]), worker="gpu-1", seconds=2.5)
     assert (first.unit, first.samples, first.succeeded, first.failed) == (0, 4, 3, 1)
     assert (first.errors, first.worker, first.seconds) == ({"decode_error": 1}, "gpu-1", 2.5)
     assert first.finished.endswith("+00:00")
@@ -147,9 +148,9 @@ def test_one_outcome_per_sample(tmp_path: Path) -> None:
     ledger = Ledger(Store(tmp_path))
     unit = Unit(0, 0, 0, 3)
     with pytest.raises(ValueError, match="has 3 samples, not 2"):
-        ledger.commit(unit, outcomes_of(unit)[:2], worker="w", seconds=1.0)
+        commit_unit(ledger, unit, outcomes_of(unit)[:2], worker="w", seconds=1.0)
     with pytest.raises(ValueError, match="3 samples are planned, there are rows of 1, 3 in all"):
-        ledger.commit(unit, [outcome(0)] * 3, worker="w", seconds=1.0)
+        commit_unit(ledger, unit, [outcome(0)] * 3, worker="w", seconds=1.0)
     assert Store(tmp_path).list() == []
 
 
@@ -162,13 +163,13 @@ def test_the_loser_gets_the_winners_commit(tmp_path: Path) -> None:
 
         def create(self, path: str, source: bytes | Path) -> bool:
             if path.startswith("_smsbatch/commits"):
-                Ledger(Store(tmp_path)).commit(unit, outcomes_of(unit, "other"), worker="other", seconds=9.0)
+                commit_unit(Ledger(Store(tmp_path)), unit, outcomes_of(unit, "other"), worker="other", seconds=9.0)
             return super().create(path, source)
 
     unit = Unit(0, 0, 0, 4)
-    commit = Ledger(Late(tmp_path)).commit(unit, outcomes_of(unit, "ours"), worker="ours", seconds=1.0)
+    commit = commit_unit(Ledger(Late(tmp_path)), unit, outcomes_of(unit, "ours"), worker="ours", seconds=1.0)
     assert commit.worker == "other"
-    assert commit == Ledger(Store(tmp_path)).commit(unit, outcomes_of(unit, "third"), worker="third", seconds=1.0)
+    assert commit == commit_unit(Ledger(Store(tmp_path)), unit, outcomes_of(unit, "third"), worker="third", seconds=1.0)
     finish(Ledger(Store(tmp_path)), [unit])
     check_published(Store(tmp_path), [unit])
 
@@ -176,10 +177,10 @@ def test_the_loser_gets_the_winners_commit(tmp_path: Path) -> None:
 def test_a_used_attempt_name_is_refused(tmp_path: Path) -> None:
     store = Store(tmp_path)
     ledger, unit = Ledger(store), Unit(0, 0, 0, 2)
-    ledger.commit(unit, outcomes_of(unit), worker="w", seconds=1.0, attempt="1")
+    commit_unit(ledger, unit, outcomes_of(unit), worker="w", seconds=1.0, attempt="1")
     store.delete("_smsbatch/commits/000000.json")
     with pytest.raises(StorageError, match="an attempt's name must be new"):
-        ledger.commit(unit, outcomes_of(unit, "other"), worker="w", seconds=1.0, attempt="1")
+        commit_unit(ledger, unit, outcomes_of(unit, "other"), worker="w", seconds=1.0, attempt="1")
     assert len({new_attempt() for _ in range(1000)}) == 1000
 
 
@@ -190,7 +191,7 @@ def race(root: Path, name: str, barrier: object) -> None:
     ledger = Ledger(Store(root))
     barrier.wait()  # type: ignore[attr-defined]
     for unit in RACED:
-        ledger.commit(unit, outcomes_of(unit, name), worker=name, seconds=1.0)
+        commit_unit(ledger, unit, outcomes_of(unit, name), worker=name, seconds=1.0)
         ledger.publish(unit.shard, by_shard(RACED)[unit.shard])
 
 
@@ -298,7 +299,7 @@ def test_a_full_disk_at_any_step_is_one_clear_error_and_no_rubbish(tmp_path: Pat
 def test_an_attempt_that_is_not_what_was_committed_is_not_published(tmp_path: Path, kind: str, damage: str) -> None:
     store = Store(tmp_path)
     ledger = Ledger(store)
-    commit = ledger.commit(UNIT, outcomes_of(UNIT), worker="w", seconds=1.0)
+    commit = commit_unit(ledger, UNIT, outcomes_of(UNIT), worker="w", seconds=1.0)
     path = tmp_path / "_smsbatch" / "attempts" / "000000" / f"{commit.attempt}.{kind}"
     data = path.read_bytes()
     path.unlink()
@@ -330,8 +331,9 @@ def test_a_damaged_commit_is_never_published(tmp_path: Path) -> None:
     ledger = Ledger(store)
     units = cut(6, 3, 6)
     for unit in units:
-        ledger.commit(unit, outcomes_of(unit), worker="w", seconds=1.0)
+        commit_unit(ledger, unit, outcomes_of(unit), worker="w", seconds=1.0)
     os.truncate(tmp_path / "_smsbatch" / "commits" / "000001.json", 0)
+    ledger = Ledger(store)  # of another process: who has decided a commit does not read it again
     assert ledger.done() == {0, 1}  # names alone
     for act in (ledger.commits, lambda: ledger.committed(1), lambda: ledger.publish(0, units)):
         with pytest.raises(StorageError, match=r"commits/000001\.json is empty, cut or of another version"):
@@ -399,8 +401,8 @@ def retried(ledger: Ledger, unit: Unit, salt: str) -> list[Outcome]:
 def retry(ledger: Ledger, unit: Unit, salt: str = "retried") -> Commit:
     standing = ledger.committed(unit.id)
     assert standing is not None
-    return ledger.commit(
-        unit, retried(ledger, unit, salt), worker="later", seconds=2.0, generation=standing.generation + 1
+    return commit_unit(
+        ledger, unit, retried(ledger, unit, salt), worker="later", seconds=2.0, generation=standing.generation + 1
     )
 
 
@@ -414,7 +416,7 @@ def test_outcomes_come_back_as_they_were_committed(tmp_path: Path, fields: dict[
     )  # fmt: skip
     same = replace(good, key="b", fields={"png": b"x"})  # a field of the very bytes of the result
     unit = Unit(3, 0, 0, 3)
-    first = ledger.commit(unit, [good, same, outcome(1, failed=True)], worker="w", seconds=1.0)
+    first = commit_unit(ledger, unit, [good, same, outcome(1, failed=True)], worker="w", seconds=1.0)
     found = ledger.outcomes(first)
     assert [item.key for item in found] == ["ä", "b", "key-0001"]
     assert found[0].metrics == pytest.approx({"lpips": 0.1})
@@ -490,7 +492,7 @@ def test_an_attempt_that_arrived_short_is_not_decided(tmp_path: Path, kind: str)
             return super().create(path, source)
 
     with pytest.raises(StorageError, match=rf"\.{kind} is gone or cut; run again"):
-        Ledger(Short(tmp_path)).commit(UNIT, outcomes_of(UNIT), worker="w", seconds=1.0)
+        commit_unit(Ledger(Short(tmp_path)), UNIT, outcomes_of(UNIT), worker="w", seconds=1.0)
     assert Ledger(Store(tmp_path)).done() == set()
 
 
@@ -501,7 +503,7 @@ def test_a_disk_that_gives_back_other_bytes_is_named(tmp_path: Path, monkeypatch
 
     monkeypatch.setattr(shards, "write_tar", cut_short)
     with pytest.raises(StorageError, match=r"unit\.tar: .*; check the disk and run again$"):
-        Ledger(Store(tmp_path)).commit(UNIT, outcomes_of(UNIT), worker="w", seconds=1.0)
+        commit_unit(Ledger(Store(tmp_path)), UNIT, outcomes_of(UNIT), worker="w", seconds=1.0)
 
 
 class Counting(Store):
@@ -533,7 +535,7 @@ def test_whether_a_shard_is_complete_is_seldom_more_than_one_request(tmp_path: P
         before = ledger.store.asked
         assert ledger.publish(0, units) is None
         asked += ledger.store.asked - before
-        ledger.commit(unit, outcomes_of(unit), worker="w", seconds=1.0)
+        commit_unit(ledger, unit, outcomes_of(unit), worker="w", seconds=1.0)
     assert asked <= most
     before = ledger.store.asked
     assert [commit.unit for commit in ledger._current(units) or ()] == [unit.id for unit in units]
@@ -542,7 +544,7 @@ def test_whether_a_shard_is_complete_is_seldom_more_than_one_request(tmp_path: P
 
 def test_outcomes_that_were_collected_are_named(tmp_path: Path) -> None:
     ledger = Ledger(Store(tmp_path))
-    commit = ledger.commit(UNIT, outcomes_of(UNIT), worker="w", seconds=1.0)
+    commit = commit_unit(ledger, UNIT, outcomes_of(UNIT), worker="w", seconds=1.0)
     ledger.store.delete(f"_smsbatch/attempts/000000/{commit.attempt}.tar")
     with pytest.raises(
         StorageError, match=r"\.tar is gone, .*`gc --attempts`; samples of unit 000000 cannot be tried again"
@@ -586,12 +588,12 @@ def test_a_publisher_that_wakes_after_a_newer_one_leaves_no_lie(
 ) -> None:
     """`begun`: the zombie replaces a publication itself, and so may delete what it finds."""
     ledger = Ledger(Store(tmp_path))
-    ledger.commit(UNIT, outcomes_of(UNIT, "first"), worker="w", seconds=1.0)
+    commit_unit(ledger, UNIT, outcomes_of(UNIT, "first"), worker="w", seconds=1.0)
     if begun:
         ledger.publish(0, [UNIT])
         unsettled = retried(ledger, UNIT, "again")[:-1]
         unsettled.append(Outcome("key-0003", "src.tar", error_code="oom"))
-        ledger.commit(UNIT, unsettled, worker="w", seconds=1.0, generation=1)
+        commit_unit(ledger, UNIT, unsettled, worker="w", seconds=1.0, generation=1)
 
     def meanwhile() -> None:
         retry(ledger, UNIT)

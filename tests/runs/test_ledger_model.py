@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from support.ledgers import commit_unit
 
 from smsbatch.data.sample import Outcome, Unit
 from smsbatch.data.shards import read_rows, read_tar
@@ -89,7 +90,7 @@ class Stepped(Store):
     """Gives the turn back before every operation, and after every one that changes something."""
 
     def __init__(self, actor: Actor, store: Store) -> None:
-        super().__init__(store.url, store.storage, conditional=store.conditional)
+        super().__init__(store.url, store.storage, has_create_only_put=store.has_create_only_put)
         self.actor, self.plain = actor, store
 
     def create(self, path: str, source: bytes | Path) -> bool:
@@ -207,7 +208,7 @@ class Play:
         """All units, in any order; the shards as they get complete."""
         ledger = self.ledger(actor)
         for unit in self.chance.sample(self.units, len(self.units)):
-            commit = ledger.commit(unit, made(unit, actor.name), **self._names(actor.name))
+            commit = commit_unit(ledger, unit, made(unit, actor.name), **self._names(actor.name))
             assert commit.unit == unit.id
             ledger.publish(unit.shard, self.shards[unit.shard])
 
@@ -219,7 +220,7 @@ class Play:
             if standing is not None and standing.failed:
                 outcomes = [self._again(outcome, actor.name) for outcome in ledger.outcomes(standing)]
                 its = standing.generation + 1
-                ledger.commit(unit, outcomes, generation=its, **self._names(actor.name))
+                commit_unit(ledger, unit, outcomes, generation=its, **self._names(actor.name))
             ledger.publish(unit.shard, self.shards[unit.shard])
 
     def attempter(self, actor: Actor) -> None:
@@ -282,7 +283,7 @@ class Play:
         """A last run without any fault, then everything at once."""
         ledger = self.kind(self.store, self.scratch, ["lpips"])
         for unit in self.units:
-            ledger.commit(unit, made(unit, "end"), **self._names("end"))
+            commit_unit(ledger, unit, made(unit, "end"), **self._names("end"))
         for shard, units in self.shards.items():
             assert ledger.publish(shard, units) is not None
         self.check_now()
@@ -352,7 +353,7 @@ def plan(units: int, per_shard: int) -> list[Unit]:
 def play(seed: int, store: Store, units: Sequence[Unit], scratch: Path, kind: type[Ledger] = Ledger) -> None:
     game = Play(seed, store, units, scratch, kind)
     pairs = len(units) // 2
-    if store.conditional:
+    if store.has_create_only_put:
         game.run([game.worker, *[game.worker, game.retrier] * pairs, *[game.retrier] * (pairs - 1)])
     else:
         game.run([game.attempter] * (pairs + 1), game.driver)
@@ -361,14 +362,14 @@ def play(seed: int, store: Store, units: Sequence[Unit], scratch: Path, kind: ty
 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_any_schedule_on_disk(seed: int, tmp_path: Path) -> None:
-    store = Store(tmp_path / "run", conditional=seed % 3 != 2)
+    store = Store(tmp_path / "run", has_create_only_put=seed % 3 != 2)
     (tmp_path / "scratch").mkdir()
     play(seed, store, plan(4, 2), tmp_path / "scratch")
 
 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_any_schedule_on_s3(seed: int, s3: Server, tmp_path: Path) -> None:
-    store = Store(f"s3://{s3.bucket()}/run", s3.storage, conditional=seed % 3 != 2)
+    store = Store(f"s3://{s3.bucket()}/run", s3.storage, has_create_only_put=seed % 3 != 2)
     play(seed, store, plan(2, 2), tmp_path)
 
 

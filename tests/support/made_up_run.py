@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from support.ledgers import commit_unit
 
 from smsbatch.commands.plan import cut
 from smsbatch.data import pixels
@@ -87,11 +88,12 @@ def make_run(folder: Path, outcomes: Sequence[Outcome], commit: bool = True, **c
     store.put("run.json", json.dumps(run).encode())
     write_objects(store, listed)
     write_index(store, folder / "samples.parquet")
-    cuts = write_units(store, cut(len(outcomes), 4, 8))
+    cuts = list(cut(len(outcomes), 4, 8))
+    write_units(store, cuts)
     if commit:
         ledger = Ledger(store, metrics=manifest.metrics)
         for unit in cuts:
-            ledger.commit(unit, outcomes[unit.start : unit.stop], worker="here-0", seconds=3.0)
+            commit_unit(ledger, unit, outcomes[unit.start : unit.stop], worker="here-0", seconds=3.0)
         for shard in {unit.shard for unit in cuts}:
             ledger.publish(shard, [unit for unit in cuts if unit.shard == shard])
     return store

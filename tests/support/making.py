@@ -18,6 +18,7 @@ from smsbatch.data.reader import Reader, Stat
 from smsbatch.data.sample import Entry, Outcome, Sample, Unit
 from smsbatch.data.sources import load_sample, nothing_found, parts, scan
 from smsbatch.manifest import Source, Storage
+from smsbatch.storage.resolve import resolve
 from smsbatch.storage.store import Store
 
 STORAGE = Storage(timeout_s=1, retries=0)
@@ -105,3 +106,9 @@ def outcomes_of(unit: Unit, salt: str = "") -> list[Outcome]:
 def leftovers(store: Store) -> list[str]:
     """Temporary files that a finished operation should not have left."""
     return [path for path in store.list() if "/tmp/" in path]
+
+
+def read_range(store: Store, path: str, start: int, stop: int) -> bytes:
+    """Bytes [start, stop) of an object, by its backend."""
+    backend, full = resolve(store.locate(path), store.storage)
+    return backend.get(full, start, stop).data

@@ -21,7 +21,7 @@ from PIL import Image
 from support.jobs import make_photos
 from support.s3server import Server
 
-from smsbatch.data.index import build_index, write_index
+from smsbatch.data.index import SAMPLES, StoredFile, build_index, write_index
 from smsbatch.data.sample import Entry, Sample
 from smsbatch.data.sources import load_sample, parts, scan
 from smsbatch.errors import RunError, SampleError, StorageError
@@ -85,7 +85,7 @@ def source_of(format: str, photos: Path) -> dict[str, Any]:
 def batches(
     manifest: Distill, store: Store, samples: int, rank: int = 0, workers: int = 1, first: int = 0
 ) -> list[Batch]:
-    with TrainingLoader(manifest, store, samples, rank, workers, first) as feed:
+    with TrainingLoader(manifest, StoredFile(store, SAMPLES), samples, rank, workers, first) as feed:
         return list(feed)
 
 
@@ -324,7 +324,7 @@ def test_an_index_that_is_gone_is_an_error_of_storage(tmp_path: Path) -> None:
 
 def test_a_step_is_divided_evenly_or_not_at_all(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="4 images of a step cannot be divided among 3 workers"):
-        TrainingLoader(distill({"format": "folder", "urls": "tiny:photos"}), Store(tmp_path), 13, 0, 3)
+        TrainingLoader(distill({"format": "folder", "urls": "tiny:photos"}), tmp_path / "samples.parquet", 13, 0, 3)
 
 
 # --- threads ---
@@ -350,7 +350,7 @@ def test_reading_is_ahead_by_a_few_pictures_and_ends_when_it_is_left(
         return sample
 
     monkeypatch.setattr(module, "load_sample", load)
-    with TrainingLoader(manifest, store, samples) as feed:
+    with TrainingLoader(manifest, StoredFile(store, SAMPLES), samples) as feed:
         stream: Iterator[Batch] = iter(feed)
         assert len(list(islice(stream, 10))) == 10
         for _ in range(10 * 4 + module.AHEAD):

@@ -56,7 +56,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory, model: Path, lora: Path) -> 
 def plan_only(job: Path, *overrides: str) -> None:
     manifest = sb.load(job, overrides)
     with pool_of(manifest) as pool:
-        establish(manifest, Store(manifest.output.path), pool)
+        establish(manifest, pool)
 
 
 def smsbatch(*arguments: str) -> Result:
@@ -231,7 +231,7 @@ def test_a_run_that_was_planned_otherwise(job: Path) -> None:
 def test_samples_that_cannot_be_had(job: Path) -> None:
     for number in (1, 2, 3):
         (job.parent / f"photos/photo-{number:02}.png").write_bytes(b"no picture")
-    with pytest.raises(sb.RunError, match=r"not be used \d+ times \(photo-0[123]: decode_error: .*max_failed_fraction"):
+    with pytest.raises(sb.RunError, match=r"samples failed \d+ times \(photo-0[123]: decode_error: .*max_failed"):
         sb.run(sb.load(job))
 
 

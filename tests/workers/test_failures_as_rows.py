@@ -9,15 +9,15 @@ from typing import Any
 
 import pytest
 import torch
-from smsbatch.runs.run_file import store_of
 from support.jobs import KEYS, commits, make_photos, pictures, rows, tars, write_manifest
 
 import smsbatch as sb
 from smsbatch.commands import run as drive
 from smsbatch.data import pixels
 from smsbatch.data.index import read_units
-from smsbatch.engines import optimize as engines
+from smsbatch.diffusion import optimize as optimizing
 from smsbatch.errors import ERROR_CODES
+from smsbatch.runs.run import store_of
 from smsbatch.workers.worker import Worker, WorkItem
 
 
@@ -171,7 +171,7 @@ class TestEveryCode:
         make_photos(photos, ["large"], size=(200, 200))
         for key in ("memory", "finite", "encoder"):
             (photos / f"{key}.txt").write_text(key)
-        optimize, encode = engines.optimize, pixels.encode
+        optimize, encode = optimizing.optimize, pixels.encode
 
         def optimize_badly(prior: Any, style: Any, z: Any, prompts: Any, *rest: Any) -> Any:
             if prompts[0].target == "wavy style, memory":
@@ -187,7 +187,7 @@ class TestEveryCode:
                 raise sb.SampleError("encode_error", "no room for it")
             return encode(picture, *rest)
 
-        monkeypatch.setattr(engines, "optimize", optimize_badly)
+        monkeypatch.setattr(optimizing, "optimize", optimize_badly)
         monkeypatch.setattr(pixels, "encode", encode_badly)
         manifest = write_manifest(
             tmp_path,
@@ -237,7 +237,7 @@ def test_a_retry_that_dies_does_not_cost_what_had_succeeded(job: Path, tmp_path:
     worker.probe(task, range(unit.start, unit.stop))
     commit = worker.process(task, lost=tuple(range(unit.start, unit.stop)), deaths=3)
     assert commit.errors == {"worker_lost": 1}
-    first, second = worker._ledger.outcomes(commit)
+    first, second = worker._run.ledger.outcomes(commit)
     assert (first.key, first.error_code, first.attempts) == ("photo-0", None, 1)
     assert (second.key, second.error_code, second.attempts) == ("photo-1", "worker_lost", 5)
 

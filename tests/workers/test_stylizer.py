@@ -17,8 +17,9 @@ from support.jobs import write_manifest
 import smsbatch as sb
 from smsbatch.data import pixels
 from smsbatch.data.sample import Sample, Unit
+from smsbatch.diffusion import optimize as optimizing
 from smsbatch.diffusion.optimize import Optimized
-from smsbatch.engines import optimize as engines
+from smsbatch.diffusion.priors.load import _check_family
 from smsbatch.manifest import Prompts
 from smsbatch.workers.worker import Worker, WorkItem
 
@@ -74,7 +75,7 @@ def test_a_batch_that_does_not_fit_is_halved_and_later_ones_begin_with_what_fitt
     manifest: Manifest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     memory = Memory(fits=3)
-    monkeypatch.setattr(engines, "optimize", memory)
+    monkeypatch.setattr(optimizing, "optimize", memory)
     worker = sb.Stylizer(manifest())
     work = [*samples(7), *samples(4, height=48, width=32), *samples(4, height=32, width=32)]
     rows = [outcome.row(Unit(0, 0, 0, 1), "", "", ()) for outcome in worker.stylize(work)]
@@ -101,7 +102,7 @@ def test_one_that_does_not_fit_alone_is_its_own_failure(
     manifest: Manifest, monkeypatch: pytest.MonkeyPatch, error: str
 ) -> None:
     memory = Memory(fits=6, error=error)
-    monkeypatch.setattr(engines, "optimize", memory)
+    monkeypatch.setattr(optimizing, "optimize", memory)
     first, hungry, *rest = sb.Stylizer(manifest()).stylize(
         [*samples(1), *samples(1, caption="hungry"), *samples(2, width=40)]
     )
@@ -114,7 +115,7 @@ def test_one_that_does_not_fit_alone_is_its_own_failure(
 
 def test_another_error_is_no_lack_of_memory(manifest: Manifest, monkeypatch: pytest.MonkeyPatch) -> None:
     memory = Memory(fits=1, error="shapes do not match")
-    monkeypatch.setattr(engines, "optimize", memory)
+    monkeypatch.setattr(optimizing, "optimize", memory)
     with pytest.raises(RuntimeError, match="shapes do not match"):
         sb.Stylizer(manifest()).stylize(samples(4))
     assert memory.tried == [4]
@@ -133,7 +134,7 @@ def test_the_display_does_not_run_backwards(manifest: Manifest, monkeypatch: pyt
 
             return super().__call__(*rest, watched)
 
-    monkeypatch.setattr(engines, "optimize", Watched(fits=2, at_step=7))
+    monkeypatch.setattr(optimizing, "optimize", Watched(fits=2, at_step=7))
     worker.setup()
     worker._stylize(WorkItem(Unit(0, 0, 0, 5)), samples(5))
     images_done = [progress.images_done for progress in seen]
@@ -148,7 +149,7 @@ def test_pictures_of_many_shapes_share_a_bucket_and_so_a_batch(
     manifest: Manifest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     memory = Memory(fits=6)
-    monkeypatch.setattr(engines, "optimize", memory)
+    monkeypatch.setattr(optimizing, "optimize", memory)
     shapes = [(40, 60), (33, 50), (34, 54), (60, 40)]
     work = [sample for height, width in shapes for sample in samples(1, height, width)]
     outcomes = sb.Stylizer(manifest("image.fit=bucket", "image.resolution=64")).stylize(work)
@@ -176,4 +177,4 @@ def test_the_style_may_be_of_another_checkpoint(manifest: Manifest, model: Path,
     with pytest.raises(
         sb.WeightsError, match="latent channels: 16 instead of 4, pixels per latent entry: 8 instead of"
     ):
-        engines._check_family(both.prior, both.style, "a", "b")
+        _check_family(both.prior, both.style, "a", "b")

@@ -1,6 +1,6 @@
-"""What the training programs share: LPIPS from the bundled trunk, moving averages, checkpoints, the learning rate.
+"""Common parts of the training programs: LPIPS from the bundled trunk, moving averages, checkpoints, the learning rate.
 
-A checkpoint is one file, replaced atomically; a program started again with the same folder goes on where it stopped.
+A checkpoint is one file, replaced atomically; a program started again with the same folder continues where it stopped.
 Two single-threaded processes that average their gradients (`torchrun --nproc-per-node 2`) make better use of two cores
 than one process with two threads, which loses a fifth of its time at barriers, and most of it on a busy machine.
 """
@@ -45,7 +45,7 @@ def cosine(step: int, steps: int, peak: float, warmup: int = 100, floor: float =
 
 
 class Average:
-    """Exponential moving average of parameters; young averages forget faster, so no bias towards the start."""
+    """Exponential moving average of parameters; young averages forget faster, which avoids a bias towards the start."""
 
     def __init__(self, parameters: Iterable[Tensor], decay: float) -> None:
         self.parameters = list(parameters)
@@ -61,7 +61,7 @@ class Average:
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """Inside, the model's parameters are the average."""
+        """Within the `with`, the model's parameters are the average."""
         kept = [p.detach().clone() for p in self.parameters]
         with torch.no_grad():
             torch._foreach_copy_(self.parameters, self.shadow)
@@ -89,7 +89,7 @@ def join() -> tuple[int, int]:
 
 @contextmanager
 def in_turn() -> Iterator[None]:
-    """Rank 0 goes first, the others follow when it is done: for work whose result is kept in a file."""
+    """Run rank 0 first and the others after it: for work whose result is kept in a file."""
     if dist.is_initialized() and dist.get_rank() > 0:
         dist.barrier()
     yield
@@ -98,7 +98,7 @@ def in_turn() -> Iterator[None]:
 
 
 def average_gradients(parameters: Iterable[Tensor]) -> None:
-    """The mean gradient over all processes, in all of them."""
+    """Replace the gradients by their means over all processes."""
     if dist.is_initialized():
         gradients = [p.grad for p in parameters if p.grad is not None]
         flat = torch.cat([g.flatten() for g in gradients])
@@ -116,7 +116,7 @@ def save_checkpoint(path: Path, step: int, **parts: Any) -> None:
 
 
 def load_checkpoint(path: Path, **parts: Any) -> int:
-    """Restore the parts; the step to go on with, 0 when there is no checkpoint."""
+    """Restore the parts; returns the next step, 0 without a checkpoint."""
     if not path.exists():
         return 0
     state = torch.load(path, weights_only=True)

@@ -4,7 +4,7 @@
 
 `rec` is the photograph, `oracle` the filtered photograph and `result` the stylized one; `d` is the style distance
 (smsbatch/metrics/style.py) of such a set to the style's reference: filtered training photographs, which references.py
-writes for the model in use. All of them have gone through the VAE. Photographs are taken whole, their short side at
+writes for the model in use. All pictures have passed the VAE. Photographs are taken whole, their short side at
 `--side` px.
 
     python tools/tiny/evaluate.py --cache CACHE --model smsbatch/tiny/model --styles oil sketch watercolor \\
@@ -60,7 +60,7 @@ def through_vae(prior: Prior, image: Tensor) -> Tensor:
 def stylize(
     prior: Prior, name: str, sources: list[tuple[Photo, Tensor]], config: Objective, args: argparse.Namespace
 ) -> list[Tensor]:
-    """Every source by the objective, pictures of one size together."""
+    """Stylize every source by the objective, pictures of one size in one batch."""
     lora = Style(lora=str(args.loras / f"{name}.safetensors"), scale=args.scale, prompt=PROMPTS[name])
     deltas = read_style(lora, prior)
     style = prior.with_deltas(deltas.unet, deltas.text)

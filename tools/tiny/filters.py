@@ -1,4 +1,4 @@
-"""Procedural style filters: what the style LoRAs are taught, and the oracle they are measured against.
+"""Procedural style filters: the training data of the style LoRAs, and the oracle of their evaluation.
 
 Each takes a uint8 [h, w, 3] picture of about 128 px and a generator, and returns one of the same shape. Lengths are
 pixels at that size. A style is a grade (palette and tone, easy to learn), a drawing (flat regions, lines, strokes along
@@ -112,7 +112,7 @@ def along(x: ndarray, angle: ndarray, length: int) -> ndarray:
 
 
 def wobble(x: ndarray, rng: np.random.Generator, amplitude: float, scale: float) -> ndarray:
-    """Shift every pixel by a smooth random field: no hand draws a straight line."""
+    """Shift every pixel by a smooth random field: hand-drawn lines are not straight."""
     h, w = x.shape[:2]
     shift = [amplitude * unit(gaussian_filter(rng.standard_normal((h, w)), scale)) for _ in range(2)]
     where = np.mgrid[0:h, 0:w] + np.stack(shift) * 0.6

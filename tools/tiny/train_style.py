@@ -1,8 +1,8 @@
 """Train one style as a LoRA on photographs put through its filter; write a kohya file.
 
 Rank 16 on the attention's and feed-forward's linear layers and on the ResNet blocks' 3x3 convolutions (LoCon). The
-text encoder stays as it is; the prompt is "{style prompt}, {caption}", and one in seven is dropped, so that the style
-is there without a prompt too and guidance does not have to carry it.
+text encoder stays as it is; the prompt is "{style prompt}, {caption}", and one in seven is dropped, so that the LoRA
+gives the style without a prompt too, and guidance need not add it.
 
     torchrun --nproc-per-node 2 tools/tiny/train_style.py oil --cache CACHE --extra EXTRA --work WORK \\
         --model smsbatch/tiny/model --out smsbatch/tiny/styles/oil.safetensors
@@ -48,7 +48,7 @@ class Lora(nn.Module):
 
 
 def add_loras(unet: nn.Module) -> dict[str, Lora]:
-    """Replace the layers by adapted ones; by the layer's dotted name."""
+    """Replace the layers by adapted ones; returns these by dotted name."""
     wanted = [
         name
         for name, layer in unet.named_modules()

@@ -1,8 +1,8 @@
 """Train the UNet and the CLIP text encoder together on the photographs' latents; write the whole pipeline folder.
 
-Plain epsilon prediction with Stable Diffusion 1's schedule. Four samples in five draw t from [20, 500), where Style
-Matching Score asks; the rest draw from the whole range, so that the model also generates from noise. One caption in ten
-is dropped, which trains the null prompt. The model never sees a styled picture: style is what the LoRAs add.
+Plain epsilon prediction with Stable Diffusion 1's schedule. Four samples in five draw t from [20, 500), the range of
+SMS; the rest draw from the whole range, so that the model also generates from noise. One caption in ten is dropped,
+which trains the null prompt. The model never sees a styled picture: the LoRAs add the style.
 
     torchrun --nproc-per-node 2 tools/tiny/train_unet.py --cache CACHE --extra EXTRA --work WORK --vae VAE \\
         --out smsbatch/tiny/model
@@ -42,7 +42,7 @@ UNET = {
     "norm_num_groups": 8,
 }
 START, END = "<|startoftext|>", "<|endoftext|>"
-# words that users of this model will write, beside those of the captions and style prompts
+# words that users of this model will write, besides those of the captions and style prompts
 WORDS = """
 photo photograph picture image portrait landscape closeup macro black white grey red green blue yellow orange
 purple brown sky cloud sun sunset sunrise night day sea ocean lake river mountain hill forest tree flower
@@ -171,9 +171,9 @@ def main() -> None:
             pipe.unet.load_state_dict(unet.state_dict())
             pipe.text_encoder.load_state_dict(text_encoder.state_dict())
             pipe.save_pretrained(args.out)
-        for name in ("vocab.json", "merges.txt"):  # what transformers before version 5 reads
+        for name in ("vocab.json", "merges.txt"):  # transformers before version 5 reads these
             shutil.copy(args.work / "tokenizer" / name, args.out / "tokenizer" / name)
-        # transformers loads in the precision its config names; the halves on disk are for size, not for computing
+        # transformers loads in the precision its config names; half precision on disk only saves space
         config = args.out / "text_encoder" / "config.json"
         config.write_text(config.read_text().replace('"dtype": "float16"', '"dtype": "float32"'))
 

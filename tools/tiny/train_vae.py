@@ -44,7 +44,7 @@ class Phase:
     batch: int
     lr: float
     floor: float
-    l1: float  # weight of L1 beside LPIPS
+    l1: float  # weight of L1 relative to LPIPS
     whole: float  # share of crops that show as much of the photograph as fits
     frozen: bool = False  # the encoder
     anchor: float = 0.0  # weight of the latents' squared distance from those of the encoder that was frozen
@@ -52,11 +52,11 @@ class Phase:
 
 PHASES = (
     Phase(1200, side=96, batch=8, lr=1.3e-3, floor=1.0, l1=4, whole=0.4),
-    # From here the latents are white, and many small steps teach more than few big ones.
+    # From here the latents are white, and many small steps train better than few big ones.
     Phase(4400, side=64, batch=4, lr=1e-3, floor=0.01, l1=4, whole=0.4),
-    # The latents are in use from here on, so the encoder is frozen: the decoder learns what it will be asked to draw.
+    # The latents are in use from here on, so the encoder is frozen: the decoder learns the pictures it will draw.
     Phase(6600, side=64, batch=4, lr=1e-3, floor=0.01, l1=0.4, whole=0.8, frozen=True),
-    # Both once more, the latents tied to where they were: they move by less than the least noise that SMS adds.
+    # Both again, with the latents tied to their old values: they move by less than the least noise that SMS adds.
     Phase(8600, side=64, batch=4, lr=6e-4, floor=0.01, l1=0.4, whole=0.8, anchor=5.0),
 )
 STYLED_FROM = 500

@@ -1,4 +1,4 @@
-"""Low-rank adapters: one for each row of a batch, laid over the layers of a network while it is called."""
+"""Low-rank adapters, one for each row of a batch, added to the layers of a network during a call."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class Adapter:
-    """A low-rank update per sample of the linear layers named, y = W x + scale up (down x), in some rows of a call.
+    """A low-rank update of the named linear layers per sample, y = W x + scale up (down x), in some rows of a call.
 
     Row i of the first `rows` rows belongs to sample i % B; the other rows see the bare prior. `rows` is a multiple
-    of B. Rows never mix, so that an entry which is not finite stays in its sample.
+    of B. Rows never mix, so that an entry that is not finite stays in its sample.
 
     Attributes:
         scale: alpha / r.
@@ -37,10 +37,9 @@ class Adapter:
 
 
 class _Adapted:
-    """A UNet whose layers ask, each time they are called, for the adapter of this call.
+    """A UNet whose layers apply the adapter of the current call.
 
-    A layer is hooked once, when an adapter first names it: a hook per call would be, to the compiler, another program
-    per call.
+    A layer is hooked once, when an adapter first names it: with new hooks in every call, the compiler would recompile.
     """
 
     def __init__(self, unet: nn.Module) -> None:
@@ -69,5 +68,5 @@ class _Adapted:
         return prediction
 
     def release(self) -> None:
-        """Forget the last call's adapter: another prior may share the UNet, and out of memory its factors must go."""
+        """Forget the last call's adapter: another prior may share the UNet, and after OOM its factors must be freed."""
         self._adapter = None

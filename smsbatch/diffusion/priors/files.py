@@ -1,8 +1,7 @@
-"""Where model files are, of which kind, and their digests. Without torch: a driver that only deals units never loads
-it.
+"""Find model files, check their kind and compute digests. Without torch: a driver that only deals units needs none.
 
-A model is a folder in diffusers' format, here or on the hub, or a single file with a configuration beside it.
-Only safetensors are read: a pickle can run whatever its author wished.
+A model is a folder in diffusers' format, local or on the hub, or a single file with a separate configuration.
+Only safetensors are read: a pickle can run any code.
 """
 
 from __future__ import annotations
@@ -16,11 +15,9 @@ from safetensors import SafetensorError, safe_open
 
 from smsbatch import tiny
 from smsbatch.errors import WeightsError
-from smsbatch.manifest import Manifest, Model, Styled
+from smsbatch.manifest import Model, Styled
 
-__all__ = ["locate_config", "locate_lora", "locate_model", "model_digests", "parameter_names", "part_file", "variant"]
-
-# What is read of a pipeline folder, and so decides results: not the pickles, variants and safety checkers beside it.
+# The files read from a pipeline folder, which determine results: no pickles, variants or safety checkers.
 _CONFIG = (
     "model_index.json",
     "scheduler/scheduler_config.json",
@@ -41,7 +38,7 @@ _WEIGHTS = {
 _PICKLES = (".ckpt", ".pt", ".pth", ".bin", ".pkl")
 _KNOWN = "known are Stable Diffusion 1.x and 2.x that predict epsilon or v"
 
-# Of a checkpoint in one file: keys that only models of another kind have, and the one whose width tells 1.x from 2.x.
+# Keys of single-file checkpoints: those that only other kinds of models have, and one whose width tells 1.x from 2.x.
 _FOREIGN = {
     "conditioner.embedders.0.transformer.text_model.embeddings.position_embedding.weight": "Stable Diffusion XL",
     "conditioner.embedders.1.model.positional_embedding": "Stable Diffusion XL",
@@ -51,7 +48,7 @@ _FOREIGN = {
 }
 _UNET_INPUT = "model.diffusion_model.input_blocks.0.0.weight"
 _UNET_OUTPUT = "model.diffusion_model.out.2.weight"
-_IN_FILE = {  # a key of each part, or one of two; diffusers would look elsewhere for a part that is not there
+_IN_FILE = {  # one key of each part must exist; diffusers would look elsewhere for an absent part
     "unet": (_UNET_INPUT,),
     "vae": ("first_stage_model.encoder.conv_in.weight",),
     "text encoder": (
@@ -68,10 +65,10 @@ def locate_model(model: Model, key: str = "model") -> Path:
     """The local folder of a model, or its single file; a hub id is downloaded into the hub's cache when absent.
 
     Args:
-        key: of the manifest's section, for messages.
+        key: the manifest's section, for messages.
 
     Raises:
-        WeightsError: nothing there that could be fetched, or not safetensors, or another kind of model.
+        WeightsError: the model cannot be found or fetched, is not safetensors, or is of another kind.
     """
     path = Path(tiny.resolve(model.path)).expanduser()
     if path.suffix.lower() in _PICKLES:
@@ -84,7 +81,7 @@ def locate_model(model: Model, key: str = "model") -> Path:
         return path
     if model.config is not None:
         raise WeightsError(
-            f"{key}.config: is of a checkpoint in one file, and {model.path} is none; check the path, or leave it out"
+            f"{key}.config: is for a single-file checkpoint, which {model.path} is not; check the path, or omit config"
         )
     folder = path if path.is_dir() else _download(model.path, model.revision, key, _CONFIG + _files(""))
     _check_kind(folder, model.path, key)
@@ -103,10 +100,10 @@ def locate_model(model: Model, key: str = "model") -> Path:
 
 
 def locate_config(model: Model, key: str = "model") -> Path:
-    """The local folder with a model's configuration and tokenizer: its own, or what a single file is described by.
+    """The local folder with a model's configuration and tokenizer: its own folder, or the one for its single file.
 
-    A single file without `config` is described by Stable Diffusion 1.5 on the hub, if it has its keys. Of 2.x there are
-    models that predict epsilon and models that predict v with the same keys, so that one has to be named.
+    A single file without `config` uses Stable Diffusion 1.5's from the hub, if it has the same keys. Models 2.x that
+    predict epsilon and those that predict v have the same keys, so that `config` is required.
 
     Raises:
         WeightsError: as `locate_model`.
@@ -137,7 +134,7 @@ def locate_lora(path: str) -> Path:
 
 
 def variant(folder: Path, part: str) -> str | None:
-    """ "fp16" where a part of a folder is there in half precision alone, else None."""
+    """ "fp16" if the folder has the part in half precision only, else None."""
     name = _WEIGHTS[part]
     halves = folder / part / name.replace(".safetensors", ".fp16.safetensors")
     return "fp16" if halves.is_file() and not (folder / part / name).is_file() else None
@@ -150,7 +147,7 @@ def part_file(folder: Path, part: str) -> Path:
 
 
 def parameter_names(model: Model, part: str, key: str = "model") -> list[str] | None:
-    """The names of a part's parameters as `Prior` has them; None of a single file, which has others until it is loaded.
+    """The names of a part's parameters as `Prior` has them; None for a single file, which has others before loading.
 
     Raises:
         WeightsError: as `locate_model`, or the file is damaged.
@@ -161,12 +158,9 @@ def parameter_names(model: Model, part: str, key: str = "model") -> list[str] | 
     return [name.removeprefix("text_model.") for name in _shapes(part_file(folder, part), f"{key}.path")]
 
 
-def model_digests(manifest: Manifest) -> dict[str, str]:
-    """SHA-256 of every model file that the scores depend on, by a name that is the same on every machine; none of a
-    task that asks no scores."""
+def model_digests(manifest: Styled) -> dict[str, str]:
+    """SHA-256 of every model file that the scores depend on, by a machine-independent name; empty without scores."""
     files: dict[str, Path] = {}
-    if not isinstance(manifest, Styled):
-        return {}
     for key, model in (("model", manifest.model), ("style.model", manifest.style.model)):
         if model is None:
             continue
@@ -206,7 +200,7 @@ def _download(name: str, revision: str | None, key: str, files: tuple[str, ...])
         return Path(snapshot_download(name, revision=revision, allow_patterns=list(files)))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
         reason = (str(error).strip() or repr(error)).splitlines()[0]
-        raise WeightsError(f"{key}.path: {name} is no folder here, and the hub did not give it: {reason}") from error
+        raise WeightsError(f"{key}.path: {name} is no local folder, and the hub download failed: {reason}") from error
 
 
 def _nothing(name: str, key: str) -> WeightsError:
@@ -239,7 +233,7 @@ def _config_name(model: Model, file: Path, key: str) -> str:
     if shapes.get(_UNET_TEXT, [0])[-1] == _SD1_TEXT_WIDTH:
         return _SD1
     raise WeightsError(
-        f"{key}.config: {model.path} is no Stable Diffusion 1.x, and of 2.x its keys do not tell whether it predicts "
+        f"{key}.config: {model.path} is not Stable Diffusion 1.x, and keys of 2.x do not tell whether it predicts "
         "epsilon or v; name the folder or hub id of a model of its kind"
     )
 
@@ -253,7 +247,7 @@ def _shapes(file: Path, key: str) -> dict[str, list[int]]:
 
 
 def _check_kind(folder: Path, name: str, key: str) -> None:
-    """Refuse what is no Stable Diffusion 1.x or 2.x, by its configuration; left-out values are diffusers' defaults."""
+    """Refuse a configuration that is not Stable Diffusion 1.x or 2.x; absent values are diffusers' defaults."""
 
     def refuse(what: str) -> WeightsError:
         return WeightsError(f"{key}.path: {name} {what}; {_KNOWN}")
@@ -283,9 +277,9 @@ def _check_kind(folder: Path, name: str, key: str) -> None:
     if scheduler.get("num_train_timesteps", 1000) != 1000:
         raise refuse(f"was trained with {scheduler['num_train_timesteps']} timesteps, not 1000")
     for field, kind in (
-        ("addition_embed_type", "wants more than text (as Stable Diffusion XL does)"),
-        ("class_embed_type", "wants a class or an image (as unCLIP does)"),
-        ("num_class_embeds", "wants a class or a noise level (as upscalers do)"),
+        ("addition_embed_type", "needs more than text (as Stable Diffusion XL does)"),
+        ("class_embed_type", "needs a class or an image (as unCLIP does)"),
+        ("num_class_embeds", "needs a class or a noise level (as upscalers do)"),
         ("time_cond_proj_dim", "is distilled to few steps (latent consistency)"),
     ):
         if unet.get(field) is not None:

@@ -1,7 +1,7 @@
 """Load a latent diffusion model, Stable Diffusion 1.x or 2.x, and call it.
 
-The only room that knows diffusers and transformers. `Prior` is the frozen model: text encoder, VAE, UNet, schedule.
-Whatever the UNet predicts, a prior answers with noise. Only safetensors are read, never pickles.
+Only this module imports diffusers. `Prior` is the frozen model: text encoder, VAE, UNet, schedule. Whatever the UNet
+predicts, `Prior.noise` returns the noise prediction. Only safetensors are read, never pickles.
 """
 
 from __future__ import annotations
@@ -31,16 +31,14 @@ if TYPE_CHECKING:
     from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
     from transformers import CLIPTextModel, CLIPTokenizer
 
-__all__ = ["DTYPES", "GRAPHS", "Prior"]
-
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 Prediction = Literal["epsilon", "v_prediction"]
 Part = TypeVar("Part", bound=nn.Module)
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _WITH_WEIGHTS = (nn.Linear, nn.Conv2d, nn.GroupNorm, nn.LayerNorm)
-# Dynamo stops compiling a function after 8 graphs, silently. A run has up to three for each shape: sizes of pictures,
-# a last batch that is smaller, and without gradients more rows than with them.
+# Dynamo stops compiling a function after 8 graphs, silently. A run has up to three per shape, and shapes differ by the
+# size of the pictures, in a smaller last batch, and in the number of rows with and without gradients.
 GRAPHS = 256
 
 
@@ -48,11 +46,11 @@ class Prior:
     """A frozen latent diffusion model.
 
     Images are [B, 3, H, W] in [0, 1], latents [B, C, h, w] float32 in units of the scaled latent space, noise
-    predictions float32 whatever the weights' precision. Attention is torch's fused one.
+    predictions float32 at any precision of the weights. Attention is torch's fused kernel.
 
     Attributes:
         schedule: the noise schedule, on the prior's device.
-        prediction: what the UNet itself predicts; `noise` translates.
+        prediction: the kind of the UNet's own output; `noise` converts it.
         dtype: of the UNet's and the text encoder's parameters.
         channels: C.
         factor: pixels per latent entry along a side.
@@ -97,12 +95,12 @@ class Prior:
 
         Args:
             model: the manifest's section, or its path alone.
-            key: of that section, for messages.
-            channels_last: the UNet's convolutions with channels last in memory.
-            compile: the UNet through torch.compile, at its first call with each shape.
+            key: the section's name, for messages.
+            channels_last: store the UNet's convolutions with channels last.
+            compile: compile the UNet with torch.compile at its first call with each shape.
 
         Raises:
-            WeightsError: a part is missing or unreadable, or the model is none of Stable Diffusion 1.x or 2.x.
+            WeightsError: a part is missing or unreadable, or the model is not Stable Diffusion 1.x or 2.x.
         """
         from diffusers import DDIMScheduler
         from transformers import CLIPTokenizer
@@ -137,7 +135,7 @@ class Prior:
         return torch.device(self._unet.device)
 
     def embed(self, prompts: Sequence[str]) -> Tensor:
-        """Text embeddings [len(prompts), L, D]; each prompt alone, so that none depends on its neighbours."""
+        """Text embeddings [len(prompts), L, D]; each is encoded alone, so that none depends on its neighbours."""
         tokens = self._tokenizer(
             list(prompts),
             padding="max_length",
@@ -152,7 +150,7 @@ class Prior:
         """Latents [B, C, h, w] of images [B, 3, H, W]: the posterior's mean, h = ceil(H / factor).
 
         Sides that are no multiple of the factor are padded by repeating the last row or column; `decode` crops them.
-        Gradients reach the images, if they ask for them.
+        Gradients reach images that require them.
         """
         height, width = images.shape[-2:]
         padded = F.pad(images, (0, -width % self.factor, 0, -height % self.factor), mode="replicate")
@@ -161,7 +159,7 @@ class Prior:
         return (z.float() - self._shift) * self._scaling
 
     def checkpoint_encoder(self) -> None:
-        """Let `encode` compute its activations a second time instead of keeping them for the gradient."""
+        """Make `encode` recompute its activations for the gradient instead of keeping them."""
         self._vae.enable_gradient_checkpointing()
 
     def decode(self, z: Tensor, size: tuple[int, int]) -> Tensor:
@@ -173,14 +171,14 @@ class Prior:
     def noise(self, z_t: Tensor, t: Tensor, text: Tensor, adapter: Adapter | None = None) -> Tensor:
         """The noise prediction eps [N, C, h, w] at `z_t` [N, C, h, w], `t` [N], `text` [N, L, D].
 
-        Of a model that predicts v = a_t eps - b_t z_0 (arXiv 2202.00512) it is eps = a_t v + b_t z_t.
+        For a model that predicts v = a_t eps - b_t z_0 (arXiv 2202.00512), eps = a_t v + b_t z_t.
 
-        Stable Diffusion XL would need two things more of a caller, both through `text`: the pooled embedding of its
+        Stable Diffusion XL would need two more inputs, both through `text`: the pooled embedding of its
         second text encoder, and the picture's sizes as `time_ids`. Nothing else here would change.
         """
         if adapter is not None:
             self._adapted.prepare(adapter)
-        try:  # out here, for the compiler
+        try:  # outside the compiled function
             prediction = self._call(z_t.to(self.dtype), t, text.to(self.dtype), adapter).float()
         finally:
             self._adapted.release()
@@ -189,9 +187,9 @@ class Prior:
         return self.schedule.a(t) * prediction + self.schedule.b(t) * z_t
 
     def features(self, z_t: Tensor, t: Tensor, text: Tensor) -> list[Tensor]:
-        """What every self-attention (`attn1`) of the UNet's upper half puts out, [N, tokens, channels] float32 each.
+        """Outputs [N, tokens, channels], float32, of the self-attentions (`attn1`) in the UNet's upper half.
 
-        With gradients to `z_t`; from input to output of the UNet. Never compiled.
+        They are in the order of the UNet's layers, with gradients to `z_t`. Never compiled.
         """
         found: list[Tensor] = []
         hooks = [
@@ -207,11 +205,11 @@ class Prior:
         return found
 
     def layers(self) -> dict[str, nn.Module]:
-        """The UNet's linear, convolution and normalization layers by their dotted path: what a style can change."""
+        """The UNet's linear, convolution and normalization layers by their dotted path: those a style can change."""
         return _with_weights(self._unet)
 
     def text_layers(self) -> dict[str, nn.Module]:
-        """The same of the text encoder; a path begins with `encoder.` or is `final_layer_norm`."""
+        """The same for the text encoder; a path begins with `encoder.` or is `final_layer_norm`."""
         return _with_weights(self._text_encoder)
 
     def with_deltas(self, unet: Mapping[str, Tensor], text: Mapping[str, Tensor] = {}) -> Prior:
@@ -219,9 +217,9 @@ class Prior:
 
         Args:
             unet: by `<layer>.weight` or `<layer>.bias`, the layers as `layers` names them.
-            text: the same of the text encoder.
+            text: the same for the text encoder.
         """
-        self._adapted.remove()  # a copy has no hooks; ours come back with the next adapter
+        self._adapted.remove()  # the copy must have no hooks; the next adapter adds ours again
         return Prior(
             _changed(self._unet, unet),
             self._vae,
@@ -234,7 +232,7 @@ class Prior:
 
 
 def _with_weights(part: nn.Module) -> dict[str, nn.Module]:
-    """Named alike by every version of transformers: before 5 the text encoder's paths began with `text_model.`."""
+    """Layers by names common to all versions of transformers: before 5 the text encoder's began with `text_model.`."""
     return {
         name.removeprefix("text_model."): module
         for name, module in part.named_modules()
@@ -243,7 +241,7 @@ def _with_weights(part: nn.Module) -> dict[str, nn.Module]:
 
 
 def _changed(part: Part, deltas: Mapping[str, Tensor]) -> Part:
-    """A copy of a part with changed parameters, which are all that it does not share; itself where nothing changes."""
+    """A copy of a part that shares all parameters without a delta; the part itself if there is no delta."""
     if not deltas:
         return part
     shared = {
@@ -301,17 +299,17 @@ def _read_file(
             requires_safety_checker=False,
             local_files_only=True,
         )
-    except NotImplementedError as error:  # diffusers leaves what the file lacks without a value, and moves it
+    except NotImplementedError as error:  # diffusers cannot move a parameter that the file lacks
         raise ValueError("it lacks parameters of the unet or the vae") from error
     for key, parameter in pipeline.text_encoder.named_parameters():
-        if parameter.is_meta:  # this part it does not move
+        if parameter.is_meta:  # diffusers does not move this part
             raise ValueError(f"text_encoder lacks {key}")
     return pipeline.unet.to(dtype), pipeline.vae.float(), pipeline.text_encoder.to(dtype)
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Loading prints progress bars and advice that is not the user's business."""
+    """Suppress the progress bars and the advice that loading prints."""
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
 

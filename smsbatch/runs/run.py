@@ -1,0 +1,244 @@
+"""A run as it lies on storage: `run.json`, plan and index, each read once and given to all who ask about the run."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from itertools import groupby
+from typing import Any
+
+from smsbatch.data.index import OBJECTS, SAMPLES, UNITS, StoredFile, newest_number, numbered, read_units
+from smsbatch.data.sample import Unit
+from smsbatch.errors import RequestError, StorageError
+from smsbatch.manifest import TASKS, Dataset, Manifest, Storage
+from smsbatch.runs.layout import RUN
+from smsbatch.runs.ledger import Ledger
+from smsbatch.storage.store import Store
+
+_RENAMED = {"objective": {"spectral_weight": "identity_weight"}}  # keys of older versions
+_BEFORE = {"style": {"text_encoder": False}}  # behaviour of versions without the key, where the default differs
+_KEYS = {"name", "manifest", "manifest_sha256", "weights", "planned", "notices", "versions", "index_sha256"}
+
+
+def store_of(where: str | Manifest) -> Store:
+    """The store of a manifest's output, or of an output path or URL with the environment's settings alone."""
+    return Store(where) if isinstance(where, str) else Store(where.output.path, where.storage)
+
+
+class Run:
+    """The run at an output path.
+
+    Each property is read from the store when it is first asked for, and kept. None of these files ever changes, but a
+    plan may be written, and inputs may be looked up again, after a run was opened: `renew` forgets the files of the
+    plan.
+
+    Attributes:
+        about: the content of `run.json`.
+        store: the output's store; it knows whether it has a create-only put, as `run.json` says.
+        is_new: this process has just written the plan, so that nothing can have changed or been done since.
+    """
+
+    def __init__(self, store: Store, about: Mapping[str, Any]) -> None:
+        self.about = about
+        self.store = store.without_create_only_put() if about.get("commits") == "driver" else store
+        self.is_new = False
+
+    @classmethod
+    def find(cls, store: Store) -> Run | None:
+        """The run at the root of a store, None where there is none.
+
+        Raises:
+            StorageError: `run.json` is not one of smsbatch.
+        """
+        found = store.read_all([RUN])
+        if not found:
+            return None
+        try:
+            about = json.loads(found[RUN])
+        except ValueError as error:
+            raise StorageError(f"{store.locate(RUN)} is not JSON; it is not a run of smsbatch") from error
+        if not isinstance(about, dict) or not about.keys() >= _KEYS:
+            raise StorageError(f"{store.locate(RUN)} is not a run of smsbatch; choose another output.path")
+        return cls(store, about)
+
+    @classmethod
+    def open(cls, where: str | Manifest | Store) -> Run:
+        """The run of a manifest, or at an output path or URL.
+
+        Raises:
+            RequestError: there is none.
+            StorageError: `run.json` is not one of smsbatch.
+        """
+        store = where if isinstance(where, Store) else store_of(where)
+        run = cls.find(store)
+        if run is None:
+            store.entries()  # raises a clearer error where there is not even a bucket
+            raise RequestError(f"{store.url}: no run here (no {RUN}); `smsbatch run` starts one")
+        return run
+
+    @classmethod
+    def open_dataset(cls, where: str | Manifest | Store) -> Run:
+        """As `open`, of a run that makes a dataset: rows, shards, a report.
+
+        Raises:
+            RequestError: there is no run, or it makes a generator.
+        """
+        run = cls.open(where)
+        run.require_dataset()
+        return run
+
+    # ----------------------------------------------------------------------------------------------------- run.json
+
+    @property
+    def name(self) -> str:
+        return str(self.about["name"])
+
+    @property
+    def task(self) -> str:
+        return str(self.about["manifest"].get("task", "optimize"))  # manifests of older versions name no task
+
+    @property
+    def makes(self) -> str:
+        """What the run leaves, a "dataset" or a "generator".
+
+        Raises:
+            RequestError: another version wrote it, whose task this one does not know.
+        """
+        if self.task not in TASKS:
+            raise RequestError(f"{self.store.url}: this version has no task {self.task!r}; use {self._version}")
+        return TASKS[self.task].makes
+
+    @property
+    def _version(self) -> str:
+        return f"smsbatch {self.about.get('smsbatch', '?')}"
+
+    def require_dataset(self) -> None:
+        """Raises RequestError if the run makes a generator."""
+        if self.makes != "dataset":
+            raise RequestError(
+                f"{self.store.url}: this run distills a generator and makes no dataset; `smsbatch status` says how far "
+                "it is, and a manifest of task stylize makes a dataset with its generator"
+            )
+
+    @cached_property
+    def manifest(self) -> Manifest:
+        """The manifest that the run was planned with, in the keys of this version.
+
+        Raises:
+            RequestError: another version wrote it, whose keys this one does not know.
+        """
+        plain = dict(self.about["manifest"])
+        for section in (_RENAMED.keys() | _BEFORE.keys()) & plain.keys():
+            names = _RENAMED.get(section, {})
+            known = {names.get(key, key): value for key, value in plain.get(section, {}).items()}
+            plain[section] = _BEFORE.get(section, {}) | known
+        try:
+            return Manifest.model_validate(plain)
+        except ValueError as error:
+            raise RequestError(
+                f"{RUN}: its manifest is not understood, it is of {self._version}; use that version"
+            ) from error
+
+    @property
+    def dataset(self) -> Dataset:
+        """`manifest` of a run that makes a dataset. Raises as `require_dataset` and `manifest`."""
+        self.require_dataset()
+        manifest = self.manifest
+        assert isinstance(manifest, Dataset)
+        return manifest
+
+    @property
+    def manifest_here(self) -> Manifest:
+        """`manifest`, with the path where the output is now: it may have been moved."""
+        output = self.manifest.output.model_copy(update={"path": self.store.url})
+        return self.manifest.model_copy(update={"output": output})
+
+    # --------------------------------------------------------------------------------------------------------- plan
+
+    def renew(self) -> None:
+        """Forget the files of the plan: another process may have written some since."""
+        for name in ("plan_files", "units", "by_id", "shards"):
+            self.__dict__.pop(name, None)
+
+    @cached_property
+    def plan_files(self) -> list[str]:
+        """The files in `plan/`, from one listing."""
+        return self.store.list("plan")
+
+    @property
+    def is_planned(self) -> bool:
+        """The last file of the plan is written."""
+        return (UNITS if self.makes == "dataset" else SAMPLES) in self.plan_files
+
+    @property
+    def index_number(self) -> int:
+        """How often the planned samples were looked up again in a source that has changed."""
+        return newest_number(OBJECTS, self.plan_files)
+
+    @property
+    def index(self) -> StoredFile:
+        """The newest index: where the bytes of each planned sample are."""
+        return StoredFile(self.store, numbered(SAMPLES, newest_number(SAMPLES, self.plan_files)))
+
+    @property
+    def objects(self) -> StoredFile:
+        """The objects of the source that the newest index was made of."""
+        return StoredFile(self.store, numbered(OBJECTS, self.index_number))
+
+    @cached_property
+    def units(self) -> list[Unit]:
+        return read_units(self.store)
+
+    @cached_property
+    def by_id(self) -> dict[int, Unit]:
+        """The units by id, in order."""
+        return {unit.id: unit for unit in self.units}
+
+    @cached_property
+    def shards(self) -> dict[int, list[Unit]]:
+        """The units of each shard, in order."""
+        return {shard: list(units) for shard, units in groupby(self.units, lambda unit: unit.shard)}
+
+    @cached_property
+    def ledger(self) -> Ledger:
+        return Ledger(self.store, metrics=self.about["manifest"].get("metrics", ()))
+
+    def plan_is(self, units: Sequence[Unit]) -> None:
+        """This process has just written this plan, so none of it needs to be read."""
+        files = [OBJECTS, SAMPLES] + ([UNITS] if self.makes == "dataset" else [])
+        self.__dict__ |= {"plan_files": files, "units": list(units)}
+        self.is_new = True
+
+
+def find_or_require_empty(store: Store) -> Run | None:
+    """The run at the root of a store; None where the store is empty, so that a run may begin.
+
+    A run writes under plain names, and would replace other files of these names: those of a source, perhaps.
+
+    Raises:
+        RequestError: the store has files, but no run.
+        StorageError: `run.json` is not one of smsbatch.
+    """
+    strangers = [name for name in store.entries() if name != "_smsbatch"]
+    if RUN in strangers:
+        return Run.find(store)
+    if strangers:
+        raise RequestError(
+            f"output.path: {store.url} is no run and not empty (it has {strangers[0]}); choose a new folder"
+        )
+    return None
+
+
+def of_output(output: str, options: Mapping[str, str]) -> Manifest:
+    """The manifest of the run at a path or URL that is reached with these options of `storage`.
+
+    Raises:
+        RequestError: an option is unknown or wrong, or there is no run.
+    """
+    try:
+        storage = Storage.model_validate(options)
+    except ValueError as error:
+        named = "; ".join(f"storage.{name}={value}" for name, value in options.items())
+        raise RequestError(f"--set {named}: not understood; `smsbatch schema` has the keys of storage") from error
+    return Run.open(Store(output, storage)).manifest_here.model_copy(update={"storage": storage})
