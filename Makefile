@@ -4,8 +4,6 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-PARALLEL := --numprocesses 2 --dist loadfile --no-loadscope-reorder
-
 .DEFAULT_GOAL := help
 .PHONY: help demo demo-distill test test-slow lint format bench clean
 
@@ -20,10 +18,10 @@ demo-distill: $(VENV)/.run ## distill the style into a generator and stylize oth
 	@$(BIN)/smsbatch run manifests/demo-stylize.yaml
 
 test: $(VENV)/.dev ## the tests, on the CPU, without network (17 minutes)
-	$(BIN)/python -m pytest -m "not slow" $(PARALLEL)
+	$(BIN)/python -m pytest -m "not slow" --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 test-slow: $(VENV)/.dev ## the tests that take long
-	$(BIN)/python -m pytest -m slow $(PARALLEL)
+	$(BIN)/python -m pytest -m slow --numprocesses 2 --dist worksteal
 
 lint: $(VENV)/.dev ## ruff and mypy
 	$(BIN)/ruff check .

@@ -6,6 +6,7 @@ Imported for its effect, before anything that reads the environment. A test that
 from __future__ import annotations
 
 import os
+import signal
 
 for name in list(os.environ):
     if name.upper().startswith(("AWS_", "RAY_", "SMSBATCH_")) or name.upper().endswith("_PROXY"):
@@ -16,6 +17,10 @@ os.environ |= {
     "AWS_EC2_METADATA_DISABLED": "true",  # else a test without credentials would ask beyond loopback for some
     "NO_PROXY": "127.0.0.1,localhost",  # some systems know proxies from elsewhere
     "no_proxy": "127.0.0.1,localhost",
+    "RAY_worker_niceness": "0",  # else actors, which are nice, wait for every other test
     "HF_HUB_OFFLINE": "1",  # a test that reaches for a hub fails at once
 }
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # torch's threads cost these small models more than they give
+
+# A shell starts what it puts into the background without it, and so would be every process that a test interrupts.
+signal.signal(signal.SIGINT, signal.default_int_handler)
