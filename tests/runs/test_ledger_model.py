@@ -393,7 +393,7 @@ class FinalNamesFirst(Ledger):
 
 @pytest.mark.parametrize(
     ("kind", "seeds", "found"),
-    [(Overwriting, (1, 2, 3), "a commit changed"), (FinalNamesFirst, (23, 70, 102), "is not what its record says")],
+    [(Overwriting, (2, 3, 10), "a commit changed"), (FinalNamesFirst, (114, 161), "is not what its record says")],
 )
 def test_the_checker_finds_what_a_naive_ledger_does(
     kind: type[Ledger], seeds: Iterable[int], found: str, tmp_path: Path
