@@ -64,12 +64,6 @@ def printable(text: str) -> str:
     return "".join(letter if letter.isprintable() else " " for letter in text)
 
 
-def bar(done: int, total: int) -> str:
-    """A progress bar of 30 characters."""
-    filled = round(30 * done / total) if total else 0
-    return "█" * filled + "░" * (30 - filled)
-
-
 def code_span(text: str) -> str:
     """Text as a Markdown code span of one line that may stand in a table: no bar, fences longer than any inside."""
     line = " ".join(text.split()).replace("|", "\\|")

@@ -47,7 +47,7 @@ DOORS = {
     "onnxruntime": {"generator.onnx"},
     "lpips": {"metrics"},
     "fsspec": {"storage.backend", "storage.resolve"},
-    "tenacity": {"storage.backend"},
+    "tenacity": {"storage.retries"},
     "botocore": {"storage.s3"},
     "aiohttp": {"storage.s3", "storage.http"},
     "yarl": {"storage.http"},

@@ -72,7 +72,7 @@ def run(
 ) -> None:
     """Run a manifest: plan it if there is no plan yet, then compute. The same command resumes an interrupted run."""
     import smsbatch as sb
-    from smsbatch.cli.display import PROGRESS, lines_of, progress_display
+    from smsbatch.cli.lines import PROGRESS, lines_of, progress_display
 
     # Preempted machines and cancelled jobs get SIGTERM: stop cleanly, as after Ctrl-C.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -105,7 +105,7 @@ def plan(
 ) -> None:
     """Print what `run` would do, and what it would cost. Writes nothing."""
     import smsbatch as sb
-    from smsbatch.cli.display import lines_of
+    from smsbatch.cli.lines import lines_of
 
     with reporting(as_json):
         planned = sb.plan(
@@ -131,7 +131,7 @@ def status(
 ) -> None:
     """Print the progress of a run, read from its storage alone."""
     import smsbatch as sb
-    from smsbatch.cli import display
+    from smsbatch.cli import lines
     from smsbatch.runs.snapshot import Snapshot
 
     with reporting(as_json):
@@ -139,7 +139,7 @@ def status(
         now = sb.status(look)
         if watch:
             try:
-                with display.watch_display(as_json) as shown:
+                with lines.watch_display(as_json) as shown:
                     shown.update(now)
                     while not now.finished:
                         time.sleep(interval)
@@ -149,7 +149,7 @@ def status(
             except KeyboardInterrupt:
                 raise typer.Exit from None  # Ctrl-C is the normal end of --watch
             return
-        show(as_json, now.to_dict, display.status(now, ages=True))
+        show(as_json, now.to_dict, lines.status(now, ages=True))
 
 
 @app.command()
@@ -189,10 +189,10 @@ def verify(where: Where, set_: Override = None, full: Full = False, as_json: AsJ
     Compares names, sizes and counts; with --full every byte. Changes nothing.
     """
     import smsbatch as sb
-    from smsbatch.cli import dataset, display
+    from smsbatch.cli import dataset, lines
 
     with reporting(as_json):
-        with display.shard_display(as_json) as shown:
+        with lines.shard_display(as_json) as shown:
 
             def progress(done: int, shards: int) -> None:
                 shown.show([f"{done:,} of {count(shards, 'shard')} checked"])
@@ -216,10 +216,10 @@ def repair(
     Publishes a shard again from the attempts of its units; units whose attempts are gone are computed again.
     """
     import smsbatch as sb
-    from smsbatch.cli import dataset, display
+    from smsbatch.cli import dataset, lines
 
     with reporting(as_json, "the same command goes on from here"):
-        with display.progress_display(as_json) as shown:
+        with lines.progress_display(as_json) as shown:
             result = sb.repair(
                 located(where, set_), shown.update, full=full, dry_run=dry_run, allow_drift=allow_drift or ()
             )

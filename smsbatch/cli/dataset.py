@@ -6,7 +6,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from time import time
 from typing import TYPE_CHECKING, Any
 
-from smsbatch.text import bar, count, duration, printable, size, table
+from smsbatch.cli.display import bar
+from smsbatch.text import count, duration, printable, size, table
 
 if TYPE_CHECKING:
     from smsbatch.commands.doctor import Check

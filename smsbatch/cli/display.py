@@ -1,46 +1,23 @@
-"""Progress of a run while it works: a live display for terminals, plain lines for logs."""
+"""Progress of a run while it works: the bar, a live display for terminals, plain lines for logs."""
 
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from time import monotonic
-from typing import IO, Any
+from typing import IO
 
-from smsbatch.cli import dataset, training
 from smsbatch.commands.status import TrainingStatus
 from smsbatch.runs.status import Status
 
-_LINES: dict[str, Any] = {
-    **dict.fromkeys(("Plan", "Report", "Status"), dataset),
-    **dict.fromkeys(("TrainingPlan", "Distilled", "TrainingStatus"), training),
-}
+Now = Status | TrainingStatus
 
 
-PROGRESS: dict[str, Callable[[str, Any], Status | TrainingStatus]] = {
-    "dataset": lambda name, now: now,
-    "generator": TrainingStatus.of,
-}
-"""The status that a run's name and progress make, by what its task makes."""
-
-
-def lines_of(result: Any) -> Any:
-    """The module that has the lines of what a verb gave."""
-    return _LINES[type(result).__name__]
-
-
-def status(now: Status | TrainingStatus, ages: bool = False) -> list[str]:
-    """A status as a few lines; with `ages` also when its workers were last heard of."""
-    lines: list[str] = lines_of(now).status(now, ages)
-    return lines
-
-
-def status_line(now: Status | TrainingStatus) -> str:
-    """A status as one line."""
-    line: str = lines_of(now).status_line(now)
-    return line
+def bar(done: int, total: int) -> str:
+    """A progress bar of 30 characters."""
+    filled = round(30 * done / total) if total else 0
+    return "█" * filled + "░" * (30 - filled)
 
 
 class Display(AbstractContextManager["Display"]):
@@ -51,7 +28,7 @@ class Display(AbstractContextManager["Display"]):
     def __exit__(self, *_: object) -> None:
         pass
 
-    def update(self, now: Status | TrainingStatus) -> None:
+    def update(self, now: Now) -> None:
         self.worked |= now.works
 
     def show(self, lines: Iterable[str]) -> None:
@@ -59,30 +36,27 @@ class Display(AbstractContextManager["Display"]):
 
 
 class Plain(Display):
-    """One line per interval and one at the end, for logs: text, or JSON to `file`."""
+    """One line per interval and one at the end, for logs: `line` of each status, or as JSON to `json_file`."""
 
-    def __init__(self, as_json: bool = False, interval_s: float = 10.0, file: IO[str] | None = None) -> None:
-        self._as_json, self._interval_s, self._file, self._next = as_json, interval_s, file, 0.0
+    def __init__(self, line: Callable[[Now], str], json_file: IO[str] | None = None, interval_s: float = 10.0) -> None:
+        self._line, self._json_file, self._interval_s, self._next = line, json_file, interval_s, 0.0
 
-    def update(self, now: Status | TrainingStatus) -> None:
+    def update(self, now: Now) -> None:
         super().update(now)
         if now.finished or monotonic() >= self._next:
-            if self._as_json:
-                print(json.dumps(now.to_dict()), file=self._file or sys.stdout, flush=True)
-            else:
-                print(status_line(now), flush=True)
+            print(json.dumps(now.to_dict()) if self._json_file else self._line(now), file=self._json_file, flush=True)
             self._next = monotonic() + self._interval_s
 
 
 class Live(Display):
-    """A few lines that are redrawn in place; `ages` adds when workers were last heard of."""
+    """A few lines that are redrawn in place, `lines` of each status."""
 
-    def __init__(self, transient: bool = True, ages: bool = False) -> None:
+    def __init__(self, lines: Callable[[Now], list[str]], transient: bool = True) -> None:
         from rich.console import Console
         from rich.live import Live
         from rich.text import Text
 
-        self._text, self._ages = Text, ages  # plain text: names may contain what looks like markup
+        self._text, self._lines = Text, lines  # plain text: names may contain what looks like markup
         self._live = Live(console=Console(), refresh_per_second=4, transient=transient)
 
     def __enter__(self) -> Live:
@@ -92,24 +66,9 @@ class Live(Display):
     def __exit__(self, *_: object) -> None:
         self._live.stop()
 
-    def update(self, now: Status | TrainingStatus) -> None:
+    def update(self, now: Now) -> None:
         super().update(now)
-        self.show(status(now, self._ages))
+        self.show(self._lines(now))
 
     def show(self, lines: Iterable[str]) -> None:
         self._live.update(self._text("\n".join(lines)))
-
-
-def progress_display(as_json: bool) -> Display:
-    """The display of a run: JSON goes to stderr, since stdout gets the result."""
-    return Live() if sys.stdout.isatty() and not as_json else Plain(as_json, file=sys.stderr)
-
-
-def watch_display(as_json: bool) -> Display:
-    """The display of `status --watch`: live lines that remain at the end, or one line per update."""
-    return Live(transient=False, ages=True) if sys.stdout.isatty() and not as_json else Plain(as_json, interval_s=0)
-
-
-def shard_display(as_json: bool) -> Display:
-    """The display of `verify`: one line that disappears at the end, or nothing."""
-    return Display() if as_json or not sys.stdout.isatty() else Live()

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
-from smsbatch.text import bar, count, duration, size, table
+from smsbatch.cli.display import bar
+from smsbatch.text import count, duration, size, table
 
 if TYPE_CHECKING:
     from smsbatch.commands.export import Exported

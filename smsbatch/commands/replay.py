@@ -81,8 +81,8 @@ def replay(where: str | Manifest, key: str, target: str | Path | None = None) ->
     store, manifest = run.store, run.dataset
     if not run.is_planned:
         raise RequestError(f"{store.url}: the run here has no plan yet; `smsbatch run` goes on")
-    if isinstance(where, Manifest):
-        manifest = manifest.model_copy(update={"compute": where.compute, "storage": where.storage})
+    compute = where.compute if isinstance(where, Manifest) else manifest.compute
+    manifest = manifest.model_copy(update={"compute": compute, "storage": run.storage})
     row = find_key(run.index, key)
     if row is None:
         raise RequestError(f"{store.url}: {key!r} is not in the plan{_meant(run, key)}")

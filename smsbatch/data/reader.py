@@ -17,8 +17,9 @@ from typing import IO, NamedTuple
 from smsbatch.data.sample import Span
 from smsbatch.errors import SampleError, StorageError
 from smsbatch.manifest import Storage
-from smsbatch.storage.backend import RemoteError, TooLarge, redact
+from smsbatch.storage.backend import TooLarge
 from smsbatch.storage.resolve import resolve
+from smsbatch.storage.retries import RemoteError, redact
 
 GAP = 64 << 10  # bytes; a smaller gap between two spans is read too, which is cheaper than a second request
 EXTRA = 1 << 20  # bytes by which a joint request of several spans may exceed `max_bytes`

@@ -18,9 +18,10 @@ from smsbatch.data.index import StoredFile, read_index
 from smsbatch.data.reader import Reader
 from smsbatch.data.tars import find_members
 from smsbatch.errors import SampleError
-from smsbatch.manifest import Image, Source, Storage
+from smsbatch.manifest import Image, Source
 from smsbatch.parallel import map_ahead
 from smsbatch.report.model import SHOW_ALL, SHOW_SAMPLE, has_value
+from smsbatch.runs.run import Run
 from smsbatch.storage.store import Store, storage_errors
 
 if TYPE_CHECKING:
@@ -50,7 +51,7 @@ class Group:
     pictures: Sequence[Picture]
 
 
-def gallery(store: Store, report: Report, tally: RowTally, index: StoredFile | Path) -> list[Group]:
+def gallery(run: Run, report: Report, tally: RowTally, index: StoredFile | Path) -> list[Group]:
     """The pictures that the report shows. The sources, by the newest `index`, and tars are read several at a time."""
     chosen: dict[str, list[dict[str, Any]]]
     name = tally.metrics[0] if tally.metrics else ""
@@ -61,10 +62,12 @@ def gallery(store: Store, report: Report, tally: RowTally, index: StoredFile | P
         chosen = {"Drawn by lot": tally.sample[:SHOW_SAMPLE]}
         if name:
             chosen |= {f"Lowest {name.upper()}": tally.lowest, f"Highest {name.upper()}": tally.highest}
-    results = _results(store, chain.from_iterable(chosen.values()), report.settings["output"]["format"])
+    results = _results(run.store, chain.from_iterable(chosen.values()), report.settings["output"]["format"])
+
+    reader = Reader(run.storage, Source.model_validate(report.settings["source"]).max_bytes)
 
     def picture(row: Mapping[str, Any]) -> Picture:
-        return _picture(index, report, row, results[row["key"]])
+        return _picture(index, reader, report, row, results[row["key"]])
 
     return [Group(title, list(map_ahead(picture, rows, _THREADS))) for title, rows in chosen.items()]
 
@@ -83,11 +86,11 @@ def _results(store: Store, rows: Iterable[Mapping[str, Any]], extension: str) ->
     return {key: data for found in map_ahead(of_shard, wanted, _THREADS) for key, data in found.items()}
 
 
-def _picture(index: StoredFile | Path, report: Report, row: Mapping[str, Any], result: bytes) -> Picture:
+def _picture(
+    index: StoredFile | Path, reader: Reader, report: Report, row: Mapping[str, Any], result: bytes
+) -> Picture:
     image = Image.model_validate(report.settings["image"])
     entry = read_index(index, row["position"], row["position"] + 1)[0]
-    storage = Storage.model_validate(report.settings.get("storage", {}))
-    reader = Reader(storage, Source.model_validate(report.settings["source"]).max_bytes)
     try:
         source = pixels.source_picture(reader.read(entry.fields[entry.image]), image)
         before = pixels.thumbnail(source, THUMBNAIL_SIDE)

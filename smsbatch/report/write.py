@@ -72,7 +72,7 @@ def write_report(
     published = run.ledger.publications() if published is None else published
     with _fetched_index(run) as planned:
         report, tally = _count(run, planned, drift, commits, published)
-        pictures = gallery(store, report, tally, planned if run.index.path == SAMPLES else run.index)
+        pictures = gallery(run, report, tally, planned if run.index.path == SAMPLES else run.index)
     numbers = {name: value for name, value in report.to_dict().items() if name in _NUMBERS}
     index = {
         "name": report.name,

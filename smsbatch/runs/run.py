@@ -95,6 +95,12 @@ class Run:
         return str(self.about["name"])
 
     @property
+    def storage(self) -> Storage:
+        """How the source is reached: by the settings that reach the output now, or else by those recorded."""
+        given = self.store.storage
+        return given if given != Storage() else Storage.model_validate(self.about["manifest"].get("storage", {}))
+
+    @property
     def task(self) -> str:
         return str(self.about["manifest"].get("task", "optimize"))  # manifests of older versions name no task
 

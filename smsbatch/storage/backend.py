@@ -16,39 +16,20 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import IO, Any, NamedTuple, TypeVar
 
 import fsspec
 import fsspec.asyn
 from fsspec.exceptions import FSTimeoutError
-from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_random_exponential
 
-from smsbatch.manifest import SECRET, Storage
+from smsbatch.manifest import Storage
+from smsbatch.storage.retries import RemoteError, redact, with_retries
 
 T = TypeVar("T")
 
-WAIT = wait_random_exponential(multiplier=0.5, max=20)  # seconds: at most 0.5, 1, 2, 4 ... 20
-
 _LOCK = threading.RLock()
-_BUGS = (TypeError, KeyError, AttributeError, MemoryError, AssertionError)
-
-
-def redact(text: str) -> str:
-    """The text on one line, with `***` for every secret that `manifest.SECRET` matches."""
-    return SECRET.sub(lambda secret: f"{secret['shown'] or ''}***", " ".join(text.split()))
-
-
-class RemoteError(OSError):
-    """A failure that disks do not have. `advice` is what the user can do.
-
-    `again`: a temporary failure that outlasted the retries. `fatal`: every other object would be refused too, for
-    example without credentials.
-    """
-
-    def __init__(self, text: str, advice: str, *, again: bool = False, fatal: bool = False) -> None:
-        super().__init__(errno.EIO, redact(text))
-        self.advice, self.again, self.fatal = advice, again, fatal
 
 
 class TooLarge(Exception):
@@ -156,25 +137,7 @@ class Backend:
 
     def _with_retries(self, action: Callable[..., T], *args: Any, **options: Any) -> T:
         """Call `action`, again if that may help. Raises OSError or TooLarge; anything else is a bug."""
-
-        def once() -> T:
-            try:
-                return action(*args, **options)
-            except _BUGS:
-                raise
-            except Exception as error:
-                known = self._translate(error)
-                if known is error:
-                    raise
-                raise known from error
-
-        retrying = Retrying(
-            stop=stop_after_attempt(self.storage.retries + 1),
-            wait=WAIT,
-            retry=retry_if_exception(lambda error: isinstance(error, RemoteError) and error.again),
-            reraise=True,
-        )
-        return retrying(once)
+        return with_retries(partial(action, *args, **options), self.storage.retries, self._translate)
 
     def _translate(self, error: Exception) -> Exception:
         """The error to raise instead: drivers raise errors of many libraries, which the caller need not know."""

@@ -16,7 +16,8 @@ import aiohttp
 from yarl import URL
 
 from smsbatch.manifest import Storage
-from smsbatch.storage.backend import Backend, Fetched, ObjectInfo, RemoteError, TooLarge, byte_range, redact, strip_etag
+from smsbatch.storage.backend import Backend, Fetched, ObjectInfo, TooLarge, byte_range, strip_etag
+from smsbatch.storage.retries import RemoteError, redact
 
 _NUMBERS = {401: errno.EACCES, 403: errno.EACCES, 404: errno.ENOENT, 410: errno.ENOENT}
 _PASSING = {408, 425, 429}

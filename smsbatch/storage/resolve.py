@@ -12,8 +12,9 @@ import fsspec
 from smsbatch import tiny
 from smsbatch.errors import RequestError
 from smsbatch.manifest import Storage
-from smsbatch.storage.backend import _LOCK, Backend, redact
+from smsbatch.storage.backend import _LOCK, Backend
 from smsbatch.storage.disk import Disk
+from smsbatch.storage.retries import redact
 
 
 def resolve(url: str | Path, storage: Storage) -> tuple[Backend, str]:

@@ -18,17 +18,8 @@ import botocore.exceptions as boto
 from botocore.parsers import ResponseParserError
 
 from smsbatch.manifest import Storage
-from smsbatch.storage.backend import (
-    Backend,
-    Fetched,
-    ObjectInfo,
-    RemoteError,
-    TooLarge,
-    byte_range,
-    folder_prefix,
-    redact,
-    strip_etag,
-)
+from smsbatch.storage.backend import Backend, Fetched, ObjectInfo, TooLarge, byte_range, folder_prefix, strip_etag
+from smsbatch.storage.retries import RemoteError, redact
 
 CONNECTIONS = 64  # per process and store
 PART = 16 << 20  # bytes of an upload's part; four are in memory at once

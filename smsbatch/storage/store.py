@@ -22,8 +22,9 @@ from typing import IO
 
 from smsbatch.errors import RequestError, StorageError
 from smsbatch.manifest import Storage
-from smsbatch.storage.backend import Backend, RemoteError, redact
+from smsbatch.storage.backend import Backend
 from smsbatch.storage.resolve import resolve
+from smsbatch.storage.retries import RemoteError, redact
 
 # Beside the ledger, not beside the files, so that a glob for shards never finds the leftovers of a killed process.
 TEMPORARY = "_smsbatch/tmp"

@@ -23,6 +23,7 @@ from smsbatch.data.sample import Span
 from smsbatch.errors import RequestError, SampleError
 from smsbatch.manifest import Storage
 from smsbatch.storage import backend as remote
+from smsbatch.storage import retries
 from smsbatch.storage.store import Store
 
 HERE = Storage()
@@ -147,7 +148,7 @@ def web() -> Iterator[Web]:
 
 @pytest.fixture
 def reader(monkeypatch: pytest.MonkeyPatch) -> Reader:
-    monkeypatch.setattr(remote, "WAIT", wait_none())
+    monkeypatch.setattr(retries, "WAIT", wait_none())
     return Reader(Storage(timeout_s=5, retries=2), 10_000)
 
 

@@ -18,7 +18,7 @@ import yaml
 import smsbatch as sb
 from smsbatch.manifest import PRESETS, Distill, Fake, Model, Objective, Optimize, Stylize
 from smsbatch.manifest import schema as of_manifests
-from smsbatch.storage.backend import redact
+from smsbatch.storage.retries import redact
 
 GOOD = """\
 task: optimize

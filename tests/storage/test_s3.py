@@ -21,7 +21,7 @@ from smsbatch.data.sample import Span
 from smsbatch.data.sources import parts, scan
 from smsbatch.errors import SampleError, StorageError
 from smsbatch.manifest import Storage
-from smsbatch.storage import backend as remote
+from smsbatch.storage import retries
 from smsbatch.storage import s3 as s3_door
 from smsbatch.storage.store import Store
 
@@ -31,7 +31,7 @@ CONTENT = bytes(range(256)) * 40
 
 @pytest.fixture(autouse=True)
 def _no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(remote, "WAIT", wait_none())
+    monkeypatch.setattr(retries, "WAIT", wait_none())
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ import pytest
 from support.making import leftovers, read_range
 
 from smsbatch.errors import RequestError, StorageError
-from smsbatch.storage.backend import redact
+from smsbatch.storage.retries import redact
 from smsbatch.storage.store import Store
 
 ODD_NAMES = [

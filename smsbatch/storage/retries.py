@@ -1,0 +1,59 @@
+"""The one retry policy of all storage that is not a local disk."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Callable
+from typing import TypeVar
+
+from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_random_exponential
+
+from smsbatch.manifest import SECRET
+
+T = TypeVar("T")
+
+WAIT = wait_random_exponential(multiplier=0.5, max=20)  # seconds: at most 0.5, 1, 2, 4 ... 20
+_BUGS = (TypeError, KeyError, AttributeError, MemoryError, AssertionError)
+
+
+def redact(text: str) -> str:
+    """The text on one line, with `***` for every secret that `manifest.SECRET` matches."""
+    return SECRET.sub(lambda secret: f"{secret['shown'] or ''}***", " ".join(text.split()))
+
+
+class RemoteError(OSError):
+    """A failure that disks do not have. `advice` is what the user can do.
+
+    `again`: a temporary failure that outlasted the retries. `fatal`: every other object would be refused too, for
+    example without credentials.
+    """
+
+    def __init__(self, text: str, advice: str, *, again: bool = False, fatal: bool = False) -> None:
+        super().__init__(errno.EIO, redact(text))
+        self.advice, self.again, self.fatal = advice, again, fatal
+
+
+def with_retries(action: Callable[[], T], retries: int, translate: Callable[[Exception], Exception]) -> T:
+    """Call `action`, and again up to `retries` times while `translate` makes a RemoteError of `again` of its error.
+
+    Raises what `translate` gives; a bug of ours as it is.
+    """
+
+    def once() -> T:
+        try:
+            return action()
+        except _BUGS:
+            raise
+        except Exception as error:
+            known = translate(error)
+            if known is error:
+                raise
+            raise known from error
+
+    retrying = Retrying(
+        stop=stop_after_attempt(retries + 1),
+        wait=WAIT,
+        retry=retry_if_exception(lambda error: isinstance(error, RemoteError) and error.again),
+        reraise=True,
+    )
+    return retrying(once)
