@@ -112,7 +112,7 @@ def test_plan_in_figures(job: Path, tmp_path: Path) -> None:
     for said in (
         r"reads +\d",
         r"writes +about \d",
-        r"takes +[\d.]+ s an image, about \d+ s on one worker without a GPU",
+        r"takes +[\d.]+ s an image, about [\d.]+ s on one worker without a GPU",
     ):
         assert re.search(said, shown), shown
     assert re.search(r"costs +about [\d.,]+ at 3,600\.00 per GPU-hour", shown), shown
