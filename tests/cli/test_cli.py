@@ -320,7 +320,7 @@ def test_help_is_fast() -> None:
 def test_the_live_display_on_a_terminal(tmp_path: Path, model: Path, lora: Path) -> None:
     """A real pseudo-terminal: units, images and the step inside the unit are seen, and the summary stays."""
     photos = make_photos(tmp_path / "photos")
-    job = write_manifest(tmp_path, model, lora, photos, objective={"steps": 40})
+    job = write_manifest(tmp_path, model, lora, photos, objective={"steps": 20})
     driver, terminal = pty.openpty()
     environment = os.environ | {"TERM": "xterm", "COLUMNS": "100", "LINES": "30"}
     with subprocess.Popen(
@@ -338,7 +338,7 @@ def test_the_live_display_on_a_terminal(tmp_path: Path, model: Path, lora: Path)
     assert process.returncode == 0, shown
     plain = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", shown)
     assert re.search(r"\d/6 images +\d/3 units", plain)
-    assert re.search(r"unit 00000\d +\d/2 images +step \d+ of 40", plain)
+    assert re.search(r"unit 00000\d +\d/2 images +step \d+ of 20", plain)
     assert re.search(r"images/h, about .* left", plain)
     assert "6 stylized, 0 failed, 6 planned" in plain
     assert "Traceback" not in plain

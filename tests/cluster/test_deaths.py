@@ -189,15 +189,9 @@ def _wait_for_commits(out: Path, number: int, process: subprocess.Popen[str]) ->
         time.sleep(0.02)
 
 
-@pytest.mark.parametrize(
-    ("how", "pool_name"),
-    [
-        (signal.SIGINT, "local"),
-        pytest.param(signal.SIGTERM, "local", marks=pytest.mark.slow),
-        pytest.param(signal.SIGINT, "ray", marks=pytest.mark.slow),
-        pytest.param(signal.SIGTERM, "ray", marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("pool_name", ["local", "ray"])
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupt_keeps_all_commits(job: Path, pool_name: str, how: signal.Signals) -> None:
     out = job.parent / "out"
     process = _start(job, "--set", f"compute.pool={pool_name}")

@@ -122,6 +122,19 @@ def test_a_driver_that_is_killed_again_and_again(
     check_end(output.local(tmp_path), undisturbed)
 
 
+def test_a_driver_that_is_interrupted_leaves_in_order(job: Callable[..., Path], tmp_path: Path) -> None:
+    """In both pools, by both signals, from a fresh process: `test_deaths.py`."""
+    out, driver = tmp_path / "out", Life(job())
+    until(lambda: driver.ended or bool(commits(out)))
+    os.killpg(driver.pid, signal.SIGINT)  # as a terminal does
+    assert driver.wait() == 130, driver.said
+    last = driver.said.splitlines()[-1]
+    assert last == "smsbatch: interrupted; what is done is kept, the same command goes on from here"
+    assert "Traceback" not in driver.said
+    assert 1 <= len(commits(out)) < len(PHOTOS)
+    assert not list((out / "_smsbatch/heartbeats").iterdir())
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="finds Ray's processes in Linux' /proc")
 def test_actors_and_then_the_driver_of_a_cluster_are_killed(
