@@ -2,7 +2,7 @@
 
 A pool is a context manager. `work` yields the commit of every item in the order of completion, and None now and then so
 that the caller can look at `progress`. A worker has several units in flight: it computes one, and reads or commits the
-others. An exception in a worker (a full disk, for example) ends the run; the death of a worker does not. The first call
+others. An exception that a worker raises (a full disk, for example) ends the run; its death need not. The first call
 that needs workers starts them, so that a pool with nothing to do costs nothing.
 """
 

@@ -1,6 +1,6 @@
 """The stylizer turns samples into outcomes on one device, without storage or cluster.
 
-It is a pipeline: threads decode ahead of the device, one thread stacks the next batch, other threads encode the results.
+It is a pipeline: threads decode ahead of the device, one thread stacks the next batch, other threads encode results.
 Concurrent calls take turns on the device; each prepares its first batch before its turn.
 """
 

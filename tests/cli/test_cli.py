@@ -192,7 +192,7 @@ def test_errors_verify_repair_and_gc(job: Path, tmp_path: Path, model: Path, lor
     told = smsbatch("repair", file, "--dry-run")
     assert (told.returncode, tar.stat().st_size) == (0, 1000)
     assert "Would do:\n  publish shard 000000 again" in told.stdout
-    assert "Mended" in smsbatch("repair", file).stdout
+    assert "Repaired" in smsbatch("repair", file).stdout
     assert tar.read_bytes() == whole
     assert smsbatch("verify", file, "--full").returncode == 0
 
