@@ -112,7 +112,7 @@ class Ledger:
         while standing is None or standing.generation < commit.generation:
             if commit.generation > (0 if standing is None else standing.generation + 1):
                 before = self.store.locate(commit_file(commit.unit, commit.generation - 1))
-                raise StorageError(f"{before} is gone; run again to compute the unit again")
+                raise StorageError(f"{before} is gone; run again to recompute the unit")
             lost = [
                 name
                 for kind in KINDS  # `gc` may have removed them if this process was suspended for days
@@ -123,7 +123,7 @@ class Ledger:
                 return commit
             standing = self.committed(commit.unit)
             if lost and (standing is None or standing.generation < commit.generation):
-                raise StorageError(f"{self.store.locate(lost[0])} is gone or cut; run again to compute the unit again")
+                raise StorageError(f"{self.store.locate(lost[0])} is gone or cut; run again to recompute the unit")
         return standing
 
     # --- what is committed ---
