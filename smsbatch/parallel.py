@@ -13,7 +13,7 @@ Result = TypeVar("Result")
 
 
 def started_ahead(started: Iterable[Item], places: int) -> Iterator[Item]:
-    """The same items, drawn from `started` up to `places` ahead of the consumer."""
+    """The same items, taken from `started` up to `places` ahead of the consumer."""
     remaining = iter(started)
     window = deque(islice(remaining, places))
     while window:
@@ -22,9 +22,9 @@ def started_ahead(started: Iterable[Item], places: int) -> Iterator[Item]:
 
 
 def map_ahead(function: Callable[[Item], Result], items: Iterable[Item], threads: int) -> Generator[Result, None, None]:
-    """The function of every item, in their order, by threads that run ahead of the caller by two items each.
+    """Yield the function's result for every item, in their order; threads run ahead of the caller by two items each.
 
-    Whoever leaves the iterator early starts no more of them. An exception of the function is raised at its item.
+    Closing the iterator early starts no further items. An exception of the function is raised at its item.
     """
     workers = ThreadPoolExecutor(threads, thread_name_prefix=f"smsbatch-{getattr(function, '__name__', 'map')}")
     try:

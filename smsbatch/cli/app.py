@@ -135,16 +135,16 @@ def status(
     from smsbatch.runs.snapshot import Snapshot
 
     with reporting(as_json):
-        look = Snapshot(located(where, set_))
-        now = sb.status(look)
+        snapshot = Snapshot(located(where, set_))
+        now = sb.status(snapshot)
         if watch:
             try:
                 with lines.watch_display(as_json) as shown:
                     shown.update(now)
                     while not now.finished:
                         time.sleep(interval)
-                        look.renew()
-                        now = sb.status(look)
+                        snapshot.renew()
+                        now = sb.status(snapshot)
                         shown.update(now)
             except KeyboardInterrupt:
                 raise typer.Exit from None  # Ctrl-C is the normal end of --watch
@@ -166,9 +166,9 @@ def errors(
     from smsbatch.runs.snapshot import Snapshot
 
     with reporting(as_json):
-        look = Snapshot(located(where, set_))
+        snapshot = Snapshot(located(where, set_))
         shown = 0
-        for row in sb.failures(look, code, limit):
+        for row in sb.failures(snapshot, code, limit):
             if as_json:
                 typer.echo(json.dumps(row, ensure_ascii=False))
             else:
@@ -177,7 +177,7 @@ def errors(
                 typer.echo(dataset.failure(row))
             shown += 1
         if not as_json:
-            now = sb.status(look)
+            now = sb.status(snapshot)
             assert isinstance(now, sb.Status), "failures() refuses a training"
             echo(dataset.failed(now, shown))
 

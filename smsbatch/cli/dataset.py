@@ -155,7 +155,7 @@ def repaired(result: Repaired, where: str) -> Iterator[str]:
     if result.after is not None:
         yield from (f"  still wrong: {problem}" for problem in result.after.problems[:_SHOWN])
         yield (
-            "Mended; every byte of the repaired files is verified."
+            "Repaired; every byte of the repaired files is verified."
             if result.ok
             else f"{count(len(result.after.problems), 'problem')} left; look at: smsbatch verify --full {where}"
         )

@@ -22,16 +22,16 @@ PROGRESS: dict[str, Callable[[str, Any], Status | TrainingStatus]] = {
     "dataset": lambda name, now: now,
     "generator": TrainingStatus.of,
 }
-"""The status that a run's name and progress make, by what its task makes."""
+"""The status from a run's name and progress, by the result of its task."""
 
 
 def lines_of(result: Any) -> Any:
-    """The module that has the lines of what a verb gave."""
+    """The module that formats the result of a verb."""
     return _LINES[type(result).__name__]
 
 
 def status(now: Status | TrainingStatus, ages: bool = False) -> list[str]:
-    """A status as a few lines; with `ages` also when its workers were last heard of."""
+    """A status as a few lines; with `ages` also the time since the last report of each worker."""
     lines: list[str] = lines_of(now).status(now, ages)
     return lines
 

@@ -45,7 +45,7 @@ def status_line(now: TrainingStatus) -> str:
 
 def summary(done: Distilled, worked: bool) -> Iterator[str]:
     """The generator, its location, and the next step."""
-    if done.resumed_from is None:  # else it worked, though perhaps for no step
+    if done.resumed_from is None:  # else it trained, though perhaps for no step
         yield "Nothing to do: the generator is there already."
     rows = [
         ("run", done.name),

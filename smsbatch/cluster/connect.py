@@ -1,4 +1,4 @@
-"""The Ray cluster a run works on: joined where one is named, started here where none is; and what fits into it."""
+"""Join the Ray cluster of a run, or start one here if none is named, and compute how many workers fit."""
 
 from __future__ import annotations
 
@@ -18,22 +18,20 @@ from smsbatch.manifest import Compute
 
 
 class Sizing(NamedTuple):
-    """How many workers of what size."""
+    """The number of workers, and the GPUs and CPU threads of torch of each."""
 
     workers: int
     gpus: float
-    """GPUs of one."""
     threads: int
-    """CPU threads of torch in one."""
 
     @property
     def cpus(self) -> int:
-        """What one reserves: on a GPU the processors are not what is scarce."""
+        """CPUs that a worker reserves: one on a GPU, because there the CPUs are not the bottleneck."""
         return 1 if self.gpus else self.threads
 
 
 def check_installed() -> None:
-    """Raises RequestError if Ray is not."""
+    """Raises RequestError if Ray is not installed."""
     if importlib.util.find_spec("ray") is None:
         raise RequestError(
             "compute.pool: Ray is not installed; pip install 'smsbatch[ray]', or --set compute.pool=local"
@@ -41,12 +39,12 @@ def check_installed() -> None:
 
 
 def connect(compute: Compute) -> bool:
-    """Be in a cluster; whether it was joined or started now, so that the caller has to leave it.
+    """Connect this process to a cluster; True if it was not connected before, so that the caller must disconnect.
 
     Raises:
         RequestError: there is none at the address.
     """
-    # Ray reads these at import; they only spare the user messages that are not for him.
+    # Ray reads these at import; they only suppress messages that do not concern the user.
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     import ray
@@ -58,7 +56,6 @@ def connect(compute: Compute) -> bool:
 
 
 def _start(compute: Compute) -> None:
-    """Join the cluster that is named, or start one here."""
     import ray
 
     address = os.environ.get("RAY_ADDRESS") if compute.address == "auto" else compute.address
@@ -79,14 +76,14 @@ def _start(compute: Compute) -> None:
             "check `ray status`, RAY_AUTH_MODE=token if the cluster asks for one, or --set compute.pool=local"
         ) from error
     if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, on_sigterm)  # Ray would exit at once, and not in order
+        signal.signal(signal.SIGTERM, on_sigterm)  # Ray's handler would exit at once, without cleaning up
 
 
 def size_up(compute: Compute) -> Sizing:
-    """How many workers of what size: node by node, since a worker cannot lie across two.
+    """Compute the workers that fit, node by node, since a worker cannot span two nodes.
 
     Raises:
-        RequestError: there is no room for as many as are wanted.
+        RequestError: there is no room for the requested number of workers.
     """
     import ray
 
@@ -107,7 +104,7 @@ def size_up(compute: Compute) -> Sizing:
 
 @contextmanager
 def _quiet_stderr() -> Iterator[None]:
-    """Nothing on the process's stderr: Ray's own code, in C++, writes there of what it then raises."""
+    """Discard this process's stderr: Ray's C++ code prints errors there that it also raises."""
     with Path(os.devnull).open("w") as nowhere:
         stderr = os.dup(2)
         os.dup2(nowhere.fileno(), 2)

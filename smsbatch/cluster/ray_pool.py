@@ -22,13 +22,13 @@ from smsbatch.runs.status import Progress
 from smsbatch.workers.pool import TICK_S, LocalPool, Pool
 from smsbatch.workers.worker import Worker, WorkItem
 
-_FEW = 64  # things to do that are not worth starting a cluster for
-_LOOK_S = 10.0  # between two looks whether there is a cluster at all
+_FEW = 64  # so few items are not worth starting a cluster for
+_LOOK_S = 10.0  # interval of the check that the cluster still exists
 
 
 @dataclass(eq=False)
 class _Actor:
-    """A Ray actor and the jobs it has in hand."""
+    """A Ray actor and the jobs that it is working on."""
 
     handle: Any
     name: str
@@ -39,14 +39,14 @@ class _Actor:
 class RayPool(Pool):
     """Actors on a Ray cluster, each pinned to its GPUs, with the models loaded once.
 
-    Joins the cluster at `compute.address` (or RAY_ADDRESS); where none is named it starts one here and stops it at the
+    Joins the cluster at `compute.address` (or RAY_ADDRESS); if none is named, it starts one here and stops it at the
     end. A dead actor is replaced, and its units are tried again (`UnitRetry`).
     """
 
-    _MAX_STARTUP_DEATHS = 3  # actors in a row that died while loading the models: it is not the samples' fault
+    _MAX_STARTUP_DEATHS = 3  # actors in a row that died while loading the models, which no sample can cause
 
     def __init__(self, manifest: Manifest) -> None:
-        super().__init__(manifest.absolute())  # an actor's working folder is another
+        super().__init__(manifest.absolute())  # an actor has another working directory
         check_installed()
         self._actors: list[_Actor] = []
         self._seen: dict[str, Progress] = {}
@@ -64,7 +64,6 @@ class RayPool(Pool):
             ray.shutdown()
 
     def _connect(self) -> None:
-        """Be in a cluster, and know its size."""
         if self._connected:
             return
         self._started = connect(self.manifest.compute)
@@ -82,7 +81,7 @@ class RayPool(Pool):
         self._connect()
         import ray
 
-        call = ray.remote(lambda item: function(item))  # Ray wants a function, not what can be called like one
+        call = ray.remote(lambda item: function(item))  # Ray refuses callables that are not functions
         places = 2 * int(ray.cluster_resources().get("CPU", 1))
         yield from map(self._result, started_ahead((call.remote(item) for item in items), places))
 
@@ -95,7 +94,7 @@ class RayPool(Pool):
         return measured
 
     def _result(self, call: Any) -> Any:
-        """What a call gave; our own errors as they were, and a death as the run's."""
+        """The result of a call. Raises our own errors unchanged, and RunError for the death of its worker."""
         import ray
 
         try:
@@ -111,7 +110,7 @@ class RayPool(Pool):
             ) from error
 
     def work(self, run: Run, items: Iterable[WorkItem]) -> Iterator[Commit | None]:
-        """As `Pool.work`; each actor opens the run for itself."""
+        """Like `Pool.work`; each actor opens the run itself."""
         self._connect()
         import ray
 
@@ -119,7 +118,7 @@ class RayPool(Pool):
         unrecoverable: list[str] = []
         next_look = monotonic() + _LOOK_S
         calls: dict[Any, tuple[_Actor, UnitRetry | None]] = {}  # a call without a job is an actor's setup
-        polls = {actor.handle.progress.remote(): actor for actor in self._actors}  # who has measured before
+        polls = {actor.handle.progress.remote(): actor for actor in self._actors}  # the actor of a probe, if any
         while True:
             outstanding = len(queue) + sum(len(actor.jobs) for actor in self._actors)
             while len(self._actors) < min(self._size, outstanding):
@@ -128,7 +127,7 @@ class RayPool(Pool):
             for actor in self._actors:
                 self._deal(actor, queue, calls)
             if not queue and not any(actor.jobs for actor in self._actors):
-                break  # an actor that still loads, or waits for a place, is not waited for
+                break  # without waiting for actors that are still loading or have no place yet
 
             finished, _ = ray.wait(list(calls), num_returns=1, timeout=TICK_S)
             for call in finished:
@@ -140,8 +139,8 @@ class RayPool(Pool):
                     if isinstance(cause, SmsbatchError):
                         raise cause from None
                     if isinstance(error, ray.exceptions.RayTaskError) and type(cause).__name__ != "AcceleratorError":
-                        raise  # a bug: its traceback in the actor is what one needs
-                    # Dead, or with a GPU that has failed, which only a new process can use again.
+                        raise  # a bug: keep the actor's traceback
+                    # The actor is dead, or its GPU has failed, which only a new process can use again.
                     calls = {key: value for key, value in calls.items() if value[0] is not actor}
                     unrecoverable += self._bury(actor, queue, error)
                     continue
@@ -150,14 +149,14 @@ class RayPool(Pool):
                     polls[actor.handle.progress.remote()] = actor
                     continue
                 actor.jobs.remove(job)
-                if job.suspects:  # a probe that went well
+                if job.suspects:  # this was a probe, and the actor has survived it
                     job.suspects.popleft()
                     queue.appendleft(job)
                 else:
                     yield result
             polls = self._poll(polls)
             if not finished and monotonic() >= next_look:
-                if not any(node["Alive"] for node in ray.nodes()):  # nothing would ever be heard of its actors' deaths
+                if not any(node["Alive"] for node in ray.nodes()):  # then Ray never reports the deaths of its actors
                     raise RunError("the Ray cluster is gone: no node is alive; look at its logs, then run again")
                 next_look = monotonic() + _LOOK_S
             yield None
@@ -180,7 +179,7 @@ class RayPool(Pool):
             .options(
                 num_gpus=sizing.gpus,
                 num_cpus=sizing.cpus,
-                max_concurrency=self.units_in_flight + 1,  # and `progress`
+                max_concurrency=self.units_in_flight + 1,  # one more for `progress`
             )
             .remote(self.manifest.model_copy(update={"compute": compute}), name, "cuda" if sizing.gpus else "cpu")
         )
@@ -189,11 +188,11 @@ class RayPool(Pool):
         return actor
 
     def _deal(self, actor: _Actor, queue: deque[UnitRetry], calls: dict[Any, tuple[_Actor, UnitRetry | None]]) -> None:
-        """Give an actor what it can take; a unit that saw a death has one for itself: the next then has one cause."""
+        """Give an actor jobs up to its limit; a unit that saw a death runs alone, so that the next has one suspect."""
         while actor.ready and queue and len(actor.jobs) < self.units_in_flight:
             idle = sum(not other.jobs for other in self._actors)
             if actor.jobs and (queue[0].deaths or any(job.deaths for job in actor.jobs) or len(queue) <= idle):
-                return  # the last units are for those who have none, also for those who still load
+                return  # the last units go to actors without a job, including those that are still loading
             job = queue.popleft()
             actor.jobs.append(job)
             if job.suspects:
@@ -202,12 +201,12 @@ class RayPool(Pool):
                 calls[actor.handle.process.remote(job.item, tuple(job.lost), job.deaths)] = actor, job
 
     def _bury(self, actor: _Actor, queue: deque[UnitRetry], error: Exception) -> list[str]:
-        """Take a dead actor out and put its jobs back; the names of units with nothing left to try."""
+        """Remove a dead actor and requeue its jobs; returns the names of units with nothing left to try."""
         import ray
 
         ray.kill(actor.handle)
         self._actors.remove(actor)
-        preempted = getattr(error, "preempted", False)  # the machine was taken away: no sample's fault, nor memory's
+        preempted = getattr(error, "preempted", False)  # such a death has nothing to do with samples or memory
         if not actor.ready and not preempted:
             self._startup_deaths += 1
             if self._startup_deaths >= self._MAX_STARTUP_DEATHS:
@@ -217,7 +216,7 @@ class RayPool(Pool):
                         f"{self._startup_deaths} workers in a row died while loading the models ({reason}); is their "
                         "memory too small? `--set compute.pool=local` shows what happens in this process"
                     )
-                self._size, self._startup_deaths = self._size - 1, 0  # others work: only this place is bad
+                self._size, self._startup_deaths = self._size - 1, 0  # other actors work, so only this place is bad
         unrecoverable = []
         for job in reversed(actor.jobs):
             if preempted or job.worker_died(self.manifest.compute.retries):
@@ -227,7 +226,7 @@ class RayPool(Pool):
         return unrecoverable
 
     def _poll(self, polls: dict[Any, _Actor]) -> dict[Any, _Actor]:
-        """Take what actors answered about their progress, and ask them again."""
+        """Collect the actors' answers about their progress, and ask again."""
         import ray
 
         if not polls:
@@ -236,17 +235,17 @@ class RayPool(Pool):
         again = {call: polls[call] for call in waiting}
         for call in answered:
             actor = polls[call]
-            with suppress(ray.exceptions.RayError):  # it died: `work` finds out by the unit it had
+            with suppress(ray.exceptions.RayError):  # the actor died, which `work` learns from its job
                 self._seen[actor.name] = ray.get(call)
                 again[actor.handle.progress.remote()] = actor
         return again
 
 
 def pool_of(manifest: Manifest) -> Pool:
-    """The pool that the manifest asks for.
+    """The pool of `compute.pool`.
 
     Raises:
-        RequestError: Ray is asked for, and is not installed.
+        RequestError: the pool is `ray`, but Ray is not installed.
     """
     if manifest.compute.pool == "local":
         return LocalPool(manifest)

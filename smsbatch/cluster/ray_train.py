@@ -1,11 +1,10 @@
-"""The training loop on a Ray cluster, by Ray Train: one process a worker, all-reduced by NCCL on GPUs, else by gloo.
+"""The training loop on a Ray cluster, by Ray Train: one process per worker; all-reduce by NCCL on GPUs, else by gloo.
 
-When a worker dies, Ray Train ends the others, who cannot do a step without it, and starts a new group, which goes on
-from our newest checkpoint: `compute.retries` times, while a machine that was taken away (`ray.train` calls it a
-preemption) is always replaced. Where the cluster is told beforehand, as Ray's autoscaler and KubeRay are of spot
-machines, a checkpoint is written within `distill.log_every` steps of the notice. What is lost otherwise are the steps
-since the last checkpoint. Ray Train's own checkpoints are not used: ours are in the run's store, where a training
-without Ray finds them too.
+When a worker dies, Ray Train ends the others, which cannot do a step without it, and starts a new group, which resumes
+from our newest checkpoint. This happens at most `compute.retries` times; a preempted machine is always replaced. If the
+cluster is notified of a preemption, as Ray's autoscaler and KubeRay are for spot machines, a checkpoint is written
+within `distill.log_every` steps of the notice; otherwise the steps since the last checkpoint are lost. Ray Train's own
+checkpoints are not used: ours are in the run's store, where a training without Ray finds them too.
 """
 
 from __future__ import annotations
@@ -25,34 +24,34 @@ from smsbatch.runs.run import store_of
 from smsbatch.storage.store import Store
 from smsbatch.training.log import TrainingProgress, read_progress
 
-_LOOK_S = 1.0  # between two looks at what is stored: the progress, by the driver; a request to stop, by worker 0
+_LOOK_S = 1.0  # interval at which the driver reads the progress, and worker 0 looks for the stop file
 
 
 def train_on_ray(
     manifest: Distill, store: Store, stop: Callable[[], bool], progress: Callable[[TrainingProgress], None]
 ) -> bool:
-    """`train_loop` in as many processes as the manifest wants; whether it was done, and not stopped before.
+    """Run `train_loop` in as many processes as the manifest requests; False if it was stopped before its end.
 
     Raises:
         RequestError: Ray is not installed, there is no cluster, or no room in it.
         RunError: workers died more often than `compute.retries`.
-        SmsbatchError: what a worker raised.
+        SmsbatchError: the error of a worker.
     """
     check_installed()
-    manifest = manifest.absolute()  # a worker's folder is another
+    manifest = manifest.absolute()  # a worker has another working directory
     started = connect(manifest.compute)
     import ray
 
     try:
         sizing = _divided(size_up(manifest.compute), manifest)
-        stop_file = f"_smsbatch/training/stop-{uuid.uuid4().hex}"  # asks the workers to stop when it is there
+        stop_file = f"_smsbatch/training/stop-{uuid.uuid4().hex}"  # the workers stop when it exists
         with tempfile.TemporaryDirectory(prefix="smsbatch-train-") as scratch:
             fit = _Fit(manifest, sizing, stop_file, scratch)
             stop_sent, shown, ended = False, read_progress(store), False
             try:
                 while not ended:
                     ended = fit.wait(_LOOK_S)
-                    with suppress(StorageError):  # it is for the eyes; the workers meet the same store
+                    with suppress(StorageError):  # only a display; the workers use the same store and raise its errors
                         now = read_progress(store)
                         if now is not None and now != shown:
                             progress(now)
@@ -61,7 +60,7 @@ def train_on_ray(
                         store.put(stop_file, b"")
                         stop_sent = True
             except BaseException:
-                with suppress(StorageError):  # in a cluster that goes on they would train with nobody looking
+                with suppress(StorageError):  # else the workers would go on without a driver, if the cluster remains
                     store.put(stop_file, b"")
                 raise
             if stop_sent:
@@ -74,7 +73,7 @@ def train_on_ray(
 
 
 def _divided(sizing: Sizing, manifest: Distill) -> Sizing:
-    """With as many workers as the pictures of a step can be divided among; the manifest has seen to a given number."""
+    """Reduce `auto` workers to a divisor of `images_per_step`; the manifest has checked a given number."""
     if manifest.compute.workers != "auto":
         return sizing
     images = manifest.distill.images_per_step
@@ -82,14 +81,14 @@ def _divided(sizing: Sizing, manifest: Distill) -> Sizing:
 
 
 class _Fit:
-    """`TorchTrainer.fit`, in a thread: in the main one it would take Ctrl-C for itself."""
+    """`TorchTrainer.fit` in a thread: in the main thread it would catch Ctrl-C."""
 
     def __init__(self, manifest: Distill, sizing: Sizing, stop_file: str, scratch: str) -> None:
         os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
         import ray.train
         from ray.train.torch import TorchConfig, TorchTrainer
 
-        whole_gpus = sizing.gpus >= 1  # of a shared one NCCL makes no group
+        whole_gpus = sizing.gpus >= 1  # NCCL makes no group of workers that share a GPU
         self._trainer = TorchTrainer(
             _work,
             train_loop_config={
@@ -98,7 +97,7 @@ class _Fit:
                 "gpu": bool(sizing.gpus),
                 "bell": stop_file,
             },
-            # By gloo goes what is on the CPU: a few numbers before each step, for which no GPU has to wait.
+            # gloo is for CPU tensors: a few numbers before each step, for which no GPU has to wait.
             torch_config=TorchConfig(backend="cpu:gloo,cuda:nccl" if whole_gpus else "gloo"),
             scaling_config=ray.train.ScalingConfig(
                 num_workers=sizing.workers,
@@ -117,19 +116,19 @@ class _Fit:
         self._thread.start()
 
     def wait(self, seconds: float) -> bool:
-        """Whether it has ended, after so long at most."""
+        """Wait at most `seconds` for the end; True if it has ended."""
         self._thread.join(seconds)
         return not self._thread.is_alive()
 
     def _fit(self) -> None:
         try:
             self.outcome = self._trainer.fit()
-        except BaseException as error:  # `_result` raises it, in the thread that asks
+        except BaseException as error:  # `_result` raises it in the caller's thread
             self.outcome = error
 
 
 def _result(outcome: Any, retries: int) -> bool:
-    """What the workers returned; or what they raised, as it was."""
+    """The result of the workers; raises their error unchanged, and RunError if they died too often."""
     import ray.train
 
     if isinstance(outcome, ray.train.WorkerGroupError):
@@ -137,7 +136,7 @@ def _result(outcome: Any, retries: int) -> bool:
         for error in failures:
             if isinstance(error, SmsbatchError):
                 raise error
-        # What the others raise, who were waiting for the dead one, says nothing.
+        # The errors of the others, which were waiting for the dead worker, do not matter.
         for error in failures:
             death = getattr(error, "health_check_failure", error)
             if isinstance(death, ray.exceptions.RayError):
@@ -154,10 +153,10 @@ def _result(outcome: Any, retries: int) -> bool:
 
 
 def _work(config: dict[str, Any]) -> bool | SmsbatchError:
-    """What every worker does; worker 0's word counts.
+    """The function of every worker; the driver gets the result of worker 0.
 
-    An error that all have raised is returned: raised, it would be met again by a new group. One that a worker has alone
-    is raised, because the others wait for it and have to be ended.
+    An error that all workers share is returned, because raising it would start a new group with the same error. An
+    error of a single worker is raised, because the others wait for it and must be ended.
     """
     import ray.train.torch
 
@@ -168,7 +167,7 @@ def _work(config: dict[str, Any]) -> bool | SmsbatchError:
     compute = manifest.compute.model_copy(update={"threads": config["threads"]})
     manifest = manifest.model_copy(update={"compute": compute})
     context = ray.train.get_context()
-    device = str(ray.train.torch.get_device()) if config["gpu"] else "cpu"  # of a machine's GPUs, its own
+    device = str(ray.train.torch.get_device()) if config["gpu"] else "cpu"  # this worker's GPU
     group = WorkerGroup(context.get_world_rank(), context.get_world_size(), device)
     asked = threading.Event()
     left = threading.Event()
@@ -185,17 +184,17 @@ def _work(config: dict[str, Any]) -> bool | SmsbatchError:
 
 
 def _listen(manifest: Distill, stop_file: str, asked: threading.Event, left: threading.Event) -> None:
-    """Set `asked` when the bell is there."""
+    """Set `asked` when the stop file exists."""
     store = store_of(manifest)
     while not left.wait(_LOOK_S):
-        with suppress(StorageError):  # asked again in a moment
+        with suppress(StorageError):  # tried again after _LOOK_S
             if store.exists(stop_file):
                 asked.set()
                 return
 
 
 def _preempted() -> bool:
-    """Whether the machine of a worker is about to be taken away, as far as the cluster has been told."""
+    """True if the cluster has been notified that a machine of the workers will be preempted."""
     import ray.train
 
     return ray.train.get_preemption_info() is not None

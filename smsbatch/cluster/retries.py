@@ -1,4 +1,4 @@
-"""A task on its way through a cluster, and the search for the sample that kills its workers."""
+"""Retries of a work item whose workers die, and the search for the sample that kills them."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from smsbatch.workers.worker import WorkItem
 
 @dataclass(eq=False)
 class UnitRetry:
-    """A task on its way through the cluster, and what is known of the deaths it was there for.
+    """A work item and the deaths of the workers that processed it.
 
-    A unit whose workers keep dying is searched: `suspects` are ranges of its rows that are tried alone and halved when
-    they kill again, until single rows stand alone and are `lost`; then the unit is done without them.
+    A unit whose workers keep dying is bisected: `suspects` are ranges of its rows that are tried alone and halved when
+    they kill again. Single rows that kill are `lost`; then the unit is computed without them.
     """
 
     item: WorkItem
@@ -23,7 +23,7 @@ class UnitRetry:
     lost: list[int] = field(default_factory=list)
 
     def worker_died(self, retries: int) -> bool:
-        """Note one more death of its worker; False when there is nothing left to try."""
+        """Count a death of its worker; False if there is nothing left to try."""
         self.deaths += 1
         if self.suspects:
             rows = self.suspects.popleft()

@@ -1,1 +1,1 @@
-"""A file per verb."""
+"""The verbs: one file each."""

@@ -1,7 +1,7 @@
-"""What a run needs of this machine and of its storage, tried before it is needed: `doctor`.
+"""`doctor`: check this machine and the storage before a run needs them.
 
-Every check ends: storage is asked with short timeouts and few retries, a cluster only whether its port is open. What is
-tried at the output is a probe of a few bytes, which is deleted again; nothing else is written.
+Every check ends: requests to storage have short timeouts and few retries, and of a cluster only the port is tried. The
+only file written to the output is a probe of a few bytes, which is deleted again.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ from smsbatch.manifest import Manifest, Storage
 from smsbatch.runs.run import find_or_require_empty
 from smsbatch.storage.store import TEMPORARY, Store
 
-_SCRATCH_FAILS, _SCRATCH_WARNS = 1e9, 10e9  # bytes: a shard or two; comfort
+_SCRATCH_FAILS, _SCRATCH_WARNS = 1e9, 10e9  # free bytes; the former hold one or two shards
 _CLOCK_WARNS_S, _CLOCK_FAILS_S = 60, 600  # S3 refuses a clock that is 15 minutes off
 _TIMEOUT_S, _RETRIES = 5.0, 1
-_PORT = 6379  # of a Ray cluster whose address names none
+_PORT = 6379  # of a Ray cluster if its address names no port
 
 
 @dataclass(frozen=True)
 class Check:
-    """One thing that was looked at: what was found, and what to do if that is not well."""
+    """The result of one check; `do` is the advice if the state is not ok."""
 
     name: str
     state: Literal["ok", "warn", "fail"]
@@ -48,9 +48,9 @@ class Check:
 
 
 def doctor(where: str | Manifest | None = None) -> list[Check]:
-    """Check this machine and, of a manifest or an output path, storage, source and weights.
+    """Check this machine; also the storage of an output path, and storage, source and weights of a manifest.
 
-    What it looks for and does not find is no exception but a Check that failed.
+    A check that fails returns state "fail"; it raises nothing.
     """
     checks = [_python(), _torch(), _cores(), _scratch(), _ray(where if isinstance(where, Manifest) else None)]
     if where is not None:
@@ -112,7 +112,7 @@ def _ray(manifest: Manifest | None) -> Check:
     address = manifest.compute.address if manifest is not None and needed else "auto"
     address = os.environ.get("RAY_ADDRESS", "") if address == "auto" else address
     if address in ("", "local"):
-        return Check("ray", "ok", f"{installed}, no cluster's address: one is started here for each run")
+        return Check("ray", "ok", f"{installed}, no cluster address: each run starts a cluster here")
     if address == "auto":
         return Check("ray", "ok", f"{installed}, joins the cluster of this machine")
     host, _, port = address.rpartition("://")[2].partition(":")
@@ -121,12 +121,12 @@ def _ray(manifest: Manifest | None) -> Check:
         socket.create_connection((host, number), timeout=_TIMEOUT_S).close()
     except (OSError, ValueError) as error:
         advice = "start the cluster, or set RAY_ADDRESS or compute.address to where it is"
-        return Check("ray", "fail", f"{installed}, nobody answers at {address}: {error}", advice)
+        return Check("ray", "fail", f"{installed}, no cluster answers at {address}: {error}", advice)
     return Check("ray", "ok", f"{installed}, a cluster answers at {address}")
 
 
 def _output(where: str | Manifest) -> Iterator[Check]:
-    """Put, read, list and delete a probe, and what else the ledger stands on."""
+    """Put, read, list and delete a probe; check the clock and create-only put, which the ledger needs."""
     try:
         path, storage = (where, Storage()) if isinstance(where, str) else (where.output.path, where.storage)
         store = Store(path, _impatient(storage))
@@ -215,9 +215,9 @@ def _weights(manifest: Manifest) -> Check:
 
 
 def _failed(name: str, error: SmsbatchError) -> Check:
-    """An error's message is what was found, and behind the first semicolon what to do."""
+    """Split the message of an error at the first semicolon: before it the finding, after it the advice."""
     found, _, advice = str(error).partition("; ")
-    return Check(name, "fail", found, advice or "mend that, then look again")
+    return Check(name, "fail", found, advice or "fix that, then run doctor again")
 
 
 def _impatient(storage: Storage) -> Storage:

@@ -1,6 +1,6 @@
-"""A generator to a file that runs without this package: ONNX.
+"""`export`: write a generator as an ONNX file, which runs without this package.
 
-What is written is tried: a file that computes something else than the generator is not left behind.
+The file is tested before it gets its name: one whose results differ from the generator's is deleted.
 """
 
 from __future__ import annotations
@@ -17,18 +17,17 @@ from smsbatch.generator.onnx import difference, export_onnx
 from smsbatch.manifest import Storage
 from smsbatch.storage.store import storage_errors
 
-_TOLERANCE = 1e-3  # of values in [0, 1]; a pixel's step is four times that
+_TOLERANCE = 1e-3  # for values in [0, 1]; one step of a pixel is four times as large
 
 
 @dataclass(frozen=True)
 class Exported:
-    """A file that was written.
+    """An exported file.
 
     Attributes:
-        path: the file.
-        parameters: of the generator.
-        bytes: of the file.
-        largest: difference between torch and onnxruntime, of values in [0, 1]; None where the latter is not installed.
+        parameters: number of parameters of the generator.
+        bytes: size of the file.
+        largest: largest difference between torch and onnxruntime, for values in [0, 1]; None if the latter is missing.
     """
 
     path: Path
@@ -41,25 +40,25 @@ class Exported:
 
 
 def export(generator: str | Path, target: str | Path, storage: Storage | None = None) -> Exported:
-    """Write a generator as an ONNX file, see `generator/onnx.py`, and compare what it computes.
+    """Write a generator as an ONNX file (see `generator/onnx.py`), and compare its results with the generator's.
 
     Args:
         generator: the output of a `distill` run, or a folder with a generator's two files; on disk or in an object
             store.
-        target: a file that ends in `.onnx`, which is replaced if it is there, or a folder that is.
-        storage: how an object store is reached.
+        target: a file that ends in `.onnx`, which is replaced if it exists, or an existing folder.
+        storage: settings for an object store.
 
     Raises:
-        RequestError: the extra is not installed, or the target is not possible.
+        RequestError: the extra `onnx` is not installed, or the target is invalid.
         WeightsError: there is no generator, or it is damaged.
-        RunError: onnxruntime computes something else; nothing is left.
-        StorageError: the generator cannot be read, or the file not be written.
+        RunError: onnxruntime computes other results; no file is left.
+        StorageError: the generator cannot be read, or the file cannot be written.
     """
     path = Path(target)
     if path.is_dir():
         path = path / "generator.onnx"
     if path.suffix != ".onnx" or "://" in str(target):
-        raise RequestError(f"{target}: an export goes to a file here that ends in .onnx, or to a folder that is there")
+        raise RequestError(f"{target}: an export needs a local file name that ends in .onnx, or an existing folder")
     if not path.parent.is_dir():
         raise RequestError(f"{target}: there is no folder {path.parent}; make it first")
     whole = Generator.of_files(read_generator(str(generator), storage or Storage()), str(generator))

@@ -1,5 +1,4 @@
-"""`gc`: remove what no result and no proof needs any more. The only verb that deletes; it says what, and does not start
-while a driver is at work."""
+"""`gc`: remove objects that no result, retry or check needs any more. It does not start while a driver is at work."""
 
 from __future__ import annotations
 
@@ -18,14 +17,14 @@ from smsbatch.runs.layout import ATTEMPTS, GENERATIONS, SUPERSEDED
 from smsbatch.runs.run import Run
 from smsbatch.storage.store import TEMPORARY, Store
 
-_YOUNG_S = 3600.0  # what is younger may be somebody's work in hand
+_YOUNG_S = 3600.0  # younger objects may belong to work in progress
 _THREADS = 16
-_WHEN_IDLE = "collect then, or use --force if it is dead"
+_WHEN_IDLE = "then run gc, or use --force if it is dead"
 
 
 @dataclass(frozen=True)
 class Heap:
-    """Objects of one kind that nothing needs, and their bytes."""
+    """The number and total size of the unneeded objects of one kind."""
 
     kind: str
     objects: int
@@ -34,7 +33,7 @@ class Heap:
 
 @dataclass(frozen=True)
 class Collected:
-    """What `gc` removed, or would remove in a dry run."""
+    """The objects that `gc` removed, or would remove in a dry run."""
 
     heaps: tuple[Heap, ...]
     dry_run: bool
@@ -52,21 +51,21 @@ class Collected:
 
 
 def gc(where: str | Manifest, *, dry_run: bool = False, attempts: bool = False, force: bool = False) -> Collected:
-    """Remove what no result and no proof needs any more.
+    """Remove objects that no result, retry or check needs any more.
 
     Args:
-        dry_run: only say what would go.
-        attempts: also the attempts of published shards. `repair` can then only compute such units again, and
+        dry_run: only list them.
+        attempts: also the attempts of published shards. `repair` must then compute such units again, and
             `run --retry-failed` refuses them.
         force: even while a driver seems to be at work.
 
     Raises:
-        RequestError: no run stands there, a driver is at work, or a record is damaged.
-        StorageError: something cannot be listed or deleted.
+        RequestError: there is no run, a driver is at work, or a record is damaged.
+        StorageError: an object cannot be listed or deleted.
     """
     run = Run.open(where)
     store = run.store
-    # Before and after: a commit that comes between two of our looks would make its attempt look lost.
+    # Checked before and after the snapshot: a commit made while it is being read would make its attempt look lost.
     if not force:
         require_idle(store, _WHEN_IDLE)
     verifier = Verifier(run)
@@ -101,7 +100,7 @@ def _rubbish(verifier: Verifier, attempts: bool) -> Iterator[tuple[str, dict[str
             continue
         commit = verifier.commits.get(int(number))
         if commit is None or name.partition(".")[0] != commit.attempt:
-            lost[path] = size  # unless it is young: the next generation's, say, which is not decided yet
+            lost[path] = size  # `_old` spares young ones, for example an undecided attempt of the next generation
         elif attempts and verifier.by_id[commit.unit].shard in whole:
             spare[path] = size
     yield "attempts that lost", _old(store, lost)
@@ -119,7 +118,7 @@ def _shard_of(path: str) -> int:
 
 
 def _old(store: Store, files: dict[str, int]) -> dict[str, int]:
-    """Those that cannot be somebody's work in hand."""
+    """The files that are too old to belong to work in progress."""
 
     def age_s(path: str) -> float:
         return (datetime.now(UTC) - store.modified(path)).total_seconds()

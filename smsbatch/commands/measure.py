@@ -1,4 +1,4 @@
-"""Finished runs and sets of pictures against a style: what the paper's tables are made of."""
+"""`measure` and `style_distance`: compare runs and sets of pictures with a style, as in the paper's tables."""
 
 from __future__ import annotations
 
@@ -28,15 +28,15 @@ Picture = NDArray[np.uint8]
 
 @dataclass(frozen=True)
 class Measured:
-    """What was measured of a run's stylized samples.
+    """The measures of a run's stylized samples.
 
     Attributes:
-        pictures: key: result [H, W, 3] uint8, in the run's order; the sources' are fitted as the run fits them.
-        values: name: value, averaged over the samples. `LPIPS` and `style distance`; if its weights are on this machine
-            `CFSD`, `FID` and `ArtFID` (of a reference with pictures), `PickScore` as the mean ratio exp(s - s of the
-            source), as in the paper, and `HPSv2`.
-        seconds: of computing per sample.
-        missing: name: why it was not measured.
+        pictures: the result of each key, [H, W, 3] uint8, in the run's order; sources are fitted as the run fits them.
+        values: averages over the samples by name: `LPIPS` and `style distance`; `CFSD`, `FID` and `ArtFID` (if the
+            reference has pictures), `PickScore` (the mean of exp(s - s of the source), as in the paper) and `HPSv2`, if
+            the weights of the measure are on this machine.
+        seconds: computing time per sample.
+        missing: the reason for each measure that is missing.
     """
 
     pictures: Mapping[str, Picture]
@@ -46,16 +46,16 @@ class Measured:
 
 
 def style_distance(pictures: Iterable[Picture | str | Path], reference: str | Path) -> float:
-    """How far a set of pictures is from a style: the Frechet distance of AlexNet's features, summed over five layers.
+    """The distance of a set of pictures from a style: Frechet distance of AlexNet features, summed over five layers.
 
-    0 is the reference itself. Compare only sets of about the same size and number of pixels.
+    The reference itself has distance 0. Compare only sets of about the same size and number of pixels.
 
     Args:
         pictures: arrays [H, W, 3] uint8, or files.
         reference: statistics (`tiny:styles/oil.reference.safetensors`), or a folder of pictures in the style.
 
     Raises:
-        RequestError: there is no picture, no such file or reference, or an array is something else.
+        RequestError: there are no pictures, a file or the reference is missing, or an array has another shape or type.
         SampleError: a picture cannot be decoded.
     """
     if isinstance(pictures, str | Path):
@@ -64,17 +64,17 @@ def style_distance(pictures: Iterable[Picture | str | Path], reference: str | Pa
 
 
 def measure(where: str | Manifest, reference: str | Path, *, of_sources: bool = False) -> Measured:
-    """Measure a finished run against its sources and a style, as the paper's Tables 1 and 4 do.
+    """Compare a finished run with its sources and a style, as the paper's Tables 1 and 4 do.
 
-    All pictures are held in memory, before and after: some thousand, not millions.
+    Memory holds all sources and results, so this is for thousands of samples, not millions.
 
     Args:
-        where: its output path or URL, or its manifest as `load` gives it.
-        reference: as of `style_distance`; FID and ArtFID need a folder.
-        of_sources: measure the sources as if they were the results: the paper's column "Real".
+        where: its output path or URL, or its manifest as returned by `load`.
+        reference: as for `style_distance`; FID and ArtFID need a folder.
+        of_sources: measure the sources in place of the results, as in the paper's column "Real".
 
     Raises:
-        RequestError: there is no run or no reference, or it stylized nothing.
+        RequestError: there is no run or no reference, or the run has no stylized samples.
         SampleError: a source can no longer be read.
         StorageError: the run cannot be read.
     """
@@ -84,7 +84,7 @@ def measure(where: str | Manifest, reference: str | Path, *, of_sources: bool = 
     if of_sources:
         results = sources
     prompts = [row["prompt"] for row in rows]
-    # Where the run has measured it, it did so before the pictures were compressed.
+    # The run's own LPIPS is better: it was measured before the pictures were compressed.
     lpips = float(np.mean([row["lpips"] for row in rows])) if "lpips" in rows[0] and not of_sources else None
     values, missing = _values(sources, results, prompts, reference, lpips)
     seconds = 0.0 if of_sources else float(np.mean([row["seconds"] for row in rows]))
@@ -93,7 +93,7 @@ def measure(where: str | Manifest, reference: str | Path, *, of_sources: bool = 
 
 
 def _pairs(where: str | Manifest) -> tuple[list[dict[str, Any]], list[Picture], list[Picture]]:
-    """The successful rows of a run with their pictures, before and after."""
+    """The successful rows of a run, their sources and their results."""
     run = Run.open(where)
     store, manifest = run.store, run.dataset
     reader = Reader(run.storage, manifest.source.max_bytes)

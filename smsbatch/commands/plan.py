@@ -1,8 +1,8 @@
-"""Manifest and source to units, or to the pictures of a training: decided once, written down, then obeyed.
+"""Plan a run: index the samples of the source, and divide them into units unless the run is a training.
 
-`plan` only looks. `establish` writes `run.json` and `plan/`, or, when they are there, checks that this manifest and
-these weights are still what was planned. The order makes a half-written plan harmless: `run.json` comes first and
-carries the digest of the index, so whoever finds it alone can write the same plan again, and no other.
+`plan` writes nothing. `establish` writes `run.json` and `plan/`, or, if they exist, checks that manifest and weights
+are unchanged. The order makes a half-written plan harmless: `run.json` comes first and has the digest of the index, so
+a driver that finds it alone can write the same plan again, and no other.
 """
 
 from __future__ import annotations
@@ -55,11 +55,11 @@ _RECORDED = (
     "ray",
 )
 # fmt: on
-_PROBED = 8  # samples that are tried to size units by time
+_PROBED = 8  # samples that are measured to size units by time
 
 
 def cut(samples: int, samples_per_unit: int, samples_per_shard: int) -> Iterator[Unit]:
-    """Rows [0, samples) into consecutive units, none of which crosses the edge of a shard."""
+    """Divide rows [0, samples) into consecutive units, none of which crosses the boundary of a shard."""
     number = count()
     for shard, first in enumerate(range(0, samples, samples_per_shard)):
         end = min(first + samples_per_shard, samples)
@@ -77,16 +77,16 @@ def plan(
     """The plan that this manifest would get, or that of the run at `output.path`; nothing is written.
 
     Args:
-        probe: stylize so many samples, spread over the source, to estimate time and bytes; on the manifest's pool.
-        price_per_gpu_hour: to estimate the cost, with a probe.
+        probe: number of samples, spread over the source, that the pool stylizes to estimate time and bytes.
+        price_per_gpu_hour: with a probe, for an estimate of the cost.
         allow_drift: as for `run`.
 
     Raises:
         SourceError: the source is missing, empty or has clashing keys.
         WeightsError: a model or LoRA is missing.
-        DriftError: another run stands at `output.path`.
+        DriftError: `output.path` has another run.
         SampleError: none of the probe's samples could be stylized.
-        RequestError: a probe is asked of a training.
+        RequestError: a probe is requested for a training.
     """
     check_allowed(manifest, allow_drift)
     planner, store = PLANNERS[manifest.makes], store_of(manifest)
@@ -112,10 +112,10 @@ def plan(
 
 
 def establish(manifest: Manifest, pool: Pool, allow_drift: Collection[str] = ()) -> Run:
-    """The planned run of a manifest: the one that exists at `output.path`, or else a new one, written now.
+    """The planned run of a manifest: the one at `output.path`, or else a new one, which is written now.
 
     Raises:
-        DriftError: manifest, weights or index are not those of the run that stands there.
+        DriftError: manifest, weights or index differ from those of the run at `output.path`.
         SourceError, StorageError, WeightsError.
     """
     planner, store = PLANNERS[manifest.makes], store_of(manifest)
@@ -140,7 +140,7 @@ def establish(manifest: Manifest, pool: Pool, allow_drift: Collection[str] = ())
 
 
 def _begin(store: Store, draft: _Draft, weights: Mapping[str, str]) -> Run:
-    """The run of a new `run.json`, which is that of another driver if it was faster."""
+    """Create `run.json`; the run returned is that of another driver if it was faster."""
     if not store.supports_create():
         store.check_writable()
         store = store.without_create_only_put()
@@ -153,7 +153,7 @@ def _begin(store: Store, draft: _Draft, weights: Mapping[str, str]) -> Run:
 
 
 def relocate(manifest: Manifest, run: Run, pool: Pool) -> None:
-    """Look up the bytes of the planned samples again, in a source that has changed; samples neither come nor go.
+    """Locate the bytes of the planned samples again in a changed source; no samples are added or removed.
 
     Raises:
         SourceError: the source is missing, empty or has clashing keys.
@@ -165,14 +165,14 @@ def relocate(manifest: Manifest, run: Run, pool: Pool) -> None:
         run.renew()
 
 
-# ---------------------------------------------------------------------------------------------------- by what is made
+# ------------------------------------------------------------------------------------------------------ by the result
 
 
 class DatasetPlanner:
-    """Units of rows, by the engine of the task."""
+    """Plans units of samples for the engine of the task."""
 
     def check_probe(self, probe: int, price_per_gpu_hour: float | None) -> None:
-        """Any probe will do."""
+        """Accepts every probe."""
 
     def check_weights(self, manifest: Any) -> Weights:
         return ENGINES[manifest.task].check_weights(manifest)
@@ -190,7 +190,7 @@ class DatasetPlanner:
         probe: int,
         per_unit: int | None,
     ) -> Plan:
-        """The plan of a new run, or of one whose `run.json` has chosen `per_unit` samples for a unit already."""
+        """The plan of a new run, or of one whose `run.json` fixes `per_unit` samples per unit."""
         output = manifest.output
         by_time = output.seconds_per_unit if per_unit is None else None
         estimate = _estimate(pool, index, built.samples, max(probe, _PROBED if by_time else 0))
@@ -212,7 +212,7 @@ class DatasetPlanner:
         )
 
     def begun(self, manifest: Any, run: Run) -> Plan:
-        """The plan of a run that exists, with how far it is."""
+        """The plan of an existing run, with its progress."""
         planned, done = run.about["planned"], run.ledger.done() & run.by_id.keys()
         far = f"{run.store.url} has this run already: {len(done)} of {len(run.units)} units are done"
         return Plan(
@@ -226,12 +226,12 @@ class DatasetPlanner:
         )
 
     def units(self, manifest: Any, run: Run) -> list[Unit]:
-        """As `run.json` has them: a faster driver may have measured another size of unit."""
+        """The units by `run.json`: a faster driver may have measured another unit size."""
         planned = run.about["planned"]
         return list(cut(planned["samples"], planned["samples_per_unit"], manifest.output.samples_per_shard))
 
     def record(self, planned: Any) -> dict[str, Any]:
-        """What `run.json` has of a plan."""
+        """The section `planned` of `run.json`."""
         return {
             "samples": planned.samples,
             "units": len(planned.units),
@@ -246,14 +246,14 @@ class DatasetPlanner:
 
 
 class TrainingPlanner:
-    """The pictures of a training, which has no units."""
+    """Plans the samples of a training, which has no units."""
 
     def check_probe(self, probe: int, price_per_gpu_hour: float | None) -> None:
-        """Raises RequestError if a probe is asked for: it would tell nothing of the rate of a training."""
+        """Raises RequestError if a probe is requested: it would not measure the rate of a training."""
         if probe or price_per_gpu_hour is not None:
             raise RequestError(
-                "--probe and --price-per-gpu-hour: of a distill run they tell nothing; start it with few steps "
-                "(--set distill.steps=100 and another output.path), which tells the rate"
+                "--probe and --price-per-gpu-hour: they do not apply to a distill run; to measure its rate, start it "
+                "with few steps (--set distill.steps=100 and another output.path)"
             )
 
     def check_weights(self, manifest: Any) -> Weights:
@@ -275,7 +275,7 @@ class TrainingPlanner:
         return TrainingPlan(manifest, built.samples, tuple(notices), built.bytes)
 
     def begun(self, manifest: Any, run: Run) -> TrainingPlan:
-        """The plan of a run that exists, with how far it is."""
+        """The plan of an existing run, with its progress."""
         planned, checkpoint, steps = run.about["planned"], latest(run.store), manifest.distill.all_steps
         done = checkpoint.step if checkpoint else 0
         far = f"{run.store.url} has this run already: it goes on from step {done:,} of {steps:,}"
@@ -292,7 +292,7 @@ class TrainingPlanner:
 
 
 PLANNERS: dict[str, DatasetPlanner | TrainingPlanner] = {"dataset": DatasetPlanner(), "generator": TrainingPlanner()}
-"""By what a task makes."""
+"""By the result of a task."""
 
 
 # ------------------------------------------------------------------------------------------------------------ drafts
@@ -300,7 +300,7 @@ PLANNERS: dict[str, DatasetPlanner | TrainingPlanner] = {"dataset": DatasetPlann
 
 @dataclass(frozen=True)
 class _Draft:
-    """A plan that is not written down, and its index in a temporary file."""
+    """A plan that is not stored, and its index in a temporary file."""
 
     plan: Plan | TrainingPlan
     parts: Sequence[Part]
@@ -321,11 +321,11 @@ def _drafted(manifest: Manifest, pool: Pool, probe: int = 0, samples_per_unit: i
 def _indexed(
     manifest: Manifest, pool: Pool, notices: list[str], chosen: bool
 ) -> Iterator[tuple[Sequence[Part], Path, Built]]:
-    """The source's objects, and their index in a temporary file; what was passed over is added to `notices`.
+    """The source's objects, and their index in a temporary file; `notices` gets a line for everything skipped.
 
     Args:
-        chosen: of the samples those that `skip` and `limit` choose; else all, as where one sample less makes it another
-            choice.
+        chosen: index only the samples that `skip` and `limit` choose. Otherwise all, for a changed source, where one
+            sample fewer would shift the choice.
     """
     source, storage = manifest.source, manifest.storage
     limit, skip = (source.limit, source.skip) if chosen else (None, 0)
@@ -346,7 +346,7 @@ def _heard(scanned: Iterable[Scanned], notices: list[str]) -> Iterator[Scanned]:
 
 
 def _estimate(pool: Pool, index: StoredFile | Path, samples: int, wanted: int) -> Estimate | None:
-    """Try samples spread evenly over the source, so that one odd shard does not speak for all."""
+    """Measure samples spread evenly over the source, so that one unusual part of it does not dominate."""
     rows = sorted({samples * number // wanted for number in range(wanted)})
     return pool.estimate_cost([entry for row in rows for entry in read_index(index, row, row + 1)]) if rows else None
 
@@ -364,7 +364,7 @@ def _run_json(draft: _Draft, weights: Mapping[str, str], commits: str) -> dict[s
         **({} if generator is None else {"generator": generator}),
         "index_sha256": draft.built.sha256,
         "planned": planner.record(plan),
-        "commits": commits,  # by workers, or by the driver alone where the store has no create-only put
+        "commits": commits,  # by workers, or only by the driver if the store has no create-only put
         "notices": list(plan.notices),
         "versions": {"python": platform.python_version()} | _versions(),
         "created": datetime.now(UTC).isoformat(timespec="seconds"),

@@ -1,7 +1,7 @@
-"""`repair`: publish again what has its attempts, compute again what has not. No proof is lost by surprise.
+"""`repair`: publish damaged shards again from their attempts, and compute units again whose attempts are gone.
 
-A commit that counts no longer is moved aside, to `_smsbatch/superseded/`, so that its unit is undone; strangers go to
-`_smsbatch/foreign/`. It does not start while a driver is at work.
+No record is lost: a commit that no longer holds is moved to `_smsbatch/superseded/`, so that its unit is computed
+again, and foreign files to `_smsbatch/foreign/`. `repair` does not start while a driver is at work.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from smsbatch.runs.status import Status
 
 @dataclass(frozen=True)
 class Repaired:
-    """What was wrong, what was done about it, a line each, and what is there now (None of a dry run)."""
+    """The state before, a line for each action, and the state after (None for a dry run)."""
 
     before: Verification
     done: tuple[str, ...]
@@ -44,12 +44,12 @@ class Repaired:
 
 @dataclass(frozen=True)
 class _Work:
-    """What is to be done about a set of problems."""
+    """The actions that solve a set of problems."""
 
     plan: bool
     report: bool
     recompute: tuple[int, ...]  # units
-    publish: tuple[int, ...]  # shards of which no unit is computed again
+    publish: tuple[int, ...]  # shards without a unit in `recompute`
     aside: tuple[str, ...]
 
     @property
@@ -71,18 +71,19 @@ def repair(
     dry_run: bool = False,
     allow_drift: Collection[str] = (),
 ) -> Repaired:
-    """Make a run whole again, as far as `verify` finds something wrong with it.
+    """Repair the problems that `verify` finds in a run.
 
     Args:
         progress: called while units are computed again.
-        full: look for what is wrong as `verify --full` does, at every byte.
-        dry_run: only say what would be done.
-        allow_drift: as of `run`, where something must be computed again.
+        full: check every byte, as `verify --full` does.
+        dry_run: only list the actions.
+        allow_drift: as for `run`, if units must be computed again.
 
     Raises:
-        RequestError: no run stands there, a driver is at work on it, or what must be computed again has changed.
-        StorageError: it cannot be read or written.
-        RunError: computing an unfinished run, too many samples failed.
+        RequestError: there is no run, a driver is at work on it, or units must be computed again but manifest, weights
+            or inputs have changed.
+        StorageError: the run cannot be read or written.
+        RunError: too many samples of an unfinished run failed.
     """
     run = Run.open(where)
     verifier, store = Verifier(run), run.store
@@ -90,14 +91,14 @@ def repair(
     if before.ok:
         return Repaired(before, (), None if dry_run else before)
     shards = {problem.shard for problem in before.problems if problem.shard is not None}
-    # Whether an attempt can serve is known from its bytes alone.
+    # Only its bytes show whether an attempt is intact.
     known = before if full else verifier.verify(True, only=sorted(shards))
     work = _work(verifier, known.problems)
     if dry_run:
         return Repaired(before, tuple(work.lines), None)
-    require_idle(store, "repair it then")
+    require_idle(store, "then repair the run")
     manifest = where if isinstance(where, Manifest) else run.manifest_here
-    if work.plan or work.recompute:  # what cannot be computed must not be moved aside
+    if work.plan or work.recompute:  # checked first: commits must not be moved aside if their units cannot be computed
         check_unchanged(run, manifest, PLANNERS[manifest.makes].digests(manifest), allow_drift, note=False)
         if not work.plan:
             inputs_changed(run, manifest, allow_drift, note=False)
@@ -149,10 +150,10 @@ def _do(
         verifier.run.ledger.publish(shard, verifier.shards[shard], again=True)
     if work.plan or work.recompute:
         succeeded, finished = store.exists(SUCCESS), len(verifier.commits) == len(verifier.units)
-        # What failed in a finished run has been judged then, and is no reason to leave it in pieces now.
+        # The failures of a finished run have been judged before, so they must not stop its repair.
         errors = Errors(max_failed_fraction=1, max_failed_fraction_per_unit=1) if finished else manifest.errors
         drive(manifest.model_copy(update={"errors": errors}), progress, allow_drift=allow_drift)
         if finished and not succeeded:
             store.delete(SUCCESS)
     elif verifier.reported or work.report:
-        write_report(verifier.run)  # its list of files has their digests
+        write_report(verifier.run)  # index.json has the digests of the repaired files

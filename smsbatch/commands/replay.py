@@ -1,7 +1,7 @@
-"""One image of a run again, in this process: to look into a failure, or to see that a result is reproduced.
+"""`replay`: stylize one sample of a run again in this process, to study a failure or to check reproducibility.
 
-Everything comes from the run that stands: its manifest, its plan, its sample. Only where and how to compute may be the
-caller's. The run itself is not touched.
+Manifest, plan and sample are those of the run; the caller may only change where and how to compute. The run itself is
+not changed.
 """
 
 from __future__ import annotations
@@ -32,20 +32,20 @@ from smsbatch.runs.run import Run
 from smsbatch.storage.store import storage_errors
 from smsbatch.workers.worker import failed
 
-_COMPARED = 100_000  # keys among which one is looked for that was meant
+_COMPARED = 100_000  # the largest plan that is searched for similar keys
 
 
 @dataclass(frozen=True)
 class Replayed:
-    """What became of the sample now, and how that compares with what became of it in the run.
+    """The new result of a sample, compared with its result in the run.
 
     Attributes:
-        row: as a row of the run, but for what the ledger stamps on it.
+        row: its new row, without the columns that the ledger adds.
         path: where the picture is written; None if the sample failed.
-        before: its row in the run, None while its unit is not done.
-        same: whether it is the run's picture, byte for byte; None where there are not two pictures to compare.
-        largest, mean: difference of the two pictures' pixels, of 255.
-        changed: what is not as it was in the run, and may be why.
+        before: its row in the run; None if its unit is not committed.
+        same: True if the pictures are equal byte for byte; None if there are no two pictures to compare.
+        largest, mean: largest and mean difference of the pixels, of 255.
+        changed: changes since the run that may explain a difference.
     """
 
     key: str
@@ -69,13 +69,12 @@ def replay(where: str | Manifest, key: str, target: str | Path | None = None) ->
     """Stylize one sample of a run again and write it to a file.
 
     Args:
-        where: the run; a manifest's `compute` and `storage` are obeyed, all else is the run's.
-        target: a file, or a folder that exists. Default: `<key>.<format>` here.
+        where: the run; of a manifest, only `compute` and `storage` are used.
+        target: a file, or an existing folder. Default: `<key>.<format>` in the working directory.
 
     Raises:
-        RequestError: no run stands there or one that makes no dataset, the key is not in its plan, or another file is
-            in the way.
-        StorageError: the run cannot be read, or the file not be written.
+        RequestError: there is no run, it makes no dataset, the key is not in its plan, or another file exists.
+        StorageError: the run cannot be read, or the file cannot be written.
     """
     run = Run.open(where)
     store, manifest = run.store, run.dataset
@@ -119,7 +118,7 @@ def _again(run: Run, manifest: Dataset, row: int) -> Outcome:
 
 
 def _result_of_run(run: Run, unit: Unit, key: str, extension: str) -> tuple[dict[str, Any] | None, bytes | None]:
-    """Row and picture of a sample in the run: published, or else of its unit's attempt."""
+    """Row and picture of a sample in the run, from the published shard or else from its unit's attempt."""
     store, ledger = run.store, run.ledger
     commit = ledger.committed(unit.id)
     if commit is None:
@@ -139,7 +138,7 @@ def _result_of_run(run: Run, unit: Unit, key: str, extension: str) -> tuple[dict
 
 
 def _difference(before: bytes, now: bytes) -> tuple[int | None, float | None]:
-    """The largest and the mean difference of two pictures' pixels; None where they cannot be compared."""
+    """The largest and the mean difference of two pictures' pixels; None if they cannot be compared."""
     try:
         first, second = (pixels.decode(data, min_side=1).astype(np.int16) for data in (before, now))
     except SampleError:
@@ -153,9 +152,9 @@ def _difference(before: bytes, now: bytes) -> tuple[int | None, float | None]:
 def _changed(run: Mapping[str, Any], manifest: Dataset, before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     found = []
     if before.get("source_sha256") != now["source_sha256"]:
-        found.append("the source picture is another")
+        found.append("the source picture has changed")
     weights = ENGINES[manifest.task].digests(manifest)
-    found += [f"the file {name} is another" for name in weights if run["weights"].get(name) != weights[name]]
+    found += [f"the file {name} has changed" for name in weights if run["weights"].get(name) != weights[name]]
     for name, then in run["versions"].items():
         with suppress(PackageNotFoundError):
             now_installed = platform.python_version() if name == "python" else version(name)
@@ -165,7 +164,7 @@ def _changed(run: Mapping[str, Any], manifest: Dataset, before: Mapping[str, Any
 
 
 def _meant(run: Run, key: str) -> str:
-    """What may have been meant, of a plan that is not too long to look through."""
+    """A hint with keys similar to `key`; searches only a plan of at most _COMPARED keys."""
     if index_size(run.index) > _COMPARED:
         return "; `plan/samples.parquet` has every key"
     keys = [entry.key for entry in read_index(run.index)]
@@ -175,7 +174,7 @@ def _meant(run: Run, key: str) -> str:
 
 
 def _target(target: str | Path | None, name: str) -> Path:
-    """Where to write, looked at before anything is computed."""
+    """The path to write; called first, so that an invalid one is refused before anything is computed."""
     path = Path(target) if target is not None else Path()
     path = path / name if path.is_dir() else path
     if "://" in str(target):
@@ -183,12 +182,12 @@ def _target(target: str | Path | None, name: str) -> Path:
     if not path.parent.is_dir():
         raise RequestError(f"--to {target}: there is no folder {path.parent}; make it first")
     if path.suffix != Path(name).suffix:
-        raise RequestError(f"--to {target}: the pictures of this run are {Path(name).suffix[1:]}; name it so")
+        raise RequestError(f"--to {target}: the pictures of this run are {Path(name).suffix[1:]}; use that extension")
     return path
 
 
 def _write(path: Path, data: bytes) -> None:
-    """Never over another file: the folder one is in may hold the source."""
+    """Write the file, but never over another one: the working directory may hold the source."""
     if path.is_file() and path.read_bytes() == data:
         return
     with storage_errors("write", path):

@@ -1,7 +1,4 @@
-"""A run from its manifest to its end: plan, then deal units to a pool, publish shards and report.
-
-Started again it goes on where the commits end, and with nothing left to do it says so.
-"""
+"""Run a manifest: plan, give units to a pool, publish shards, report. A second call resumes from the commits."""
 
 from __future__ import annotations
 
@@ -37,22 +34,22 @@ def run(
     codes: Collection[str] = (),
     allow_drift: Collection[str] = (),
 ) -> Report | Distilled:
-    """Plan if there is no plan, do what is not done, publish, report; of a `distill` manifest, train.
+    """Plan unless there is a plan, compute what is left, publish, report; a `distill` manifest is trained instead.
 
-    A training that gets SIGINT or SIGTERM, where this is called in the main thread, finishes its step and writes a
-    checkpoint, then comes a KeyboardInterrupt; by a second one at once.
+    In the main thread, a training that gets SIGINT or SIGTERM finishes its step, writes a checkpoint and raises
+    KeyboardInterrupt; a second signal raises it at once.
 
     Args:
-        progress: called with a Status, of a training with a TrainingProgress, a few times a second.
-        retry_failed: try failed samples again too, and publish their shards as a new generation.
-        codes: only those that failed with one of these error codes.
-        allow_drift: keys of the manifest, `weights` or `inputs` that may have changed since the plan; noted with the
-            run, whose plan is obeyed nevertheless.
+        progress: called a few times a second with a Status, or for a training with a TrainingProgress.
+        retry_failed: also retry failed samples, and publish their shards as a new generation.
+        codes: retry only samples that failed with one of these error codes.
+        allow_drift: keys of the manifest, `weights` or `inputs` that may have changed since the plan. The change is
+            noted with the run, which still follows its plan.
 
     Raises:
-        RequestError: the manifest, source, weights or codes are wrong, or not those of the run at `output.path`;
-            or another driver is at work on it, where two cannot be.
-        StorageError: the output cannot be read or written; what is committed is kept.
+        RequestError: the manifest, source, weights or codes are invalid, or differ from those of the run at
+            `output.path`; or another driver is at work on a run that permits only one.
+        StorageError: the output cannot be read or written; all commits are kept.
         RunError: more samples failed than `errors` allows; a training diverged, or its workers kept dying.
     """
     check_allowed(manifest, allow_drift)
@@ -85,15 +82,16 @@ def make_dataset(
             with Heartbeat(store, tally.status().beat()) as heart:
                 todo = _beside_others(todo, store, heart)
                 if not run.is_new:
-                    for name in (SUCCESS, INDEX):  # neither will be true; the report is written again at the end
+                    for name in (SUCCESS, INDEX):  # both are outdated now; the report is written again at the end
                         store.delete(name)
                 _work(manifest, pool, run, tally, todo, heart, progress)
                 published = _publish(run, tally)
                 report = write_report(run, tally.commits, published)
         else:
             published = _publish(run, tally)
-            told = published is not None and is_reported(store) and not allow_drift  # which the report tells, too
-            report = (summarize if told else write_report)(run, tally.commits, published)
+            # An allowed drift may be new, and the report lists it.
+            reported = published is not None and is_reported(store) and not allow_drift
+            report = (summarize if reported else write_report)(run, tally.commits, published)
     progress(tally.status(finished=True))
     try:
         _check_budget(manifest.errors, store, tally)
@@ -105,19 +103,19 @@ def make_dataset(
 
 
 RUNNERS: dict[str, Callable[..., Report | Distilled]] = {"dataset": make_dataset, "generator": train}
-"""By what a task makes."""
+"""By the result of a task."""
 
 
 def _check_codes(codes: Collection[str], retry_failed: bool) -> None:
     if codes and not retry_failed:
-        raise RequestError("codes: they say what to retry, so they need --retry-failed")
+        raise RequestError("codes: they select what to retry, so they need --retry-failed")
     unknown = [code for code in codes if code not in ERROR_CODES]
     if unknown:
         raise RequestError(f"--code {unknown[0]}: no such error code; there are {', '.join(ERROR_CODES)}")
 
 
 def _again(tally: RunTally, codes: Collection[str]) -> list[WorkItem]:
-    """What is to be tried again: units with failed samples, each as its next generation."""
+    """The units with failed samples, each as a work item of its next generation."""
     items = []
     for commit in tally.commits.values():
         wanted = {code for code in commit.errors if not codes or code in codes}
@@ -126,15 +124,15 @@ def _again(tally: RunTally, codes: Collection[str]) -> list[WorkItem]:
             tally.retry(commit.unit, sum(commit.errors[code] for code in wanted))
     if codes and not items:
         there = ", ".join(f"{count} {code}" for code, count in tally.errors.most_common()) or "none at all"
-        raise RequestError(f"--code {', '.join(codes)}: no sample failed so; there are: {there}")
+        raise RequestError(f"--code {', '.join(codes)}: no sample failed with it; there are: {there}")
     return items
 
 
 def _beside_others(todo: list[WorkItem], store: Store, heart: Heartbeat) -> list[WorkItem]:
-    """The items in another order, if another driver is at work, which sees our heartbeat by now.
+    """The items, in another order if another driver is at work. That driver can already see our heartbeat.
 
     Raises:
-        RequestError: one is, on a store where two must not be.
+        RequestError: another driver is at work, and the store permits only one.
     """
     others = other_drivers(store, heart)
     if others and not store.has_create_only_put:
@@ -161,7 +159,7 @@ def _work(
             if not run.store.has_create_only_put:
                 shard = run.by_id[commit.unit].shard
                 run.ledger.publish(shard, run.shards[shard])
-            if not retried and len(tally.commits) < len(tally.units):  # while it mends, it may still be over
+            if not retried and len(tally.commits) < len(tally.units):  # pending retries may bring it back under budget
                 _check_budget(manifest.errors, run.store, tally)
         now = tally.status(pool.progress())
         heart.now = now.beat()
@@ -169,29 +167,29 @@ def _work(
 
 
 def _shuffled(todo: Sequence[WorkItem], seed: str) -> list[WorkItem]:
-    """Another order than the driver has who is at work, shards by lot and each from its end: two meet seldom."""
+    """Shards in random order, each from its end, so that two drivers rarely compute the same unit."""
     shards = [list(items)[::-1] for _, items in groupby(todo, lambda item: item.unit.shard)]
     random.Random(seed).shuffle(shards)
     return [item for items in shards for item in items]
 
 
 def _check_budget(errors: Errors, store: Store, tally: RunTally) -> None:
-    """Stop a run that can no longer end well, or in which one unit failed as a whole: it would only cost more."""
+    """Stop a run that has exceeded its failure budget, in all or in one unit: going on would only cost more."""
     over = over_budget(errors, tally.failed, tally.samples, tally.errors, tally.worst)
     if over:
         left = len(tally.units) - len(tally.commits)
         state = f"stopped, {left} of {len(tally.units)} units are not done" if left else "everything is written"
         raise RunError(
-            f"{over}; {state}; `smsbatch errors {store.url}` lists them; mend the cause and run with --retry-failed "
+            f"{over}; {state}; `smsbatch errors {store.url}` lists them; fix the cause and run with --retry-failed "
             "(and with --allow-drift inputs, if it was in the source), or raise the limit"
         )
 
 
 def _publish(run: Run, tally: RunTally) -> dict[int, Published] | None:
-    """Publish what no worker has: shards whose last unit was another's, or whose files are gone.
+    """Publish the shards that no worker has published: another driver had the last unit, or files are gone.
 
     Returns:
-        The records of all shards, None if any was missing.
+        The records of all shards; None if one was missing or outdated.
     """
     published = run.ledger.publications()
     missing = [

@@ -1,7 +1,4 @@
-"""A training from its manifest to its generator: plan, then train in this process or on Ray.
-
-Started again it goes on from the newest checkpoint, and with nothing left to do it says so.
-"""
+"""Run a training: plan, then train in this process or on Ray. A second call resumes from the newest checkpoint."""
 
 from __future__ import annotations
 
@@ -35,7 +32,7 @@ def train(
 ) -> Distilled:
     """`run` of a task that makes a generator."""
     if retry_failed or codes:
-        raise RequestError("--retry-failed is of runs that make a dataset; a training takes other samples instead")
+        raise RequestError("--retry-failed: only for runs that make a dataset; a training replaces failed samples")
     with pool_of(manifest) as pool:
         run = establish(manifest, pool, allow_drift)
         store = run.store
@@ -50,7 +47,7 @@ def train(
         first_step, notices = _to_go_on_from(store)
         progress(TrainingProgress(first_step, training.all_steps, training.phase(first_step), time=time.time()))
         if manifest.compute.pool == "local":
-            from smsbatch.training.loop import train_here  # with torch, which nobody needs who only looks
+            from smsbatch.training.loop import train_here  # loads torch, which no other branch needs
 
             done = train_here(manifest, stop.is_set, progress)
         else:
@@ -63,15 +60,17 @@ def train(
 
 
 def _to_go_on_from(store: Store) -> tuple[int, list[str]]:
-    """The step of the checkpoint that the workers will take, and why no newer one. It is read, and dropped at once: the
-    length alone does not show all damage."""
+    """The step of the checkpoint that the workers will take, and notices about damaged newer ones.
+
+    The checkpoint is read here only to check its digest, because its length does not show all damage.
+    """
     found = restore(store)
     return (found.checkpoint.step if found.checkpoint else 0), found.notices
 
 
 @contextmanager
 def _asked_to_stop() -> Iterator[threading.Event]:
-    """Set by the first SIGINT or SIGTERM; the second one interrupts whatever is going on."""
+    """An event that the first SIGINT or SIGTERM sets; the second one raises KeyboardInterrupt."""
     stop = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield stop

@@ -1,4 +1,4 @@
-"""How far a run is, from its storage alone."""
+"""`status`: the progress of a run, from its storage alone."""
 
 from __future__ import annotations
 
@@ -19,43 +19,43 @@ from smsbatch.training.log import TrainingProgress, read_progress
 
 
 def status(where: str | Manifest | Snapshot) -> Status | TrainingStatus:
-    """How far a run is, from what is stored alone; of a manifest, an output path or URL, or a snapshot.
+    """The progress of the run at a manifest, an output path or URL, or in a snapshot, from its storage alone.
 
     Raises:
-        RequestError: no run stands there.
+        RequestError: there is no run.
     """
-    look = where if isinstance(where, Snapshot) else Snapshot(where)
-    return STATUSES[look.run.makes](look)
+    snapshot = where if isinstance(where, Snapshot) else Snapshot(where)
+    return STATUSES[snapshot.run.makes](snapshot)
 
 
-def dataset_status(look: Snapshot) -> Status:
+def dataset_status(snapshot: Snapshot) -> Status:
     """`status` of a run that makes a dataset."""
     errors: Counter[str] = Counter()
     for counted in (
-        *(record.errors for record in look.records.values()),
-        *(commit.errors for commit in look.commits.values()),
+        *(record.errors for record in snapshot.records.values()),
+        *(commit.errors for commit in snapshot.commits.values()),
     ):
         errors.update(counted)
-    beats = read_beats(look.store)
+    beats = read_beats(snapshot.store)
     ages = {path: time.time() - beat["time"] for path, beat in beats.items()}
-    # Of those who are not at work any more, what was in hand is lost, and there is no rate.
+    # The uncommitted work of dead drivers is lost, and they have no rate.
     alive = [beat for path, beat in beats.items() if ages[path] < DEAD_AFTER_S]
     workers = _at_work(
         (Progress(**worker) for beat in alive for worker in beat["workers"]),
-        lambda unit: look.generations.get(unit, -1),
+        lambda unit: snapshot.generations.get(unit, -1),
     )
-    done = bool(look.units) and len(look.generations) == len(look.units)
+    done = bool(snapshot.units) and len(snapshot.generations) == len(snapshot.units)
     now = Status(
-        name=look.run.name,
-        units=len(look.units),
-        units_done=len(look.generations),
-        samples=sum(map(len, look.units.values())),
-        samples_done=sum(len(look.units[unit]) for unit in look.generations),
+        name=snapshot.run.name,
+        units=len(snapshot.units),
+        units_done=len(snapshot.generations),
+        samples=sum(map(len, snapshot.units.values())),
+        samples_done=sum(len(snapshot.units[unit]) for unit in snapshot.generations),
         samples_under_way=sum(worker.images_done for worker in workers),
         errors=dict(errors),
-        finished=done and len(look.records) == len(look.shards) and is_reported(look.store),
+        finished=done and len(snapshot.records) == len(snapshot.shards) and is_reported(snapshot.store),
     )
-    note = "" if alive else _note(look, now)
+    note = "" if alive else _note(snapshot, now)
     if now.finished or not beats:
         return replace(now, note=note)
     return replace(
@@ -69,37 +69,37 @@ def dataset_status(look: Snapshot) -> Status:
     )
 
 
-def _note(look: Snapshot, now: Status) -> str:
-    """Of a run that nobody works on."""
-    over = over_budget(look.allowed, now.failed, now.samples, now.errors, look.worst())
+def _note(snapshot: Snapshot, now: Status) -> str:
+    """The note on a run without a living driver."""
+    over = over_budget(snapshot.allowed, now.failed, now.samples, now.errors, snapshot.worst())
     if over:
         state = "finished" if now.finished else "stopped"
-        return f"{state}, but {over}; mend the cause and run with --retry-failed, or raise the limit"
+        return f"{state}, but {over}; fix the cause and run with --retry-failed, or raise the limit"
     if now.finished:
         return ""
     if not now.units:
-        return "it has no plan yet; if nobody is planning it, `smsbatch run` does"
+        return "it has no plan yet; if no driver is planning it, run `smsbatch run`"
     if now.units_done < now.units:
-        return "nobody is at work on it; `smsbatch run` goes on"
-    return "nobody is at work on it, and shards or the report are missing; `smsbatch run` writes them"
+        return "no driver is at work on it; `smsbatch run` goes on"
+    return "no driver is at work on it, and shards or the report are missing; `smsbatch run` writes them"
 
 
 @dataclass(frozen=True)
 class TrainingStatus:
-    """How far a training is.
+    """The progress of a training, read from storage or reported by the training itself.
 
     Attributes:
-        step: finished ones, of `steps` with those of the warm-up.
+        step: number of finished steps, of `steps` including the warm-up.
         phase: "warm-up" or "distillation".
-        steps_per_second, images_per_second: over the last minute; None while nobody is at work.
-        losses: the last ones that were logged.
-        failed: samples that could not be had, each time that another one had to take their place.
-        age_s: seconds since the last step was heard of; None before there was one.
-        checkpoint: the step of the newest checkpoint, which a killed training goes on from; None without one, and while
-            it tells of itself.
-        checkpoint_age_s: seconds since it was taken.
-        finished: the generator is there; of one that tells of itself, all steps are done.
-        note: why nothing goes on, and what to do; '' while something does, and when all is well.
+        steps_per_second, images_per_second: over the last minute; None while no driver is at work.
+        losses: the losses that were logged last.
+        failed: how often a sample could not be read and another one took its place.
+        age_s: seconds since the last progress report; None if there is none.
+        checkpoint: step of the newest checkpoint, from which a killed training resumes; None if there is none, or if
+            the training itself reports.
+        checkpoint_age_s: age of that checkpoint.
+        finished: the generator is stored; if the training itself reports, all steps are done.
+        note: why no work is being done, and what to do; '' while work is being done and when all is well.
     """
 
     name: str
@@ -118,7 +118,7 @@ class TrainingStatus:
 
     @classmethod
     def of(cls, name: str, now: TrainingProgress) -> TrainingStatus:
-        """Of a training that tells of itself."""
+        """The status from the progress that a training reports."""
         return cls(
             name,
             now.step,
@@ -134,7 +134,6 @@ class TrainingStatus:
 
     @property
     def works(self) -> bool:
-        """Steps are left."""
         return self.step < self.steps
 
     @property
@@ -146,9 +145,9 @@ class TrainingStatus:
         return asdict(self) | {"remaining_s": self.remaining_s}
 
 
-def training_status(look: Snapshot) -> TrainingStatus:
+def training_status(snapshot: Snapshot) -> TrainingStatus:
     """`status` of a run that makes a generator."""
-    run, store = look.run, look.store
+    run, store = snapshot.run, snapshot.store
     manifest: Any = run.manifest
     training, alive = manifest.distill, any(driver.alive for driver in drivers(store))
     now, checkpoint, finished = read_progress(store), latest(store), store.exists(SUCCESS)
@@ -159,9 +158,9 @@ def training_status(look: Snapshot) -> TrainingStatus:
     if at_work or finished:
         note = ""
     elif now is None and checkpoint is None:
-        note = "nobody is at work on it; `smsbatch run` begins"
+        note = "no driver is at work on it; `smsbatch run` begins"
     else:
-        note = f"nobody is at work on it; `smsbatch run` goes on from step {saved:,}"
+        note = f"no driver is at work on it; `smsbatch run` goes on from step {saved:,}"
     return TrainingStatus(
         name=run.name,
         step=step,
@@ -183,7 +182,7 @@ STATUSES: dict[str, Callable[[Snapshot], Status | TrainingStatus]] = {
     "dataset": dataset_status,
     "generator": training_status,
 }
-"""By what a task makes."""
+"""By the result of a task."""
 
 
 def _age_s(moment: str) -> float:

@@ -1,9 +1,9 @@
-"""Whether what a run left is what it says: `verify`, from storage alone.
+"""`verify`: check the stored files of a run against its records. It changes nothing.
 
-Fast, it holds records against listings and counts: plan, commits, publication, sizes, footers. `full`, it reads every
-file that is there: digests, ends of archives, the same keys in plan, rows and tar, every picture's own digest and that
-it decodes. It changes nothing. What is not done yet is no problem; it is said apart. Files are fetched one shard at a
-time per thread, so that memory and scratch stay bounded.
+The fast check compares plan, commits, records, file sizes and Parquet footers. The full check reads every file: it
+checks digests, ends of archives, equal keys in plan, rows and tar, and the digest and decoding of every picture. Work
+that is not done yet is no problem and is listed separately. Each thread fetches one shard at a time, which bounds
+memory and scratch.
 """
 
 from __future__ import annotations
@@ -37,19 +37,19 @@ from smsbatch.runs.snapshot import Problem, StrictSnapshot
 from smsbatch.storage.store import storage_errors
 from smsbatch.text import one_line
 
-THREADS = 4  # shards that are looked at together; each has its two files in scratch
-_TOLD = 3  # of many things wrong with one file so many are named
+THREADS = 4  # shards that are checked at once; each has two files in scratch
+_TOLD = 3  # faults of one file that are named
 
 
 @dataclass(frozen=True)
 class Verification:
-    """What was looked at, and what is wrong with it.
+    """The result of a check: the amount of data checked, and the problems.
 
     Attributes:
         samples_done: planned samples that have a row in a published shard.
-        files, bytes: of the published shards.
-        without_attempts: units whose attempts `gc --attempts` removed: `repair` could only compute them again.
-        pending: what is not done yet, which is no problem.
+        files, bytes: number and total size of the files of published shards.
+        without_attempts: units whose attempts `gc --attempts` removed; `repair` would have to compute them again.
+        pending: lines about work that is not done yet, which is no problem.
     """
 
     name: str
@@ -78,22 +78,22 @@ class Verification:
 def verify(
     where: str | Manifest, full: bool = False, progress: Callable[[int, int], None] = lambda done, shards: None
 ) -> Verification:
-    """Whether the run at a path, URL or manifest is whole.
+    """Check that the run at a path, URL or manifest is complete and undamaged.
 
     Args:
-        full: read every byte and not only names, sizes and counts.
-        progress: called with the number of shards looked at, and of all.
+        full: check every byte and not only names, sizes and counts.
+        progress: called with the number of checked shards and of all shards.
 
     Raises:
-        RequestError: no run stands there.
-        StorageError: it cannot be read at all.
+        RequestError: there is no run, or it makes no dataset.
+        StorageError: the run cannot be read.
     """
     return Verifier(Run.open(where)).verify(full, progress=progress)
 
 
 @dataclass
 class _Findings:
-    """What was seen of one shard."""
+    """The findings in one shard."""
 
     problems: list[Problem] = field(default_factory=list)
     published: bool = False
@@ -105,12 +105,12 @@ class _Findings:
 
     @property
     def whole(self) -> bool:
-        """Published, and as it must be as far as was looked."""
+        """True if the shard is published and the check found no problem."""
         return self.published and not self.problems
 
 
 class Verifier(StrictSnapshot):
-    """The standing of a run, held against its files."""
+    """Checks the files of a run against its snapshot."""
 
     def verify(
         self,
@@ -118,7 +118,7 @@ class Verifier(StrictSnapshot):
         only: Iterable[int] | None = None,
         progress: Callable[[int, int], None] = lambda done, shards: None,
     ) -> Verification:
-        """As `verify`; `only` some shards, if given."""
+        """Like the function `verify`; checks `only` some shards, if given."""
         planned, numbers = self.run.about["planned"], list(self.shards if only is None else only)
         problems = list(self.damaged.values()) + self._strangers()
         all_found: dict[int, _Findings] = {}
@@ -148,7 +148,7 @@ class Verifier(StrictSnapshot):
         )
 
     def check_shard(self, shard: int, full: bool) -> _Findings:
-        """One shard: its record against its commits and files, and its units' attempts."""
+        """Check the record of a shard against its commits and files, and the attempts of its units."""
         units, record, found = self.shards[shard], self.records.get(shard), _Findings()
         place = published_file(shard)
         commits = [self.commits[unit.id] for unit in units if unit.id in self.commits]
@@ -174,7 +174,7 @@ class Verifier(StrictSnapshot):
         return found
 
     def _published(self, record: Published, commits: Sequence[Commit] | None, found: _Findings) -> Iterator[Problem]:
-        """Sizes and counts of a published shard; `commits` None if they are not those it was made of."""
+        """Check sizes and counts of a published shard; `commits` is None if it was not made of the newest ones."""
         planned = sum(map(len, self.shards[record.shard]))
         counts = (record.samples, record.succeeded, record.failed)
         made_of = counts
@@ -198,7 +198,7 @@ class Verifier(StrictSnapshot):
                 try:
                     with self.store.open_read(path) as file:
                         found.rows = shards.count_rows(file)
-                except (OSError, ValueError) as error:  # Arrow's, of a footer that is none
+                except (OSError, ValueError) as error:  # Arrow raises them if the footer is damaged
                     yield Problem(path, f"cannot be read ({one_line(error)})", "publish", shard=record.shard)
                     continue
                 if found.rows != planned:
@@ -206,7 +206,7 @@ class Verifier(StrictSnapshot):
                     yield Problem(path, what, "publish", shard=record.shard)
 
     def _attempt(self, commit: Commit, shard: int, needed: bool, full: bool, found: _Findings) -> Iterator[Problem]:
-        """A winner's two files. Where the shard stands whole they are a reserve, and may be gone."""
+        """Check the two files of a committed attempt. If the shard is intact they are a reserve, and may be gone."""
         paths = {kind: attempt_file(commit.unit, commit.attempt, kind) for kind in KINDS}
         sizes = {kind: self.sizes.get(path) for kind, path in paths.items()}
         if not needed and None in sizes.values():
@@ -228,7 +228,7 @@ class Verifier(StrictSnapshot):
             return shards.digest(Path(folder, "file"))
 
     def _contents(self, record: Published) -> Iterator[Problem]:
-        """Every byte of a published shard. One thing said of each of its two files is enough."""
+        """Check every byte of a published shard; at most one problem for each of its two files."""
         with _scratch() as folder:
             tar, parquet = Path(folder, "tar"), Path(folder, "parquet")
             self.store.fetch(record.tar, tar)
@@ -241,12 +241,12 @@ class Verifier(StrictSnapshot):
             for kind, place in (("tar", record.tar), ("parquet", record.parquet)):
                 said = ([] if proven[kind] else ["is not what was published: its sha256 is another"]) + wrong[kind]
                 if said:
-                    # What is wrong although it was published so cannot be mended by publishing it again.
+                    # If both digests match, the shard was published with the fault, and publishing again would keep it.
                     told = "; ".join(said[:_TOLD]) + (f"; and {len(said) - _TOLD} more" if len(said) > _TOLD else "")
                     yield Problem(place, told, "recompute" if all(proven.values()) else "publish", shard=record.shard)
 
     def _compare(self, shard: int, tar: Path, parquet: Path) -> dict[str, list[str]]:
-        """What is wrong inside a shard's tar and Parquet, held against the plan and each other."""
+        """The faults in a shard's tar and Parquet, which are compared with the plan and with each other."""
         wrong: dict[str, list[str]] = {"tar": [], "parquet": []}
         units = self.shards[shard]
         planned = [entry.key for entry in read_index(self.run.index, units[0].start, units[-1].stop)]
@@ -283,7 +283,7 @@ class Verifier(StrictSnapshot):
         return wrong
 
     def _strangers(self) -> list[Problem]:
-        """Files among the published ones that no shard of the plan has."""
+        """Files in `shards/` and `metrics/` that belong to no shard of the plan."""
         if not self.units:
             return []
         ours = {f"shards/{shard:06d}.tar" for shard in self.shards}
@@ -295,7 +295,7 @@ class Verifier(StrictSnapshot):
         ]
 
     def _index(self) -> list[Problem]:
-        """index.json tells readers of the dataset what the records tell us."""
+        """Check that the report is complete, and that index.json has the digests of the records."""
         if not self.reported:
             gone = [name for name in REPORT if not self.store.exists(name)] if self.store.exists(SUCCESS) else []
             return [Problem(name, "is gone", "report") for name in gone]
@@ -314,10 +314,10 @@ class Verifier(StrictSnapshot):
         }
         different = sorted(path for path in listed.keys() & known.keys() if listed[path] != known[path])
         different += sorted(known.keys() - listed.keys())
-        return [Problem("index.json", f"tells other digests of {different[0]}", "report")] if different else []
+        return [Problem("index.json", f"has another digest of {different[0]}", "report")] if different else []
 
     def _samples(self) -> list[Problem]:
-        """The index that every unit is read by is, to the last byte's place, the one that was planned."""
+        """Check that the first index is the planned one, including the location of every byte."""
         if SAMPLES in self.damaged or UNITS in self.damaged or not self.units:
             return []
         with _scratch() as folder:
@@ -351,7 +351,7 @@ def _scratch() -> tempfile.TemporaryDirectory[str]:
 
 
 def _first_difference(found: Sequence[str], wanted: Sequence[str], where: str) -> list[str]:
-    """How two sequences of keys differ, in one line."""
+    """At most one line, which names a difference of two sequences of keys."""
     if list(found) == list(wanted):
         return []
     missing, more = set(wanted) - set(found), set(found) - set(wanted)
@@ -359,7 +359,7 @@ def _first_difference(found: Sequence[str], wanted: Sequence[str], where: str) -
         return [f"{min(missing)} is missing, which is {where}" + _more(len(missing) - 1)]
     if more:
         return [f"{min(more)} is not {where}" + _more(len(more) - 1)]
-    return ["its samples are in another order" if len(found) == len(wanted) else "a sample stands twice"]
+    return ["its samples are in another order" if len(found) == len(wanted) else "a sample occurs twice"]
 
 
 def _more(number: int) -> str:

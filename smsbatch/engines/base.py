@@ -1,7 +1,7 @@
-"""An engine: pictures in, pictures out, as tensors on one device. It knows no files, rows or units.
+"""The base class of engines, which stylize pictures as tensors on one device and know no files, rows or units.
 
-Its class answers what a driver has to know of it, without torch: which weights its results depend on, how many units a
-worker holds, and how a report describes its work. So a module of an engine imports torch only inside of methods.
+The class itself tells a driver, without torch, on which weights its results depend, how many units a worker holds and
+how a report describes its work. So a module of an engine imports torch only inside of methods.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ Task = TypeVar("Task", bound=Dataset)
 
 
 class Rendered(NamedTuple):
-    """A batch of results: images [B, 3, H, W] in [0, 1], the steps each took [B], and whether each is finite [B]."""
+    """A batch of results: images [B, 3, H, W] in [0, 1], the steps of each [B], and whether each is finite [B]."""
 
     images: Tensor
     steps: Tensor
@@ -29,7 +29,7 @@ class Rendered(NamedTuple):
 
 
 class Weights(NamedTuple):
-    """The model files of a manifest: which they are, as a clause, and a line for each part that is left out."""
+    """The model files of a manifest as a clause, and a line for each of their parts that is not used."""
 
     found: str
     notices: list[str]
@@ -37,11 +37,11 @@ class Weights(NamedTuple):
 
 @dataclass(frozen=True)
 class Description:
-    """What a report says of an engine's work.
+    """The description of an engine's work in a report.
 
     Attributes:
         style: the style in words.
-        work: what every image was put through, for the first line of the report.
+        work: how every image was processed, for the first line of the report.
         method: the same for the dataset card, after "Images stylized", in Markdown.
         facts: rows of the dataset card, name and value in Markdown.
     """
@@ -57,12 +57,12 @@ class Engine(ABC, Generic[Task]):
 
     Attributes:
         units_in_flight: units that a worker holds at once: one that it computes, others that it reads or commits.
-        device: of the results.
-        steps: of a batch, as `render` tells its progress.
-        diverged_hint, oom_hint: what to do where a result is not finite, or a picture does not fit the memory.
+        device: the device of the results.
+        steps: steps of a batch, in the unit of the progress of `render`.
+        diverged_hint, oom_hint: advice if a result is not finite, or if a picture does not fit into memory.
     """
 
-    # With one unit a worker would wait for every read; with three a lost worker would lose more.
+    # With one unit a worker would wait for every read; with three, more work would be lost when it dies.
     units_in_flight: ClassVar[int] = 2
     diverged_hint: ClassVar[str]
     oom_hint: ClassVar[str]
@@ -74,7 +74,7 @@ class Engine(ABC, Generic[Task]):
         """Load the models.
 
         Raises:
-            WeightsError: a model, LoRA or generator is missing or not understood, or two models do not go together.
+            WeightsError: a model, LoRA or generator is missing or not supported, or two models are incompatible.
         """
 
     # ------------------------------------------------------------------------------------------------ without torch
@@ -82,56 +82,57 @@ class Engine(ABC, Generic[Task]):
     @staticmethod
     @abstractmethod
     def steps_per_image(manifest: Task) -> int | None:
-        """Iterations of every image; None where one pass does it."""
+        """Iterations per image; None for an engine that needs one pass."""
 
     @staticmethod
     @abstractmethod
     def check_weights(manifest: Task) -> Weights:
-        """Look whether the model files are there and understood.
+        """Check the model files.
 
         Raises:
-            WeightsError: one is not.
+            WeightsError: one is missing or not supported.
             StorageError: one cannot be read.
         """
 
     @staticmethod
     @abstractmethod
     def digests(manifest: Task) -> dict[str, str]:
-        """SHA-256 of every model file that results depend on, by a name that is the same on every machine.
+        """SHA-256 of every model file that determines the results, by a name that is the same on every machine.
 
         Raises: as `check_weights`.
         """
 
     @staticmethod
     def about(manifest: Task) -> dict[str, Any] | None:
-        """What `run.json` records of the generator in use, for `describe`; None without one."""
+        """Facts about the generator, which `run.json` records for `describe`; None without a generator."""
         return None
 
     @staticmethod
     @abstractmethod
     def describe(settings: Mapping[str, Any], about: Mapping[str, Any] | None) -> Description:
-        """The work of a run with this manifest, as plain data, and what `about` gave."""
+        """Describe the work of a run from its manifest as plain data and the result of `about`."""
 
     # ------------------------------------------------------------------------------------------------ on the device
 
     @abstractmethod
     def prompt(self, caption: str) -> str:
-        """The prompt that a picture with this caption gets, for its row."""
+        """The prompt for a picture with this caption, which its row records."""
 
     @abstractmethod
     def batch_size(self, height: int, width: int) -> int:
-        """How many pictures of this size are best rendered at once."""
+        """The number of pictures of this size to render at once."""
 
     @abstractmethod
     def render(
         self, images: Tensor, captions: Sequence[str], seeds: Sequence[int], progress: Callable[[int], None]
     ) -> Rendered:
-        """Stylize images [B, 3, H, W] in [0, 1], none of which has any influence on another.
+        """Stylize images [B, 3, H, W] in [0, 1] independently of each other.
 
-        `progress` is called with the number of finished steps, and may raise to stop. Out of memory is torch's error.
+        `progress` is called with the number of finished steps, and may raise to stop. Out of memory raises torch's
+        error.
         """
 
 
 def finite(values: Tensor) -> Tensor:
-    """Which of [B, ...] have no entry that is infinite or not a number, [B]."""
+    """True for each of the values [B, ...] whose entries are all finite, [B]."""
     return values.isfinite().flatten(1).all(1)

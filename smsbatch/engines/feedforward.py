@@ -1,4 +1,4 @@
-"""Every picture in one pass of a generator."""
+"""The engine of `task: stylize`: one pass of a generator per picture."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ if TYPE_CHECKING:
 
 
 class GeneratorEngine(Engine[Stylize]):
-    """One pass of a generator for every picture; a large picture goes through it tile by tile."""
+    """One pass of a generator per picture; large pictures are processed in tiles."""
 
-    units_in_flight = 4  # the generator is done with a unit before the last one is committed and the next one read
+    units_in_flight = 4  # a unit takes less time to compute than to read or to commit
 
     diverged_hint = "the result is not finite; set compute.precision to bf16 or fp32"
     oom_hint = "lower image.resolution or tiles.size, or set metrics to []"
@@ -73,7 +73,7 @@ class GeneratorEngine(Engine[Stylize]):
     @staticmethod
     def describe(settings: Mapping[str, Any], about: Mapping[str, Any] | None) -> Description:
         about = about or {}
-        # As the run that made the generator was called, else where the generator lies.
+        # The name of the run that made the generator, else the generator's location.
         name = str(about.get("name") or settings["generator"])
         facts = [("generator", f"{code_span(settings['generator'])}, {about['parameters']:,} parameters")]
         loras = about.get("lora") or ()

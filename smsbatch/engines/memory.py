@@ -1,4 +1,4 @@
-"""Batch sizes that fit the device's memory, found by trying."""
+"""Find batch sizes that fit into the device's memory."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Result = TypeVar("Result")
 
 
 class BatchFitter:
-    """The number of items of a size that fit the device's memory together, found by trying."""
+    """Finds by trial how many items of a size fit into the device's memory together."""
 
     def __init__(self) -> None:
         self._most: dict[int, int] = {}
@@ -20,11 +20,12 @@ class BatchFitter:
     def each(
         self, count: int, pixels: int, batch_size: int, work: Callable[[slice], Result]
     ) -> Iterator[tuple[slice, Result | None, str]]:
-        """Do `work` on `count` items of `pixels` pixels, at most `batch_size` at once; a batch that does not fit is
-        halved, and so are later ones of this size.
+        """Do `work` on `count` items of `pixels` pixels, at most `batch_size` at once.
+
+        A batch that does not fit is halved, and later batches of this size keep the smaller size.
 
         Yields:
-            The slice, its result and ''; or, for one item that does not fit alone, None and the error's message.
+            The slice, its result and ''; for a single item that does not fit, its slice, None and the error message.
         """
         start = 0
         while start < count:
@@ -37,7 +38,7 @@ class BatchFitter:
                     raise
                 error = str(raised) or "out of memory"
             if error:
-                # Only once the exception is gone: its frames hold the tensors to free.
+                # Not in the except clause: the exception's frames hold the tensors to free.
                 gc.collect()
                 torch.cuda.empty_cache()
                 number = chosen.stop - chosen.start
@@ -49,6 +50,6 @@ class BatchFitter:
 
 
 def _out_of_memory(error: RuntimeError) -> bool:
-    """CUDA has an error class for it; the CPU's allocator, the driver, cuBLAS and cuDNN only have messages."""
+    """True for out of memory: CUDA has an error class; CPU allocator, driver, cuBLAS and cuDNN only have messages."""
     words = ("can't allocate memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED")
     return isinstance(error, torch.OutOfMemoryError) or any(word in str(error) for word in words)

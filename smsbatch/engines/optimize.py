@@ -1,4 +1,4 @@
-"""Every picture on its own, by the scores (paper, Algorithm 1)."""
+"""The engine of `task: optimize`: each picture is optimized with the scores (paper, Algorithm 1)."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _OBJECTIVES = {  # name, and its paper on arXiv
 
 
 class OptimizeEngine(Engine[Optimize]):
-    """The latents of a batch, optimized in lockstep, each as if it were alone."""
+    """Optimizes the latents of a batch in lockstep, independently of each other."""
 
     diverged_hint = "the latent is not finite; lower objective.learning_rate"
     oom_hint = "lower image.resolution"
@@ -90,7 +90,7 @@ class OptimizeEngine(Engine[Optimize]):
         z, steps = optimize(
             self.prior,
             self.style,
-            # One at a time, as below: a small part of the work, and the largest peak of memory when batched.
+            # One at a time, as below: it is a small part of the work, but in a batch the highest peak of memory.
             torch.cat([self.prior.encode(row[None]) for row in images]),
             [self.objective.prompts(self._words, caption) for caption in captions],
             seeds,

@@ -1,4 +1,4 @@
-"""The engine of each task that makes a dataset. A new one is a file beside this one and a line here."""
+"""The engine of each task that makes a dataset. A new engine is a file in this folder and an entry here."""
 
 from __future__ import annotations
 

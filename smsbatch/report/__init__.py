@@ -1,1 +1,1 @@
-"""What a finished run tells its reader."""
+"""The report of a finished run."""

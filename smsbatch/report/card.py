@@ -1,6 +1,6 @@
-"""`README.md` of a run: the card of the dataset it made, so that a folder handed on explains itself.
+"""`README.md` of a run: the card of its dataset, so that the folder explains itself when it is passed on.
 
-Contract: a pure function of the report. smsbatch cannot know the licence, and leaves it to the user by name.
+The card is a pure function of the report. smsbatch cannot know the licence, so the card asks the user to state it.
 """
 
 from __future__ import annotations

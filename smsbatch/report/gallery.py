@@ -1,6 +1,6 @@
-"""The pictures of a report: which results are shown, and each beside its source.
+"""The pictures of a report: the chosen results with their sources.
 
-Contract: a function of what is stored. Of a tar only the headers and the files that are shown are read.
+The gallery is a function of stored data. Of a tar only the headers and the files that are shown are read.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from smsbatch.parallel import map_ahead
 from smsbatch.report.model import Report, RowTally
 
-THUMBNAIL_SIDE = 640  # pixels: twice what a card measures, for dense screens
+THUMBNAIL_SIDE = 640  # pixels: twice the width of a gallery entry, for high-resolution screens
 _THREADS = 8
 
 
@@ -52,14 +52,14 @@ class Group:
 
 
 def gallery(run: Run, report: Report, tally: RowTally, index: StoredFile | Path) -> list[Group]:
-    """The pictures that the report shows. The sources, by the newest `index`, and tars are read several at a time."""
+    """The pictures that the report shows. Tars and sources (by the newest `index`) are read in parallel."""
     chosen: dict[str, list[dict[str, Any]]]
     name = tally.metrics[0] if tally.metrics else ""
     if report.succeeded <= SHOW_ALL:
         in_order = sorted(tally.sample, key=lambda row: row[name] if name and has_value(row, name) else math.inf)
         chosen = {f"All of them, lowest {name.upper()} first" if name else "All of them": in_order}
     else:
-        chosen = {"Drawn by lot": tally.sample[:SHOW_SAMPLE]}
+        chosen = {"Drawn at random": tally.sample[:SHOW_SAMPLE]}
         if name:
             chosen |= {f"Lowest {name.upper()}": tally.lowest, f"Highest {name.upper()}": tally.highest}
     results = _results(run.store, chain.from_iterable(chosen.values()), report.settings["output"]["format"])
@@ -95,7 +95,7 @@ def _picture(
         source = pixels.source_picture(reader.read(entry.fields[entry.image]), image)
         before = pixels.thumbnail(source, THUMBNAIL_SIDE)
     except SampleError:
-        before = None  # it was read when it was stylized; the page says that it is gone
+        before = None  # it has disappeared since the run; the page says so
     return Picture(
         key=row["key"],
         caption=row["caption"] or "",

@@ -1,4 +1,4 @@
-"""What a report is made of: its numbers, and what remains of the rows that they were counted from."""
+"""The data of a report: its numbers, and the tally of rows from which they are computed."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from smsbatch.engines.base import Description
 from smsbatch.engines.table import ENGINES
 from smsbatch.runs.records import Published
 
-SHOW_ALL = 16  # so many results are shown whole, more as a sample and the two ends of the first metric
+SHOW_ALL = 16  # up to so many results are all shown; of more, a sample and the two ends of the first metric
 SHOW_SAMPLE = 9
 SHOW_END = 3
 
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """One error code: how often, and the first sample that had it."""
+    """One error code: its number of samples, and the first of them."""
 
     code: str
     count: int
@@ -35,7 +35,7 @@ class Failure:
 
 @dataclass(frozen=True, slots=True)
 class Distribution:
-    """One metric over the stylized samples. `counts[i]` of them lie in [edges[i], edges[i + 1])."""
+    """One metric over the stylized samples; `counts[i]` of them lie in [edges[i], edges[i + 1])."""
 
     count: int
     mean: float
@@ -47,16 +47,16 @@ class Distribution:
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Distribution:
-        """Bins of a round width (1, 2 or 5 times a power of ten), some ten to twenty-five of them."""
+        """Makes about ten to twenty-five bins of a round width: 1, 2 or 5 times a power of ten."""
         given = np.asarray(values, dtype=np.float64)
         low, high = float(given.min()), float(given.max())
         raw = max(
             (high - low) / 10, 0.01 * max(abs(low), abs(high), 1e-9)
-        )  # equal values still need a bin of some width
+        )  # equal values need a bin of positive width, too
         power = 10.0 ** math.floor(math.log10(raw))
         width = power * max(factor for factor in (1, 2, 5) if factor * power <= raw * (1 + 1e-9))
         first, last = math.floor(low / width), math.floor(high / width) + 1
-        # By index and not by comparison with the edges, whose rounding could put a value outside of all of them.
+        # By index, because the edges are rounded and a comparison could put a value outside of all bins.
         bins = np.clip(np.floor(given / width) - first, 0, last - first - 1).astype(int)
         return cls(
             count=len(given),
@@ -71,7 +71,7 @@ class Distribution:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """A finished run in numbers. Times are ISO 8601, UTC."""
+    """The numbers of a finished run. Times are ISO 8601, UTC."""
 
     name: str
     planned: int
@@ -81,27 +81,26 @@ class Report:
     units: int
     shards: int
     workers: int
-    seconds: float  # of computing, all workers together, without reading, writing and loading models
-    wall_seconds: float  # while at least one worker was at work: an interruption is not counted
-    images_per_second: float  # of wall time
+    seconds: float  # computing time, sum over all workers, without reading, writing and loading models
+    wall_seconds: float  # time in which at least one worker was at work, without interruptions
+    images_per_second: float  # per wall second
     metrics: Mapping[str, Distribution]
     started: str
     finished: str
     settings: Mapping[str, Any]  # the resolved manifest
-    generator: Mapping[str, Any] | None  # what it says of itself, of task stylize
+    generator: Mapping[str, Any] | None  # facts about the generator of task stylize
     weights: Mapping[str, str]  # file: SHA-256
     versions: Mapping[str, str]
     notices: Sequence[str]
-    paths: Mapping[str, str]  # where the shards, rows and the report are
+    paths: Mapping[str, str]  # locations of the shards, the rows and the report
 
     @property
     def description(self) -> Description:
-        """What the engine of the run's task says of its work."""
         return ENGINES[self.settings.get("task", "optimize")].describe(self.settings, self.generator)
 
     @property
     def rate(self) -> str:
-        """`4.67 a second`, and per minute or hour where that is less than one."""
+        """`4.67 a second`; per minute or hour if that is less than one."""
         for unit, size in (("a second", 1), ("a minute", 60)):
             if self.images_per_second * size >= 1:
                 return f"{self.images_per_second * size:.3g} {unit}"
@@ -113,13 +112,12 @@ class Report:
         return {failure.code: failure.count for failure in self.failures}
 
     def to_dict(self) -> dict[str, Any]:
-        """As plain data, for JSON."""
         return asdict(self)
 
 
 @dataclass(slots=True)
 class RowTally:
-    """What remains of the rows once their shard is out of memory: counts, values, and those that may be shown."""
+    """The summary of the rows of all shards: counts, values, and the few rows that may be shown."""
 
     seed: int
     metrics: Sequence[str]
@@ -154,7 +152,7 @@ class RowTally:
             self.highest = heapq.nlargest(SHOW_END, chain(self.highest, measured), key=lambda row: row[name])
 
     def _lot(self, row: Mapping[str, Any]) -> bytes:
-        """Drawn by the run's seed: as good as random, and the same whenever the report is written."""
+        """Sort key of a draw that depends only on the run's seed, so that every report shows the same samples."""
         return hashlib.sha256(f"{self.seed}/{row['key']}".encode()).digest()
 
 

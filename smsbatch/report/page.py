@@ -1,8 +1,8 @@
-"""`report.html`: one self-contained file that reads a `Report` and a gallery aloud.
+"""`report.html`: one self-contained file that shows a `Report` and a gallery.
 
-Contract: a pure function of its arguments. Nothing is fetched: pictures are data URIs, styles and script are inline.
-Every text from outside (captions, messages, settings) is escaped, and a content security policy lets run only the style
-and script whose hashes it names. Without scripts the slider is two pictures side by side.
+The page is a pure function of its arguments. It fetches nothing: pictures are data URIs, style and script are inline.
+Every text from outside (captions, messages, settings) is escaped, and a content security policy allows only the style
+and script with the hashes that it lists. Without scripts the slider becomes two pictures side by side.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def render(report: Report, gallery: Iterable[Group]) -> str:
 
 
 def _settings(report: Report) -> dict[str, Mapping[str, str]]:
-    """The sections of the settings, with the keys below each as one word."""
+    """The sections of the settings; nested keys are joined by dots."""
     loose = {key: value for key, value in report.settings.items() if not isinstance(value, Mapping)}
     sections: dict[str, Any] = {"run": loose}
     if report.generator is not None:
@@ -78,14 +78,14 @@ _QUANTILES = {
     "p95": "95 % below",
 }
 _EXPLAINED = {
-    "lpips": "Perceived distance between source and result: 0 is the same picture; "
-    "low means little was changed, high that the content may have been lost."
+    "lpips": "Perceptual distance between source and result. 0 is the same picture; a low value means that little has "
+    "changed, a high one that the content may be lost."
 }
 _ACRONYMS = {"lpips": "LPIPS"}
 
 
 def _histogram(one: Distribution, name: str) -> Markup:
-    """Bars, an axis and the median, 400 units wide; the tallest bar is 120 high."""
+    """An SVG of bars, an axis and the median, 400 units wide; the tallest bar is 120 units high."""
     width, height, base = 400.0, 120.0, 140.0
     low, high, tallest = one.edges[0], one.edges[-1], max(one.counts)
 
@@ -116,7 +116,7 @@ def _ratio_class(picture: Picture) -> str:
 
 
 def _ratio_classes(groups: list[Group]) -> str:
-    """A class per aspect ratio instead of style attributes, which the policy would have to allow for every element."""
+    """A class per aspect ratio, because the policy forbids style attributes."""
     names = sorted({_ratio_class(picture) for group in groups for picture in group.pictures})
     return "".join(f".{name} {{ --r: {int(name[1:]) / 100}; }}\n" for name in names)
 
@@ -139,6 +139,6 @@ def _title(name: str) -> str:
 
 
 def _small_units(text: str) -> Markup:
-    """Numbers large, the units after them small."""
+    """Numbers in normal size, the units after them small."""
     parts = (escape(part) if part[0].isdigit() else Markup("<small>{}</small>").format(part) for part in text.split())
     return Markup(" ").join(parts)

@@ -1,11 +1,11 @@
-"""What a finished run tells: numbers, index, dataset card and `report.html`.
+"""Write the report of a finished run: numbers, index, dataset card and `report.html`.
 
-Contract: everything is computed from storage alone (`run.json`, plan, commits, published shards), with the rows of a
-few shards in memory at a time, and is a function of it: reporting twice writes the same bytes. A run whose rows do not
-add up to its plan (`success + failed == planned`) has no report but a RunError.
+The report is a function of storage alone (`run.json`, plan, commits, published shards), so that reporting twice writes
+the same bytes. The rows of a few shards are in memory at a time. A run whose rows do not add up to its plan
+(`success + failed == planned`) raises a RunError instead.
 
-index.json keeps the numbers, under a digest of them and of all that they follow from, so that whoever asks again reads
-no row; where anything of that has changed they are computed anew.
+index.json keeps the numbers with a digest of them and of everything that determines them. While that digest matches, no
+rows are read again; otherwise the numbers are computed again.
 """
 
 from __future__ import annotations
@@ -43,11 +43,11 @@ _AHEAD = 8  # shards whose rows are fetched while others are counted
 def summarize(
     run: Run, commits: Mapping[int, Commit] | None = None, published: Mapping[int, Published] | None = None
 ) -> Report:
-    """The numbers of a finished run, from index.json if they are of what stands now.
+    """The numbers of a finished run, from index.json if they are up to date.
 
     Args:
-        commits: as the ledger has them now, of a caller who has read them.
-        published: likewise.
+        commits: the newest commits, if the caller has read them.
+        published: the records of published shards, likewise.
 
     Raises:
         RequestError: the run makes no dataset.
@@ -66,7 +66,7 @@ def summarize(
 def write_report(
     run: Run, commits: Mapping[int, Commit] | None = None, published: Mapping[int, Published] | None = None
 ) -> Report:
-    """Write README.md, report.html and index.json; returns the numbers. Arguments and errors as of `summarize`."""
+    """Write README.md, report.html and index.json; returns the numbers. Arguments and errors as in `summarize`."""
     run.require_dataset()
     store, drift = run.store, allowed_drift(run.store)
     published = run.ledger.publications() if published is None else published
@@ -84,7 +84,7 @@ def write_report(
     }
     store.put("README.md", card(report).encode())
     store.put("report.html", render(report, pictures).encode())
-    store.put(INDEX, json.dumps(index, indent=1).encode())  # last: where it is of what stands, the others are too
+    store.put(INDEX, json.dumps(index, indent=1).encode())  # last: if it is up to date, so are the others
     return report
 
 
@@ -100,7 +100,7 @@ Drift = Sequence[Mapping[str, Any]]
 
 
 def _recall(run: Run, drift: Drift, published: Mapping[int, Published]) -> Report | None:
-    """What index.json has of a report; None unless that is of just this run, these records, and as it was written."""
+    """The report from index.json; None unless it is undamaged and was made from this run and these records."""
     found = run.store.read_all([INDEX])
     try:
         told = json.loads(found[INDEX])["report"]
@@ -115,14 +115,14 @@ def _recall(run: Run, drift: Drift, published: Mapping[int, Published]) -> Repor
 
 
 def _digest(run: Run, drift: Drift, published: Mapping[int, Published], numbers: Mapping[str, Any]) -> str:
-    """Of a report's numbers and of what they follow from: the commits are named by the records, the rows by digests."""
+    """Digest of a report's numbers and of everything that determines them; the records identify commits and rows."""
     records = [asdict(record) for _, record in sorted(published.items())]
     of = json.dumps([run.about, records, drift, numbers], sort_keys=True)
     return hashlib.sha256(of.encode()).hexdigest()
 
 
 def _circumstances(run: Run, drift: Drift) -> dict[str, Any]:
-    """What a report says beside its numbers."""
+    """The fields of a report that are not numbers."""
     store, about = run.store, run.about
     changes = [change["text"] for note in drift for change in note["changed"].values()]
     return {
@@ -133,7 +133,7 @@ def _circumstances(run: Run, drift: Drift) -> dict[str, Any]:
         "versions": about["versions"],
         "notices": [
             *about["notices"],
-            *(f"went on, as allowed, though changed since it was planned: {change}" for change in changes),
+            *(f"changed since the plan, as allowed: {change}" for change in changes),
         ],
         "paths": {
             "shards": store.locate("shards"),
@@ -146,7 +146,7 @@ def _circumstances(run: Run, drift: Drift) -> dict[str, Any]:
 def _count(
     run: Run, index: Path, drift: Drift, commits: Mapping[int, Commit] | None, published: Mapping[int, Published]
 ) -> tuple[Report, RowTally]:
-    """The numbers of a run, counted row by row against `index`, the planned one."""
+    """The numbers of a run, from its rows, whose keys are checked against `index`, the planned one."""
     store, samples = run.store, run.about["planned"]["samples"]
     tally = RowTally(seed=run.about["manifest"]["seed"], metrics=run.about["manifest"]["metrics"])
     planned_in = {shard: sum(map(len, units)) for shard, units in run.shards.items()}
@@ -189,7 +189,7 @@ def _count(
 
 @contextmanager
 def _fetched_index(run: Run) -> Iterator[Path]:
-    """The index as it was planned, whose keys are those of every later one, fetched once."""
+    """A local copy of the planned index; later ones have the same keys."""
     with (
         storage_errors("make a folder in", tempfile.gettempdir()),
         tempfile.TemporaryDirectory(prefix="smsbatch-report-") as folder,
@@ -207,23 +207,23 @@ def _keys(index: Path) -> Iterator[str]:
 
 
 def _rows(store: Store, published: Published, data: bytes, planned: Sequence[str], start: int) -> list[dict[str, Any]]:
-    """The rows of a shard, proven to be those of the plan, each with its `position` in the index."""
+    """The rows of a shard, each with its `position` in the index; raises RunError if they are not the planned ones."""
     try:
         rows = read_rows(BytesIO(data))
-    except (OSError, ValueError) as error:  # Arrow's, of what is no Parquet
+    except (OSError, ValueError) as error:  # Arrow raises them if a file is not Parquet
         raise RunError(
             f"{store.locate(published.parquet)} cannot be read; run `smsbatch repair --full {store.url}`"
         ) from error
     if list(planned) != [row["key"] for row in rows]:
         raise RunError(
-            f"{store.locate(published.parquet)} has not the rows of its {len(planned)} planned images; "
+            f"{store.locate(published.parquet)} does not have the rows of its {len(planned)} planned images; "
             f"run `smsbatch repair --full {store.url}`"
         )
     return [row | {"position": position} for position, row in enumerate(rows, start)]
 
 
 def _span(commits: Iterable[Commit]) -> tuple[str, str, float]:
-    """When the first unit was begun, when the last was finished, and for how long of that some worker was at work."""
+    """Start of the first unit, end of the last, and the seconds in which at least one worker was at work."""
     ends = ((datetime.fromisoformat(commit.finished).timestamp(), commit.seconds) for commit in commits)
     intervals = sorted((end - seconds, end) for end, seconds in ends)
     at_work, reached = 0.0, -math.inf

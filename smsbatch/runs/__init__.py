@@ -1,1 +1,1 @@
-"""A run as it lies on storage. Neither torch nor ray is imported here."""
+"""The stored state of a run. Nothing here imports torch or ray."""

@@ -1,8 +1,8 @@
-"""The states a training can go on from, in `_smsbatch/checkpoints/` of its run.
+"""The checkpoints from which a training resumes, in `_smsbatch/checkpoints/` of its run.
 
-`<step>-<id>.safetensors` is stored first, whole, under a name that nobody else has; then `<step>.json` is created, a
-record of that file's name, length and digest, which succeeds for one writer only. A checkpoint is one that has a record
-and whose file is as the record says: whatever else lies there is a leftover. Any process may die between any two steps.
+A writer first stores the whole state as `<step>-<id>.safetensors`, a unique name. Then it creates `<step>.json`, a
+record of that file's name, length and digest; this succeeds for one writer only. A checkpoint is a record whose file
+matches it; any other file there is a leftover. A process may die between any two steps.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from smsbatch.runs.layout import CHECKPOINTS
 from smsbatch.runs.records import PARSE_ERRORS, FileDigest, new_attempt
 from smsbatch.storage.store import Store
 
-LEFTOVER_S = 3600  # a file without a record may be one whose record is being written
+LEFTOVER_S = 3600  # a younger file without a record is kept, because its record may be about to be written
 
 _RECORD = re.compile(rf"{CHECKPOINTS}/(\d{{8,}})\.json")
 _FILE = re.compile(rf"{CHECKPOINTS}/(\d{{8,}})-\w+\.safetensors")
@@ -31,7 +31,7 @@ _FILE = re.compile(rf"{CHECKPOINTS}/(\d{{8,}})-\w+\.safetensors")
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """A record: after how many steps the state was taken, where it lies, and what its writer says `about` it."""
+    """The record of the state after `step` steps, in `file`; `about` holds what the writer adds."""
 
     step: int
     file: str
@@ -43,7 +43,7 @@ class Checkpoint:
 
 @dataclass(frozen=True, slots=True)
 class Restored:
-    """The newest checkpoint that is whole, with its bytes, and a line for each newer one that is not."""
+    """The newest intact checkpoint with its bytes, and a line for each newer one that is damaged."""
 
     checkpoint: Checkpoint | None
     data: bytes
@@ -51,12 +51,12 @@ class Restored:
 
 
 def write(store: Store, step: int, data: bytes, about: Mapping[str, Any] | None = None) -> Checkpoint:
-    """Store the state after `step` steps; returns the checkpoint that stands: this one, or that of who was first.
+    """Store the state after `step` steps.
 
-    A damaged one does not stand, but is replaced.
+    Returns this checkpoint, or the one that another writer stored first; a damaged one is replaced.
 
     Raises:
-        StorageError: it cannot be stored. The earlier ones are as they were.
+        StorageError: it cannot be stored. Earlier checkpoints are unchanged.
     """
     name, proof = f"{CHECKPOINTS}/{step:08d}-{new_attempt()}.safetensors", FileDigest.of(data)
     store.put(name, data)
@@ -76,7 +76,7 @@ def write(store: Store, step: int, data: bytes, about: Mapping[str, Any] | None 
 
 
 def latest(store: Store) -> Checkpoint | None:
-    """The newest checkpoint whose file is there and as long as it should be; it is not read. None if there is none."""
+    """The newest checkpoint whose file has the recorded length; the file is not read. None if there is none."""
     return next(_newest_first(store, store.sizes(CHECKPOINTS), []), None)
 
 
@@ -84,7 +84,7 @@ def read(store: Store, checkpoint: Checkpoint) -> bytes:
     """The state of a checkpoint.
 
     Raises:
-        StorageError: it cannot be read, or is not what was written.
+        StorageError: it cannot be read, or its digest is not the recorded one.
     """
     data = store.read(checkpoint.file)
     if hashlib.sha256(data).hexdigest() != checkpoint.sha256:
@@ -93,7 +93,7 @@ def read(store: Store, checkpoint: Checkpoint) -> bytes:
 
 
 def restore(store: Store) -> Restored:
-    """What to go on from: the newest checkpoint that is whole, to the last byte."""
+    """Read the newest checkpoint whose digest matches its record."""
     notices: list[str] = []
     for found in _newest_first(store, store.sizes(CHECKPOINTS), notices):
         try:
@@ -104,16 +104,16 @@ def restore(store: Store) -> Restored:
 
 
 def prune(store: Store, keep: int) -> None:
-    """Remove what is older than the newest `keep` checkpoints, and files that got no record within an hour."""
+    """Remove all but the newest `keep` checkpoints, and files that got no record within an hour."""
     sizes = store.sizes(CHECKPOINTS)
     kept = list(islice(_newest_first(store, sizes, []), keep))
     oldest = kept[-1].step if len(kept) == keep else 0
     named = set()
     for step, record in _records(sizes):
         if step < oldest:
-            store.delete(record)  # before its file, so that no record promises what is gone
+            store.delete(record)  # before its file, so that no record names a missing file
             continue
-        with suppress(StorageError):  # names nothing
+        with suppress(StorageError):  # a damaged record names no file
             named.add(_parse(store, record).file)
     now = time.time()
     for match in filter(None, map(_FILE.fullmatch, sizes)):
@@ -123,7 +123,7 @@ def prune(store: Store, keep: int) -> None:
 
 
 def _newest_first(store: Store, sizes: Mapping[str, int], notices: list[str]) -> Iterator[Checkpoint]:
-    """The checkpoints among these objects whose files are as long as they should be; of the others a line each."""
+    """The checkpoints whose files have the recorded length; `notices` gets a line for each of the others."""
     for _, record in _records(sizes):
         try:
             found = _parse(store, record)

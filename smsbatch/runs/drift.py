@@ -1,7 +1,7 @@
-"""Whether what is asked now is what was planned, and what the user has allowed to differ since.
+"""Drift: changes of the manifest, weights or inputs since the plan.
 
-A change that the user allows is noted beside the ledger, under `_smsbatch/drift/`, and is no longer asked about: a run
-that goes on in spite of it may be resumed as often as one likes.
+Drift is refused unless the user allows it. An allowed change is noted under `_smsbatch/drift/`, so that later resumes
+need not allow it again.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from smsbatch.text import flat
 
 DRIFT = "_smsbatch/drift"
 INPUTS = "inputs"
-# Where and how, which changes no result.
+# These keys change where and how the run works, but not its results.
 _ELSEWHERE = ("compute.", "errors.", "storage.", "output.path", *(f"distill.{key}" for key in HOUSEKEEPING))
 _NEVER = {"metrics": "rows of one run have the same columns"}
 _NEVER_IN_TRAINING = dict.fromkeys(
@@ -39,12 +39,12 @@ _NEVER_IN_TRAINING = dict.fromkeys(
     "a checkpoint is of one training",
 )
 _NAMED = 3
-_ROWS = 65536  # of the index in memory at once
+_ROWS = 65536  # rows of the index in memory at once
 
 
 @dataclass(frozen=True)
 class Change:
-    """A key of the manifest, `weights.<file>` or `inputs`, as it was planned and as it is."""
+    """The planned and the present value of a key of the manifest, of `weights.<file>` or of `inputs`."""
 
     key: str
     then: Any
@@ -59,14 +59,15 @@ class Change:
 def check_unchanged(
     run: Run, manifest: Manifest, weights: Mapping[str, str], allow: Collection[str] = (), note: bool = True
 ) -> None:
-    """The run was planned for the same results: the same manifest and the same weights.
+    """Check that the run was planned with this manifest and these weights.
 
     Args:
+        weights: digests by file name.
         allow: keys that may have changed.
-        note: write down with the run what was allowed.
+        note: store the allowed changes with the run.
 
     Raises:
-        DriftError: naming what changed.
+        DriftError: another key has changed; the message names it.
     """
     if run.task != manifest.task:
         here = f"here is a run of task {run.task}, not {manifest.task}"
@@ -88,10 +89,10 @@ def check_unchanged(
 
 
 def inputs_changed(run: Run, manifest: Manifest, allow: Collection[str] = (), note: bool = True) -> bool:
-    """Whether the source's objects are not those that were planned: names, sizes, and etags where the store has them.
+    """True if the source's objects differ from the planned ones in name, size, or etag where the store has etags.
 
     Raises:
-        DriftError: they are not, and `allow` has no `inputs`; naming the first few.
+        DriftError: they differ, and `allow` has no `inputs`; the message names the first few.
     """
     if run.is_new:
         return False
@@ -109,7 +110,7 @@ def inputs_changed(run: Run, manifest: Manifest, allow: Collection[str] = (), no
 
 
 def _changed_files(run: Run, folder: Part, storage: Storage) -> Iterator[str]:
-    """What became of a folder's planned files; files that are new are not looked for."""
+    """A line for each planned file of a folder that is gone or changed; new files are not looked for."""
     present = {file.url: (file.size, file.etag) for file in list_files(folder.url, storage)}
     for start in count(0, _ROWS):
         entries = read_index(run.index, start, start + _ROWS)
@@ -123,7 +124,7 @@ def _changed_files(run: Run, folder: Part, storage: Storage) -> Iterator[str]:
 
 
 def allowed_drift(store: Store) -> list[dict[str, Any]]:
-    """What has changed since the plan and was allowed, in the order of the notes: `time`, `changed` by key."""
+    """The notes of allowed changes, oldest first: `time`, and `changed` by key."""
     notes = []
     for path, data in store.read_all(store.list(DRIFT)).items():
         try:
@@ -152,7 +153,7 @@ def _resolve_drift(run: Run, changes: Sequence[Change], allow: Collection[str], 
         advice = (
             begun
             if store.list(COMMITS) or store.list(CHECKPOINTS)
-            else "nothing is committed there: delete the folder to begin anew"
+            else "nothing is committed there: delete the folder to start over"
         )
         told = "; ".join(change.text for change in refused)
         raise DriftError(f"{store.url}: this run was planned differently; changed: {told}; {advice}")
@@ -163,10 +164,10 @@ def _resolve_drift(run: Run, changes: Sequence[Change], allow: Collection[str], 
 
 
 def check_allowed(manifest: Manifest, allow: Collection[str]) -> None:
-    """Every key that may have changed is one that can.
+    """Check that every key of `allow` exists.
 
     Raises:
-        RequestError: naming the one that is none.
+        RequestError: the message names the unknown key.
     """
     known = [*flat(manifest.dump()), "weights", INPUTS]
     for key in allow:

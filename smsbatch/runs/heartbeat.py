@@ -1,9 +1,9 @@
-"""A driver's sign of life, and the drivers that are at work.
+"""The heartbeats of drivers, and the drivers at work.
 
-A driver that is at work says so every few seconds, under `_smsbatch/heartbeats/`, and takes it back when it leaves in
-order. A thread of its own does that, so that long work does not look like death. Those who find one obey: `repair` and
-`gc` do not start beside it, a second driver works in another order, and on a store without create-only put it is
-refused.
+A driver at work writes its heartbeat under `_smsbatch/heartbeats/` every few seconds, and deletes it when it exits in
+an orderly way. A separate thread writes it, so that a long step does not make the driver look dead. While a driver is
+alive, `repair` and `gc` do not start; a second driver takes the shards in another order, and is refused in a store
+without create-only put.
 """
 
 from __future__ import annotations
@@ -29,11 +29,10 @@ DEAD_AFTER_S = 6 * BEAT_S
 
 
 class Heartbeat:
-    """Beats at once when entered and then every few seconds, telling of `now`; whoever leaves in order takes it back.
+    """Writes a heartbeat with the content of `now` on entry and then every BEAT_S seconds; deletes it on exit.
 
-    A training tells of itself in its own files: there `now` is None.
-
-    A beat that cannot be stored is left out: the work meets the same store, and says what is wrong with it.
+    A training reports its progress in its own files, so its `now` is None. A heartbeat that cannot be stored is
+    skipped: the work uses the same store and will report the error.
     """
 
     def __init__(self, store: Store, now: Mapping[str, Any] | None = None) -> None:
@@ -51,7 +50,7 @@ class Heartbeat:
     def __exit__(self, *_: object) -> None:
         self._stopped.set()
         self._thread.join()
-        with suppress(StorageError):  # it grows stale by itself, and must not hide why we leave
+        with suppress(StorageError):  # it goes stale by itself, and an error here would hide why the driver exits
             self._store.delete(self._path)
 
     def _go_on(self) -> None:
@@ -65,16 +64,16 @@ class Heartbeat:
 
 
 def other_drivers(store: Store, own: Heartbeat) -> list[Driver]:
-    """The other drivers at work; the heartbeats of dead ones are removed."""
+    """The other drivers at work; heartbeats of dead drivers are removed."""
     return [driver for driver in drivers(store, remove_stale=True, without=own.name) if driver.alive]
 
 
 @dataclass(frozen=True)
 class Driver:
-    """A driver by its last sign of life, `age_s` seconds ago.
+    """A driver whose last heartbeat is `age_s` seconds old.
 
     Attributes:
-        processes: whose table of processes it is in, as `process_table` says it of ours.
+        processes: its process table, as `process_table` names it; '' if unknown.
     """
 
     name: str
@@ -87,7 +86,7 @@ class Driver:
 
     @property
     def _gone(self) -> bool:
-        """Whether it was a process beside ours that is no more, so that one need not wait for it to look dead."""
+        """True if it was a process on this machine that has ended: it is dead although its heartbeat is fresh."""
         process = self.name.split("-")[-2] if self.name.count("-") >= 2 else ""
         if not self.processes or self.processes != process_table() or not process.isdigit():
             return False
@@ -96,13 +95,15 @@ class Driver:
         except ProcessLookupError:
             return True
         except PermissionError:
-            pass  # it is somebody else's
+            pass  # it exists and belongs to another user
         return False
 
 
 def process_table() -> str:
-    """A name of the table that this process is numbered in: another on each machine, in each container and after each
-    boot. '' where the system does not tell."""
+    """An id of the process table that this process id belongs to, distinct for each machine, container and boot.
+
+    '' where the system does not provide it.
+    """
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
         return f"{boot}-{Path('/proc/self/ns/pid').stat().st_ino}"
@@ -111,7 +112,7 @@ def process_table() -> str:
 
 
 def drivers(store: Store, remove_stale: bool = False, without: str = "") -> list[Driver]:
-    """The drivers whose heartbeats are there, except for one; heartbeats of dead drivers are removed if asked."""
+    """The drivers that have a heartbeat, except the driver named `without`."""
     found = []
     for path, beat in read_beats(store, without).items():
         driver = Driver(driver_name(path), time.time() - beat["time"], beat.get("processes", ""))
@@ -126,7 +127,7 @@ def read_beats(store: Store, without: str = "") -> dict[str, dict[str, Any]]:
     beats = {}
     paths = [path for path in store.list(HEARTBEATS) if driver_name(path) != without]
     for path, beat in store.read_all(paths).items():
-        with suppress(ValueError):  # a torn one is as good as none
+        with suppress(ValueError):  # a torn heartbeat counts as none
             beats[path] = json.loads(beat)
     return beats
 

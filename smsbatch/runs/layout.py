@@ -18,5 +18,5 @@ CHECKPOINTS = "_smsbatch/checkpoints"
 
 
 def is_reported(store: Store) -> bool:
-    """Everything that `write_report` writes is there."""
+    """True if all files that `write_report` writes exist."""
     return all(store.exists(name) for name in REPORT)

@@ -1,22 +1,22 @@
-"""What is done, and the proof of it: attempts, commits, publication.
+"""The ledger of a run: attempts, commits, publication.
 
-    1. attempt   a unit's tar and Parquet are built whole on local disk, synced, read again and counted, then put under
-                 `_smsbatch/attempts/<unit>/<attempt>.{tar,parquet}`, names that no other attempt ever has
-    2. decide    `_smsbatch/commits/<unit>.json` is created, which succeeds for one attempt only, the winner; it has the
-                 digests of both files, so a tar and a Parquet of different attempts are never taken for a pair. Whoever
-                 computes failed samples again decides `<unit>.g1.json`, then `.g2.json`: the newest generation counts
-    3. publish   when all units of a shard are committed anyone may assemble `shards/` and `metrics/` from the newest
-                 commits; the bytes follow from the commits, so doing it twice or at once is harmless. Final names are
-                 created and never written over: an older publication is kept in `_smsbatch/generations/<n>/`, then its
-                 record is deleted, then its files, before the new ones and last their record take the names
+    1. attempt   A process builds a unit's tar and Parquet on local disk, syncs, re-reads and counts them, and stores
+                 them as `_smsbatch/attempts/<unit>/<attempt>.{tar,parquet}`, names that no other attempt ever has.
+    2. decide    It creates `_smsbatch/commits/<unit>.json`, which succeeds for one attempt only, the winner. The commit
+                 has the digests of both files, so files of different attempts are never mistaken for a pair. A retry
+                 of failed samples decides `<unit>.g1.json`, then `.g2.json`: the newest generation counts.
+    3. publish   When all units of a shard are committed, any process may assemble `shards/` and `metrics/` from the
+                 newest commits. The commits determine the bytes, so publishing twice or concurrently is harmless. Final
+                 names are created, never overwritten: an older publication is copied to `_smsbatch/generations/<n>/`,
+                 its record and then its files are deleted, and the new files and last their record are created.
 
-Resume is: list the commits. Nothing else counts, whatever else lies about. A process may die between any two steps,
-several may work on the same unit, and one that was thought dead may wake and finish.
+A run resumes from the list of commits and from nothing else. A process may die between any two steps, several may work
+on the same unit, and one that was thought dead may wake up and finish.
 
-A record in `_smsbatch/published/` whose attempts are those of the newest commits therefore has its own files beside it,
-or none. A publisher that wakes after a newer one finds its names taken; what it can still do, if it dies at once, is to
-delete one file or record of the newer: then the shard is not published, and the next run publishes it again. Bytes that
-were changed behind the ledger's back, in files of the same length, are found by reading them alone: `verify --full`.
+So a record in `_smsbatch/published/` whose attempts are those of the newest commits has its own files or none. A
+publisher that wakes up after a newer one finds its names taken. If it dies right then, it can at most have deleted one
+file or record of the newer one: the shard is then not published, and the next run publishes it again. Bytes that
+something else changed, in files of the same length, are found only by reading them: `verify --full`.
 """
 
 from __future__ import annotations
@@ -48,17 +48,17 @@ from smsbatch.storage.store import Store, storage_errors
 
 
 class Ledger:
-    """The ledger of the run in `store`; `metrics` names the columns that every row has beside the fixed ones.
+    """The ledger of the run in `store`; `metrics` names the columns of every row in addition to the fixed ones.
 
-    Files are built in `scratch`, a local folder (default: the system's temporary one), and removed from it in any case.
-    Where the store has no conditional put one process, the driver, decides and publishes; the others only attempt.
+    Files are built in `scratch`, a local folder (default: the system's temporary one), and always removed from it.
+    In a store without create-only put, only the driver decides and publishes; other processes only attempt.
     """
 
     def __init__(self, store: Store, scratch: Path | None = None, metrics: Sequence[str] = ()) -> None:
         self.store = store
         self.scratch = scratch
         self.metrics = tuple(metrics)
-        self._own: dict[int, Commit] = {}  # decided by this process, of shards that it has not published
+        self._own: dict[int, Commit] = {}  # commits of this process in shards that it has not published
 
     # --- attempt, decide ---
 
@@ -72,7 +72,7 @@ class Ledger:
         generation: int = 0,
         attempt: str | None = None,
     ) -> Commit:
-        """Store a finished unit, an outcome per planned sample in plan order; what it returns is not decided yet."""
+        """Store a finished unit, one outcome per planned sample in plan order. The result is not decided yet."""
         if len(outcomes) != len(unit):
             raise ValueError(f"unit {unit.name} has {len(unit)} samples, not {len(outcomes)}")
         attempt = attempt or new_attempt()
@@ -103,19 +103,19 @@ class Ledger:
         )
 
     def decide(self, commit: Commit) -> Commit:
-        """Make an attempt the unit's commit, if it is the first of its generation; returns the commit that stands.
+        """Commit an attempt if it is the first of its generation; returns the winner.
 
         Raises:
-            StorageError: the attempt's files are gone, or the generation that it should follow is.
+            StorageError: the attempt's files or the commit of the previous generation are gone.
         """
         standing = self.committed(commit.unit) if commit.generation else None
         while standing is None or standing.generation < commit.generation:
             if commit.generation > (0 if standing is None else standing.generation + 1):
                 before = self.store.locate(commit_file(commit.unit, commit.generation - 1))
-                raise StorageError(f"{before} is gone; run again to compute the unit anew")
+                raise StorageError(f"{before} is gone; run again to recompute the unit")
             lost = [
                 name
-                for kind in KINDS  # a process that slept for days may find them removed by `gc`
+                for kind in KINDS  # `gc` may have removed them if this process was suspended for days
                 if self.store.size(name := attempt_file(commit.unit, commit.attempt, kind)) != commit.files[kind].bytes
             ]
             if not lost and self.store.create(commit_file(commit.unit, commit.generation), commit.to_json()):
@@ -123,31 +123,32 @@ class Ledger:
                 return commit
             standing = self.committed(commit.unit)
             if lost and (standing is None or standing.generation < commit.generation):
-                raise StorageError(f"{self.store.locate(lost[0])} is gone or cut; run again to compute the unit anew")
+                raise StorageError(f"{self.store.locate(lost[0])} is gone or cut; run again to recompute the unit")
         return standing
 
     # --- what is committed ---
 
     def committed(self, unit: int) -> Commit | None:
-        """The newest commit of a unit, None while it has none."""
+        """The newest commit of a unit; None if it has none."""
         return self._newest([unit]).get(unit)
 
     def is_committed(self, unit: int) -> bool:
-        """Whether a unit has a commit, by one request."""
+        """True if a unit has a commit; takes one request."""
         return self.store.exists(commit_file(unit, 0))
 
     def done(self) -> set[int]:
-        """The ids of all units that have a commit, from their names alone, by one listing.
+        """The ids of all units that have a commit, by one listing of names.
 
-        A disk that lost power may leave a commit that is empty or cut. It is counted here, and whoever reads it,
-        `commits` or `publish`, raises the StorageError that names it: no such unit is ever published.
+        A power loss may leave a commit that is empty or cut. It is counted here; `commits` and `publish` read it and
+        raise a StorageError that names it, so that its unit is never published.
         """
         return set(self.generations())
 
     def commits(self, generations: Mapping[int, int] | None = None) -> dict[int, Commit]:
-        """The newest commits of all units that are done, or those of `generations`, by unit id, in order.
+        """The newest commits of all committed units, or the commits of `generations`, by unit id, in order.
 
-        StorageError if one is damaged.
+        Raises:
+            StorageError: one is damaged.
         """
         wanted = self.generations() if generations is None else generations
         names = {commit_file(unit, generation): unit for unit, generation in sorted(wanted.items())}
@@ -155,10 +156,12 @@ class Ledger:
         return {unit: self._parse(name, found[name]) for name, unit in names.items() if name in found}
 
     def outcomes(self, commit: Commit) -> list[Outcome]:
-        """What was committed, read from the attempt's files, proven by their digests.
+        """The committed outcomes, read from the attempt's files, whose digests are checked.
 
-        Written again they give the same tar and the same rows but for generation, attempt and worker.
-        StorageError if the files are not what was committed, or were collected as rubbish.
+        Writing them again gives the same tar, and the same rows except for generation, attempt and worker.
+
+        Raises:
+            StorageError: the files have changed, or `gc` has removed them.
         """
         lost = f"samples of unit {commit.unit:06d} cannot be tried again alone, only in a run at another output.path"
         with self._workshop() as folder:
@@ -167,13 +170,13 @@ class Ledger:
     # --- publish ---
 
     def publish(self, shard: int, units: Sequence[Unit], *, again: bool = False) -> Published | None:
-        """Assemble a shard from the newest commits of its units; None while one has none, no work if it is done.
+        """Assemble a shard from the newest commits of its units; None if a unit has no commit.
 
-        Done is what `published` says and the newest commits agree with. `again` looks at the published bytes too, and
-        replaces what is not as it must be.
+        A shard that is already published from the newest commits is left alone, unless `again` is set: then its bytes
+        are compared too, and wrong ones replaced.
         """
         units = sorted(units, key=lambda unit: unit.start)
-        # Commits of this process need not be read. If they are not the newest any more, `_superseded` finds that out.
+        # Commits of this process need not be read. If they are no longer the newest, `_superseded` finds out.
         own = {unit.id: self._own[unit.id] for unit in units if unit.id in self._own}
         while True:
             commits = self._current(units, own)
@@ -181,7 +184,7 @@ class Ledger:
                 return None
             done = self.published(shard)
             if done is not None and own and not done.made_of(commits):
-                own = {}  # the publication may be of newer commits
+                own = {}  # newer commits may have been published
                 continue
             if done is not None and done.made_of(commits) and not again:
                 break
@@ -228,10 +231,11 @@ class Ledger:
         folder: Path,
         overtaken: Callable[[], bool],
     ) -> bool:
-        """Give the final names to what was built; False if newer commits came in between, then it must be built anew.
+        """Create the built files and record under the final names; False if newer commits have overtaken them.
 
-        A create never writes over anything, and who deletes looks for newer commits before and after: a zombie has no
-        way to put an older file beside a newer record. What it deleted it mends after the look at the end.
+        A create never overwrites, and each delete lies between two checks for newer commits. So a publisher that wakes
+        up late cannot put an older file next to a newer record. If it deletes a newer file or record, a later check, at
+        the latest the one at the end of `publish`, detects it, and `publish` starts over.
         """
         record = published_file(new.shard)
         if old is not None and old.generation != new.generation and not self._keep(old, folder, overtaken):
@@ -240,13 +244,13 @@ class Ledger:
         if standing and standing[record] != new.to_json():
             if overtaken():
                 return False
-            self.store.delete(record)  # first: it would claim files that are going
+            self.store.delete(record)  # before its files, so that no record names missing files
         return all(self._settle(name, built[kind], folder, overtaken) for kind, name in new.paths.items()) and (
             self._settle(record, new.to_json(), folder, overtaken)
         )
 
     def _settle(self, name: str, source: bytes | Path, folder: Path, overtaken: Callable[[], bool]) -> bool:
-        """Have just these bytes under a final name, whatever was there; False if newer commits came in between."""
+        """Store exactly these bytes under a final name, replacing others; False if newer commits have come in."""
         while not (self.store.create(name, source) or self._holds(name, FileDigest.of(source), folder / "there")):
             if overtaken():
                 return False
@@ -256,9 +260,9 @@ class Ledger:
         return True
 
     def _keep(self, old: Published, folder: Path, overtaken: Callable[[], bool]) -> bool:
-        """Copy a publication aside, its record last; what is not what it was is not worth keeping.
+        """Copy a publication to `_smsbatch/generations`, its record last; a damaged one is not kept.
 
-        It goes by way of this machine, because a copy on the server proves nothing about its bytes and would write over
+        The copy passes through this machine, because a copy on the server would not check the bytes and would overwrite
         the good copy of a faster publisher.
         """
         aside = f"{GENERATIONS}/{old.generation}"
@@ -273,7 +277,7 @@ class Ledger:
         )
 
     def published(self, shard: int) -> Published | None:
-        """The record of a shard, if it is published and both its files are there, as long as they were."""
+        """The record of a published shard; None if it is missing, or a file is missing or has another length."""
         name = published_file(shard)
         record = Published.parse(self.store.read_all([name]).get(name))
         if record is None:
@@ -282,9 +286,9 @@ class Ledger:
         return record if record.is_there(sizes) else None
 
     def publications(self) -> dict[int, Published]:
-        """All published shards, by number, in order: as `published`, from three listings and parallel reads.
+        """`published` of all published shards, by number, in order, from three listings and parallel reads.
 
-        A record that is empty, cut or of another version is as good as none: publishing again writes it anew.
+        A record that is empty, cut or of another version counts as none: publishing again replaces it.
         """
         found = self.store.read_all(self.store.list(PUBLISHED))
         sizes = self.store.sizes("shards") | self.store.sizes("metrics")
@@ -300,7 +304,7 @@ class Ledger:
                 yield Path(folder)
 
     def generations(self) -> dict[int, int]:
-        """The newest generation of each unit that has a commit, in one listing."""
+        """The newest generation of each unit that has a commit, from one listing."""
         newest: dict[int, int] = {}
         for path in self.store.list(COMMITS):
             named = parse_commit_file(path)
@@ -310,7 +314,7 @@ class Ledger:
         return newest
 
     def _newest(self, units: Iterable[int]) -> dict[int, Commit]:
-        """The newest commits of some units without a listing, which would name all: the next is looked for by name."""
+        """The newest commits of some units, by reading successive names: a listing would return those of all units."""
         found: dict[int, Commit] = {}
         asked, generation = list(units), 0
         while asked:
@@ -322,21 +326,21 @@ class Ledger:
         return found
 
     def _superseded(self, commits: Sequence[Commit]) -> bool:
-        """Whether one of these commits has a successor."""
+        """True if one of these commits is no longer the newest of its unit."""
         return bool(self.store.read_all(commit_file(commit.unit, commit.generation + 1) for commit in commits))
 
     def _current(self, units: Sequence[Unit], known: Mapping[int, Commit] | None = None) -> list[Commit] | None:
-        """The newest commits of all these units, None while one has none: nearly always one of the last.
+        """The newest commits of all these units; None if one has none, which is nearly always one of the last.
 
         Args:
-            known: commits that are taken as the newest without asking.
+            known: commits that are taken as the newest without a request.
         """
         newest = dict(known or {})
         ids = [unit.id for unit in units if unit.id not in newest]
         if ids and not self.is_committed(ids[-1]):
             return None
         read: dict[int, Commit] = {}
-        while len(read) < len(ids):  # backwards, by 1, 2, 4, 8 ...
+        while len(read) < len(ids):  # from the last one backwards, in batches that double
             asked = ids[max(0, len(ids) - 2 * len(read) - 1) : len(ids) - len(read)]
             found = self._newest(asked)
             if len(found) < len(asked):
@@ -346,7 +350,7 @@ class Ledger:
         return [newest[unit.id] for unit in units]
 
     def _fetch(self, commit: Commit, kind: str, folder: Path, if_gone: str = "") -> Path:
-        """A winner's file, proven to be the one that was committed; `if_gone` is what to say where it is not there."""
+        """Copy a committed file to `folder` and check its digest; `if_gone` is the advice if it is missing."""
         name = attempt_file(commit.unit, commit.attempt, kind)
         target = folder / f"{commit.unit:06d}.{kind}"
         if self._holds(name, commit.files[kind], target):
@@ -357,13 +361,13 @@ class Ledger:
         raise StorageError(f"{place} is gone, deleted or collected by `gc --attempts`; {if_gone or self._repair}")
 
     def _holds(self, name: str, proof: FileDigest, target: Path) -> bool:
-        """Whether just these bytes are stored there; `target` then has them."""
+        """Copy `name` to `target`; True if it exists and its digest is `proof`."""
         try:
             self.store.fetch(name, target)
         except StorageError:
             if self.store.exists(name):
                 raise
-            return False  # deleted just now, by somebody who replaces it
+            return False  # another publisher has just deleted it in order to replace it
         return FileDigest.of(target) == proof
 
     def _parse(self, name: str, data: bytes) -> Commit:
@@ -379,7 +383,7 @@ class Ledger:
 
 
 def _recount(built: Mapping[str, Path], samples: int) -> None:
-    """Read both files again: a row for every sample, and in the tar, in the same order, just those that succeeded."""
+    """Re-read both files; check that every sample has a row, and that the tar has the successes in the same order."""
     rows = shards.read_rows(built["parquet"])
     keys = [row["key"] for row in rows]
     if len(keys) != samples or len(set(keys)) != samples:

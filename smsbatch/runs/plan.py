@@ -1,4 +1,4 @@
-"""What a plan says: how much will be done, and at what cost."""
+"""Plans: the amount of work that a run will do, and its cost."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from smsbatch.manifest import Dataset, Distill
 
 @dataclass(frozen=True)
 class Plan:
-    """What will be done. `str(plan)` is the line a user reads.
+    """The plan of a run that makes a dataset. `str(plan)` is a one-line summary.
 
     Attributes:
-        bytes_in: of all fields of all samples, as far as known: nobody has asked for the sizes of a table's pictures.
-        samples_done: of the run that stands there already.
-        samples_per_unit: of every unit but the last of a shard; 0 of a run that exists already.
-        steps: iterations per image; None where a generator does it in one pass.
-        estimate: what a probe measured, if one was asked for.
-        price_per_gpu_hour: in whatever currency the user thinks.
+        bytes_in: total size of all fields of all samples, without a table's pictures, whose sizes are not requested.
+        samples_done: committed samples of an existing run.
+        samples_per_unit: the size of every unit except the last of a shard; 0 for an existing run.
+        steps: iterations per image; None for a generator, which needs one pass.
+        estimate: the result of a probe, if one was made.
+        price_per_gpu_hour: in any currency.
     """
 
     manifest: Dataset
@@ -39,22 +39,21 @@ class Plan:
 
     @property
     def done(self) -> bool:
-        """Whether nothing is left of the run that stands there."""
         return self.samples_done == self.samples
 
     @property
     def seconds_per_image(self) -> float | None:
-        """Of one worker."""
+        """Seconds that one worker takes per image."""
         return self.estimate.seconds_per_image if self.estimate else None
 
     @property
     def bytes_out(self) -> int | None:
-        """Of all results' pictures."""
+        """Estimated size of all stylized pictures."""
         return round(self.estimate.bytes_per_image * self.samples) if self.estimate else None
 
     @property
     def gpu_hours(self) -> float | None:
-        """Of what is not done yet; a worker without a GPU counts as one."""
+        """Estimated GPU hours of the remaining samples; a worker without a GPU counts as one GPU."""
         share = self.manifest.compute.gpus_per_worker
         gpus = 1.0 if share == "auto" else share or 1.0
         left = self.samples - self.samples_done
@@ -90,11 +89,11 @@ class Plan:
 
 @dataclass(frozen=True)
 class TrainingPlan:
-    """What a `distill` run will do. `str(plan)` is the line a user reads.
+    """The plan of a `distill` run. `str(plan)` is a one-line summary.
 
     Attributes:
-        bytes_in: of all fields of all samples, as far as known.
-        steps_done: of the run that stands there already, by its last checkpoint.
+        bytes_in: total size of all fields of all samples, as far as known.
+        steps_done: steps of an existing run, by its last checkpoint.
     """
 
     manifest: Distill
@@ -105,7 +104,6 @@ class TrainingPlan:
 
     @property
     def done(self) -> bool:
-        """Whether nothing is left of the run that stands there."""
         return self.steps_done == self.manifest.distill.all_steps
 
     @property
@@ -116,7 +114,7 @@ class TrainingPlan:
 
     @property
     def parameters(self) -> int:
-        """Of the generator: a convolution of k x k from m to n channels has k k m n + n."""
+        """Number of parameters of the generator; a k x k convolution from m to n channels has k k m n + n."""
         training = self.manifest.distill
         width, blocks = training.width, training.blocks
         ends = 2 * 49 * 3 * width + width + 3
@@ -125,7 +123,7 @@ class TrainingPlan:
 
     @property
     def workers(self) -> int | str:
-        """`auto`: as many as the cluster has GPUs, which is not known before."""
+        """`auto` stands for the number of GPUs in the cluster, which a plan does not know."""
         compute = self.manifest.compute
         return 1 if compute.pool == "local" else compute.workers
 
@@ -155,7 +153,7 @@ class TrainingPlan:
 
 @dataclass(frozen=True)
 class Estimate:
-    """What samples cost, measured on a few: seconds of one worker, bytes of the results' pictures."""
+    """The cost of a sample, measured on a few: seconds of one worker, bytes of the stylized picture."""
 
     images: int
     seconds_per_image: float

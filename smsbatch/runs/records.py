@@ -1,6 +1,6 @@
-"""The records of the ledger and the names they are stored under: what was committed, what was published.
+"""The ledger's records of commits and publications, and the names under which they are stored.
 
-A record is JSON, written whole and read whole; `from_json` raises what is in ILLEGIBLE for anything else.
+A record is JSON, written and read as a whole; for anything else `from_json` raises one of PARSE_ERRORS.
 """
 
 from __future__ import annotations
@@ -23,12 +23,11 @@ PARSE_ERRORS = (ValueError, KeyError, TypeError, AttributeError)
 
 _COMMIT_FILE = re.compile(rf"{COMMITS}/(\d{{6,}})(?:\.g([1-9]\d*))?\.json")
 
-
-Content = bytes | Path  # the proof below has a field `bytes`, which hides the type
+Content = bytes | Path  # named here because `FileDigest` has a field `bytes`, which hides the type
 
 
 def new_attempt() -> str:
-    """A name that no other attempt has, anywhere: a restarted process cannot know which numbers are taken."""
+    """A random unique name: a restarted process cannot know which numbers are taken."""
     return uuid.uuid4().hex[:12]
 
 
@@ -45,7 +44,7 @@ class FileDigest:
 
 
 class _Record:
-    """JSON and back, for the two records below."""
+    """Conversion to and from JSON."""
 
     __slots__ = ()
 
@@ -60,9 +59,9 @@ class _Record:
 
 @dataclass(frozen=True, slots=True)
 class Commit(_Record):
-    """The record of the attempt that won a unit; samples == succeeded + failed, `errors` counts the failed by code.
+    """The record of the attempt that won a unit; samples == succeeded + failed, `errors` counts failures by code.
 
-    `generation` is 0, and one more each time the unit's failed samples were computed again.
+    `generation` starts at 0 and grows by one with each retry of the unit's failed samples.
     """
 
     unit: int
@@ -80,11 +79,11 @@ class Commit(_Record):
 
 @dataclass(frozen=True, slots=True)
 class Published(_Record):
-    """The record of a published shard: the attempts it is made of and its two files, paths relative to the store.
+    """The record of a published shard: its attempts and its two files, with paths relative to the store.
 
-    It follows from the commits: `generation` is the highest among its units, the counts and seconds are their sums.
-    What a publication of a higher generation replaces is kept; while a generation is in the making, units of it coming
-    in one after another, its earlier states are not.
+    The commits determine it: `generation` is the highest among its units, counts and seconds are their sums. A
+    publication that one of a higher generation replaces is kept. While units of a generation are still being committed,
+    its earlier states are not kept.
     """
 
     shard: int
@@ -99,7 +98,7 @@ class Published(_Record):
 
     @classmethod
     def parse(cls, data: bytes | None) -> Published | None:
-        """The record, None where there is none that this version reads: all that it says follows from the commits."""
+        """The record; None if it is missing or unreadable, since it can be rebuilt from the commits."""
         try:
             return None if data is None else cls.from_json(data)
         except PARSE_ERRORS:
@@ -118,11 +117,11 @@ class Published(_Record):
         return {"tar": self.tar, "parquet": self.parquet}
 
     def is_there(self, sizes: Mapping[str, int | None]) -> bool:
-        """Whether both files are among these sizes, as long as they were."""
+        """True if both files are in `sizes` with the recorded length."""
         return all(sizes.get(path) == self.files[kind].bytes for kind, path in self.paths.items())
 
     def made_of(self, commits: Iterable[Commit]) -> bool:
-        """Whether these, in plan order, are the commits of the shard."""
+        """True if the shard was assembled from these commits, which are in plan order."""
         return list(self.attempts) == [commit.attempt for commit in commits]
 
 
@@ -135,7 +134,7 @@ def commit_file(unit: int, generation: int) -> str:
 
 
 def parse_commit_file(path: str) -> tuple[int, int] | None:
-    """(unit, generation) of a commit's path; None for any other's."""
+    """(unit, generation) of a commit's path; None for any other path."""
     match = _COMMIT_FILE.fullmatch(path)
     return None if match is None else (int(match[1]), int(match[2] or 0))
 

@@ -1,4 +1,4 @@
-"""A run as it lies on storage: `run.json`, plan and index, each read once and given to all who ask about the run."""
+"""A stored run: `run.json`, plan and index, each read once."""
 
 from __future__ import annotations
 
@@ -17,26 +17,25 @@ from smsbatch.runs.ledger import Ledger
 from smsbatch.storage.store import Store
 
 _RENAMED = {"objective": {"spectral_weight": "identity_weight"}}  # keys of older versions
-_BEFORE = {"style": {"text_encoder": False}}  # behaviour of versions without the key, where the default differs
+_BEFORE = {"style": {"text_encoder": False}}  # behaviour of versions without the key, where today's default differs
 _KEYS = {"name", "manifest", "manifest_sha256", "weights", "planned", "notices", "versions", "index_sha256"}
 
 
 def store_of(where: str | Manifest) -> Store:
-    """The store of a manifest's output, or of an output path or URL with the environment's settings alone."""
+    """The store of a manifest's output, or of an output path or URL, which has no settings but the environment's."""
     return Store(where) if isinstance(where, str) else Store(where.output.path, where.storage)
 
 
 class Run:
     """The run at an output path.
 
-    Each property is read from the store when it is first asked for, and kept. None of these files ever changes, but a
-    plan may be written, and inputs may be looked up again, after a run was opened: `renew` forgets the files of the
-    plan.
+    Each property is read from the store on first use, and kept, because none of these files ever changes. New files of
+    the plan may appear after a run was opened, for a first plan or for changed inputs; `renew` has them read again.
 
     Attributes:
         about: the content of `run.json`.
-        store: the output's store; it knows whether it has a create-only put, as `run.json` says.
-        is_new: this process has just written the plan, so that nothing can have changed or been done since.
+        store: the output's store; without create-only put if `run.json` records that.
+        is_new: this process has just written the plan, so nothing can have changed or been done since.
     """
 
     def __init__(self, store: Store, about: Mapping[str, Any]) -> None:
@@ -46,7 +45,7 @@ class Run:
 
     @classmethod
     def find(cls, store: Store) -> Run | None:
-        """The run at the root of a store, None where there is none.
+        """The run at the root of a store; None if there is none.
 
         Raises:
             StorageError: `run.json` is not one of smsbatch.
@@ -73,13 +72,13 @@ class Run:
         store = where if isinstance(where, Store) else store_of(where)
         run = cls.find(store)
         if run is None:
-            store.entries()  # raises a clearer error where there is not even a bucket
+            store.entries()  # raises a clearer error if the bucket does not exist
             raise RequestError(f"{store.url}: no run here (no {RUN}); `smsbatch run` starts one")
         return run
 
     @classmethod
     def open_dataset(cls, where: str | Manifest | Store) -> Run:
-        """As `open`, of a run that makes a dataset: rows, shards, a report.
+        """Like `open`, for a run that makes a dataset: rows, shards, a report.
 
         Raises:
             RequestError: there is no run, or it makes a generator.
@@ -106,10 +105,10 @@ class Run:
 
     @property
     def makes(self) -> str:
-        """What the run leaves, a "dataset" or a "generator".
+        """The result of the run: "dataset" or "generator".
 
         Raises:
-            RequestError: another version wrote it, whose task this one does not know.
+            RequestError: this version does not know the run's task.
         """
         if self.task not in TASKS:
             raise RequestError(f"{self.store.url}: this version has no task {self.task!r}; use {self._version}")
@@ -129,10 +128,10 @@ class Run:
 
     @cached_property
     def manifest(self) -> Manifest:
-        """The manifest that the run was planned with, in the keys of this version.
+        """The manifest that the run was planned with, translated to the keys of this version.
 
         Raises:
-            RequestError: another version wrote it, whose keys this one does not know.
+            RequestError: this version does not know one of its keys.
         """
         plain = dict(self.about["manifest"])
         for section in (_RENAMED.keys() | _BEFORE.keys()) & plain.keys():
@@ -156,14 +155,14 @@ class Run:
 
     @property
     def manifest_here(self) -> Manifest:
-        """`manifest`, with the path where the output is now: it may have been moved."""
+        """`manifest` with the present path of the output, which may have been moved."""
         output = self.manifest.output.model_copy(update={"path": self.store.url})
         return self.manifest.model_copy(update={"output": output})
 
     # --------------------------------------------------------------------------------------------------------- plan
 
     def renew(self) -> None:
-        """Forget the files of the plan: another process may have written some since."""
+        """Forget the plan and its list of files: another process may have written some since."""
         for name in ("plan_files", "units", "by_id", "shards"):
             self.__dict__.pop(name, None)
 
@@ -174,22 +173,22 @@ class Run:
 
     @property
     def is_planned(self) -> bool:
-        """The last file of the plan is written."""
+        """True if the file of the plan that is written last exists."""
         return (UNITS if self.makes == "dataset" else SAMPLES) in self.plan_files
 
     @property
     def index_number(self) -> int:
-        """How often the planned samples were looked up again in a source that has changed."""
+        """How often the planned samples were located again in a changed source."""
         return newest_number(OBJECTS, self.plan_files)
 
     @property
     def index(self) -> StoredFile:
-        """The newest index: where the bytes of each planned sample are."""
+        """The newest index, which locates the bytes of each planned sample."""
         return StoredFile(self.store, numbered(SAMPLES, newest_number(SAMPLES, self.plan_files)))
 
     @property
     def objects(self) -> StoredFile:
-        """The objects of the source that the newest index was made of."""
+        """The list of the source's objects from which the newest index was made."""
         return StoredFile(self.store, numbered(OBJECTS, self.index_number))
 
     @cached_property
@@ -211,16 +210,16 @@ class Run:
         return Ledger(self.store, metrics=self.about["manifest"].get("metrics", ()))
 
     def plan_is(self, units: Sequence[Unit]) -> None:
-        """This process has just written this plan, so none of it needs to be read."""
+        """Take over the plan that this process has just written, so that it need not be read."""
         files = [OBJECTS, SAMPLES] + ([UNITS] if self.makes == "dataset" else [])
         self.__dict__ |= {"plan_files": files, "units": list(units)}
         self.is_new = True
 
 
 def find_or_require_empty(store: Store) -> Run | None:
-    """The run at the root of a store; None where the store is empty, so that a run may begin.
+    """The run at the root of a store; None if the store is empty, so that a run may begin.
 
-    A run writes under plain names, and would replace other files of these names: those of a source, perhaps.
+    A run writes plain names, and would overwrite other files with these names, perhaps those of a source.
 
     Raises:
         RequestError: the store has files, but no run.
@@ -237,10 +236,10 @@ def find_or_require_empty(store: Store) -> Run | None:
 
 
 def of_output(output: str, options: Mapping[str, str]) -> Manifest:
-    """The manifest of the run at a path or URL that is reached with these options of `storage`.
+    """The manifest of the run at a path or URL, with `options` as its section `storage`.
 
     Raises:
-        RequestError: an option is unknown or wrong, or there is no run.
+        RequestError: an option is unknown or invalid, or there is no run.
     """
     try:
         storage = Storage.model_validate(options)

@@ -1,4 +1,4 @@
-"""What is known of a run from its ledger, read once and in as few requests as that takes."""
+"""Snapshots of a run's ledger, read in as few requests as possible."""
 
 from __future__ import annotations
 
@@ -26,18 +26,18 @@ _DO: dict[Remedy, str] = {
 
 
 class Snapshot:
-    """What the ledger of a run says, from as little as that takes: `renew` reads only what has come since.
+    """The progress of a run according to its ledger; `renew` reads only what is new.
 
-    Where a shard is published its record is enough. Commits are never changed, so none is read twice.
+    The record of a published shard replaces its commits. Commits never change, so none is read twice.
 
     Attributes:
-        allowed: the failures that the run may have, by the manifest if one was given.
-        generations: the newest generation of each unit that is done.
-        records: of the shards that are published from the newest commits.
-        commits: the newest ones of the units of all other shards.
+        allowed: the failure budget, from the given manifest or else from the run's.
+        generations: the newest generation of each committed unit.
+        records: records of the shards that are published from the newest commits.
+        commits: the newest commits of the units of all other shards.
 
     Raises:
-        RequestError: no run stands there.
+        RequestError: there is no run.
     """
 
     def __init__(self, where: str | Manifest) -> None:
@@ -53,7 +53,7 @@ class Snapshot:
 
     @property
     def units(self) -> Mapping[int, Unit]:
-        """The units by id; none before they are planned."""
+        """The units by id; empty before they are planned."""
         return self.run.by_id if self.run.makes == "dataset" and self.run.is_planned else {}
 
     @property
@@ -77,14 +77,14 @@ class Snapshot:
             del self.generations[gone]
 
     def commits_of(self, shard: int) -> list[Commit]:
-        """The newest commits of a shard's units, in order, read if its record was enough so far."""
+        """The newest commits of a shard's units, in order; those that the record replaced are read now."""
         units = self.shards[shard]
         unread = {unit.id: nth for unit in units if (nth := self.generations.get(unit.id)) is not None}
         known = self.commits | self._ledger.commits({id: nth for id, nth in unread.items() if id not in self.commits})
         return [known[unit.id] for unit in units if unit.id in known]
 
     def worst(self) -> Commit | None:
-        """The commit with the largest share of failures; None if by the records none is over its budget."""
+        """The commit with the largest share of failures; None if the records rule out that a unit is over budget."""
         limit = self.allowed.max_failed_fraction_per_unit
         if limit >= 1:
             return None
@@ -97,9 +97,9 @@ class Snapshot:
         return max(commits, key=lambda commit: commit.failed / commit.samples, default=None)
 
     def _read_records(self) -> None:
-        """Those of complete shards that are not known, if they are of the newest commits.
+        """Read the unknown records of complete shards; keep those that were made from the newest commits.
 
-        Of a first generation a shard's record has no choice. Of a later one it may lag behind, which the attempts tell.
+        In generation 0 no other commits exist. In a later one the record may lag behind, so its attempts are compared.
         """
         names = {
             published_file(shard): shard
@@ -135,13 +135,13 @@ class Snapshot:
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """One file that is not what it must be.
+    """A damaged, missing or foreign file.
 
     Attributes:
         place: its path below the output.
-        what: what is wrong with it.
-        remedy: what `repair` does about it: `publish` its shard again, `recompute` its unit, ...
-        unit, shard: whose it is, None if it is nobody's.
+        what: the fault.
+        remedy: the action of `repair`: `publish` its shard again, `recompute` its unit, ...
+        unit, shard: the unit and shard that it belongs to, if any.
     """
 
     place: str
@@ -152,7 +152,6 @@ class Problem:
 
     @property
     def do(self) -> str:
-        """What the user does about it."""
         return _DO[self.remedy]
 
     def __str__(self) -> str:
@@ -160,16 +159,16 @@ class Problem:
 
 
 class StrictSnapshot:
-    """What a run's storage claims, read once: its plan, its newest commits, its records and the sizes of its files.
+    """The plan, newest commits, records and file sizes of a run, all read once, with the faults found in them.
 
     Attributes:
-        commits: by unit, of the newest generation.
-        commit_files: of all generations, by unit.
-        records: of published shards.
-        damaged: records that cannot be read, and why.
+        commits: the newest commit of each unit.
+        commit_files: the commit files of all generations, by unit.
+        records: the records of published shards.
+        damaged: the problems with unreadable or inconsistent files of plan and ledger, by path.
 
     Raises:
-        RequestError: no run stands there, or one that makes no dataset.
+        RequestError: the run makes no dataset.
     """
 
     def __init__(self, run: Run) -> None:
@@ -186,7 +185,7 @@ class StrictSnapshot:
         self.reported = is_reported(store)
 
     def _plan(self) -> list[Unit]:
-        """The units; none when they are not planned yet, or when the plan cannot be trusted."""
+        """The units; none if they are not planned yet or the plan is damaged."""
         begun, planned = bool(self.store.list(COMMITS)), self.run.about["planned"]
         if not self.run.is_planned:
             if begun:
@@ -199,7 +198,7 @@ class StrictSnapshot:
             samples = index_size(StoredFile(self.store, SAMPLES))
             place = OBJECTS
             read_objects(self.run.objects)
-        except (StorageError, OSError, ValueError) as error:  # the latter two are Arrow's, of what is no Parquet
+        except (StorageError, OSError, ValueError) as error:  # Arrow raises the latter two if a file is not Parquet
             self._note(place, f"cannot be read ({one_line(error)})", "plan")
             return []
         if (len(units), samples) != (planned["units"], planned["samples"]):

@@ -1,4 +1,4 @@
-"""How far a run is, counted."""
+"""The progress of a run."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from smsbatch.runs.records import Commit
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a worker is: `done` of `samples` in its unit, `step` of `steps` of the `batch` it computes now.
+    """The progress of a worker: `done` of `samples` of its unit, `step` of `steps` of a batch of `batch` samples.
 
-    `seen` is when that was so, in seconds since 1970 by the worker's clock: a step that hangs grows old.
-    `idle_fraction` is the part of the time from its first batch to its last in which its device had nothing to do.
+    `seen` is the time of this report, in seconds since 1970 by the worker's clock; it grows old if a step hangs.
+    `idle_fraction` is the share of the time from the first to the last batch in which the device was idle.
     """
 
     worker: str
@@ -36,23 +36,23 @@ class Progress:
 
     @property
     def images_done(self) -> float:
-        """Images' worth of work in a unit that is not finished: whole ones, and the steps of the batch in hand."""
+        """Work done in the present unit, in images: finished ones, and the fraction done of the current batch."""
         return self.done + (self.batch * self.step / self.steps if self.steps else 0.0)
 
 
 @dataclass(frozen=True)
 class Status:
-    """How far a run is.
+    """The progress of a run.
 
     Attributes:
-        samples_under_way: images' worth of work done in units that are not committed.
-        samples_retried: failed samples that are being tried again, and counted among the failed ones meanwhile.
+        samples_under_way: work done in units that are not committed, in images.
+        samples_retried: failed samples that are being retried; they count as failed meanwhile.
         errors: failed samples by error code.
-        workers: what each worker does now; of `status`, what it did at the last heartbeat.
-        drivers: those whose heartbeats are there; one that was killed stays until the next driver cleans up.
+        workers: progress of each worker, in `smsbatch status` as of the last heartbeat.
+        drivers: drivers that have a heartbeat; that of a killed driver stays until the next driver removes it.
         rate: images per second since the drivers at work began, None before their first unit.
-        heartbeat_age_s: seconds since the last sign of life of any driver; None without one, and when it asks itself.
-        note: why nothing goes on, and what to do; '' while something does, and when all is well.
+        heartbeat_age_s: age of the newest heartbeat of any driver; None without one, and in the driver itself.
+        note: why no work is being done, and what to do; '' while work is being done and when all is well.
     """
 
     name: str
@@ -82,11 +82,11 @@ class Status:
 
     @property
     def works(self) -> bool:
-        """Something is left to do, or is being done."""
+        """True if work is left or in progress."""
         return self.units_done < self.units or bool(self.workers)
 
     def beat(self) -> dict[str, Any]:
-        """What a heartbeat tells of it."""
+        """The fields that a heartbeat carries."""
         return {
             "rate": self.rate,
             "samples_under_way": self.samples_under_way,
@@ -100,12 +100,12 @@ class Status:
 
 
 def age_s(worker: Progress) -> float | None:
-    """Seconds since a worker was last heard of; None if it never was."""
+    """Seconds since the last report of a worker; None if there was none."""
     return None if worker.seen is None else max(0.0, time.time() - worker.seen)
 
 
 class RunTally:
-    """The driver's own count of a run, kept as commits come in."""
+    """The driver's running count of commits and failures."""
 
     def __init__(self, name: str, units: Iterable[Unit], commits: Mapping[int, Commit]) -> None:
         self.name = name
@@ -114,22 +114,22 @@ class RunTally:
         self.commits: dict[int, Commit] = {}
         self.samples_done = 0
         self.errors: Counter[str] = Counter()
-        self.worst: Commit | None = None  # of all, the one of which most samples failed
+        self.worst: Commit | None = None  # the commit with the largest share of failures
         self._fresh, self._began = 0, 0.0
         self._retried: dict[int, int] = {}
         for commit in commits.values():
             self.add(commit)
-        self._fresh = 0  # what was there before says nothing about the rate
+        self._fresh = 0  # earlier commits do not count for the rate
 
     def add(self, commit: Commit) -> None:
-        """Count a commit; of a unit's several generations the last one counts."""
+        """Count a commit; it replaces the one of the unit's previous generation."""
         before = self.commits.get(commit.unit)
         if before is None:
             self.samples_done += commit.samples
             self._fresh += commit.samples
         else:
             self.errors -= Counter(before.errors)
-            if commit.generation > before.generation:  # the others are what they were
+            if commit.generation > before.generation:  # only the retried samples were computed
                 self._fresh += self._retried.pop(commit.unit, before.failed)
         self.errors += Counter(commit.errors)
         self.commits[commit.unit] = commit
@@ -139,7 +139,7 @@ class RunTally:
             self.worst = commit
 
     def retry(self, unit: int, samples: int) -> None:
-        """So many failed samples of a unit are to be tried again."""
+        """Note that `samples` failed samples of a unit will be retried."""
         self._retried[unit] = samples
 
     @property
@@ -154,7 +154,7 @@ class RunTally:
         under_way = sum(worker.images_done for worker in workers)
         fresh = self._fresh + under_way
         if not self._began and any(worker.unit for worker in workers):
-            self._began = monotonic()  # the rate is that of the work, not of loading the models
+            self._began = monotonic()  # only now, so that loading the models does not lower the rate
         return Status(
             name=self.name,
             units=len(self.units),
@@ -175,7 +175,7 @@ def _share_failed(commit: Commit) -> float:
 
 
 def _at_work(workers: Iterable[Progress], generation: Callable[[int], int]) -> tuple[Progress, ...]:
-    """The workers as they are: what one said last may be of a unit whose commit has come since."""
+    """The workers, idle where the unit of their last report has been committed since."""
     return tuple(
         replace(Progress(worker.worker, None), seen=worker.seen)
         if worker.unit and worker.unit.isdigit() and generation(int(worker.unit)) >= worker.generation
@@ -185,7 +185,7 @@ def _at_work(workers: Iterable[Progress], generation: Callable[[int], int]) -> t
 
 
 def over_budget(errors: Errors, failed: int, samples: int, codes: Mapping[str, int], worst: Commit | None) -> str:
-    """What of a run is over its budget of failures, as a clause; '' if nothing is."""
+    """A clause that names the exceeded failure budget; '' if none is exceeded."""
     if failed > errors.max_failed_fraction * samples:
         told = ", ".join(f"{count} {code}" for code, count in Counter(codes).most_common())
         limit = f"errors.max_failed_fraction ({errors.max_failed_fraction:g})"

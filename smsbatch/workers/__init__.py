@@ -1,1 +1,1 @@
-"""Who does a unit of a run."""
+"""Workers, which process the units of a run, and the pools that feed them."""

@@ -1,9 +1,9 @@
-"""What feeds workers: the base of every pool, and `LocalPool`, one worker in this process. `cluster/` has `RayPool`.
+"""Pools feed workers: the base class, and `LocalPool`, one worker in this process. `cluster/` has `RayPool`.
 
-A pool is a context manager. `work` yields a commit for every item, in the order they finish, and None now and then so
-that the caller can look at `progress`. A worker has several units in flight: one that it computes, others that it reads
-or commits. An exception out of a worker that is not its death (a full disk, say) ends the run. Workers are started by
-the first call that needs them, so that a pool with nothing to do costs nothing.
+A pool is a context manager. `work` yields the commit of every item in the order of completion, and None now and then so
+that the caller can look at `progress`. A worker has several units in flight: it computes one, and reads or commits the
+others. An exception that a worker raises (a full disk, for example) ends the run; its death need not. The first call
+that needs workers starts them, so that a pool with nothing to do costs nothing.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from smsbatch.runs.status import Progress
 from smsbatch.workers.worker import Worker, WorkItem
 
 TICK_S = 0.25
-_THREADS = 16  # for what mostly waits
+_THREADS = 16  # more than cores, because `map` mostly waits for storage
 
 
 class Pool(AbstractContextManager["Pool"], ABC):
-    """Made before anything is planned, so that a pool that cannot be is refused."""
+    """Made before the run is planned, so that an impossible pool is refused first."""
 
     def __init__(self, manifest: Manifest) -> None:
         self.manifest = manifest
@@ -37,18 +37,21 @@ class Pool(AbstractContextManager["Pool"], ABC):
 
     @abstractmethod
     def work(self, run: Run, items: Iterable[WorkItem]) -> Iterator[Commit | None]:
-        """Do all items of a run; leaving the iterator early, or the pool's context, drops what is in hand."""
+        """Do all items of a run. Leaving the iterator early, or the pool's context, drops the units in flight."""
 
     @abstractmethod
     def progress(self) -> list[Progress]:
-        """What every worker does now."""
+        """The last known progress of every worker."""
 
     @abstractmethod
     def estimate_cost(self, entries: Sequence[Entry]) -> Estimate:
-        """What samples cost on one worker; SampleError if none could be stylized."""
+        """Measure the cost of samples on one worker; raises SampleError if none could be stylized."""
 
     def map(self, function: Callable[[Item], Result], items: Sequence[Item]) -> Generator[Result, None, None]:
-        """The function of every item, in their order, several at a time; without models. Closed, it starts no more."""
+        """Yield the function's result for every item, in their order, several in parallel, without loading models.
+
+        Closing the generator starts no further items.
+        """
         yield from map_ahead(function, items, _THREADS)
 
 

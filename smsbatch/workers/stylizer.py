@@ -1,7 +1,7 @@
-"""Samples in, outcomes out: all between a sample's bytes and its row, on one device, without storage or cluster.
+"""The stylizer turns samples into outcomes on one device, without storage or cluster.
 
-A pipeline: threads decode ahead of the device, one stacks the next batch, other threads encode behind it. Several calls
-at once share the device, one after the other; each has its first batch ready before its turn.
+It is a pipeline: threads decode ahead of the device, one thread stacks the next batch, other threads encode results.
+Concurrent calls take turns on the device; each prepares its first batch before its turn.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ from smsbatch.metrics import METRICS, Metric
 Picture = NDArray[np.uint8]
 Item = TypeVar("Item")
 
-_OF_A_RUN = ("unit", "shard", "generation", "attempt", "attempts", "worker")  # columns that one picture alone lacks
+_OF_A_RUN = ("unit", "shard", "generation", "attempt", "attempts", "worker")  # columns without meaning outside of a run
 _AHEAD = 2  # batches whose pictures are decoded before they are stacked
-_AHEAD_BYTES = 1 << 29  # of pixels being decoded, or decoded and not yet stacked; one picture may be more
-_BEHIND = 4  # batches that are encoded while the device goes on
+_AHEAD_BYTES = 1 << 29  # limit for pixels being decoded, or decoded and not yet stacked; a single picture may exceed it
+_BEHIND = 4  # batches that are encoded while the device continues
 
 
 def sample_seed(run_seed: int, key: str) -> int:
@@ -49,16 +49,16 @@ def sample_seed(run_seed: int, key: str) -> int:
 
 @dataclass(frozen=True)
 class _Head:
-    """What is known of a sample by its file's header: its row so far, and the size it will have, None if it failed."""
+    """A sample after its file's header is read: its row so far, and its size after fitting, None if it failed."""
 
     outcome: Outcome
     size: tuple[int, int] | None = None  # width, height
-    bytes: int = 0  # that decoding it takes
+    bytes: int = 0  # memory for decoding
 
 
 @dataclass(frozen=True)
 class _Call:
-    """A call of `stylize`: what it was given, and what has become of its samples so far, None of those to come."""
+    """A call of `stylize`: its arguments, and the outcomes so far, None for the samples that are not done."""
 
     samples: Sequence[Sample]
     heads: Sequence[_Head]
@@ -72,7 +72,7 @@ class _Call:
 
 @dataclass(frozen=True)
 class _Batch:
-    """Pictures of one size, [B, H, W, 3] uint8 in the host's memory, with their places in the call and their rows."""
+    """Pictures of one size, [B, H, W, 3] uint8 in host memory, with their indices in the call and their rows."""
 
     places: Sequence[int]
     outcomes: Sequence[Outcome]
@@ -81,7 +81,7 @@ class _Batch:
 
 @dataclass(frozen=True)
 class _Launched:
-    """What the device has been given, and where the results come to when it has done it."""
+    """A batch queued on the device, and the host tensors that hold the results once `ended` has passed."""
 
     places: Sequence[int]
     outcomes: Sequence[Outcome]
@@ -94,7 +94,7 @@ class _Launched:
 
 
 class _Moment:
-    """Now, by the clock of the device: when it has done what it was given so far."""
+    """The time at which the device has finished the work queued so far."""
 
     def __init__(self, device: torch.device) -> None:
         self._event: torch.cuda.Event | None = None
@@ -110,20 +110,20 @@ class _Moment:
             self._event.synchronize()
 
     def since(self, other: _Moment) -> float:
-        """Seconds; both have passed."""
+        """Seconds between two moments that have passed."""
         if self._event is None or other._event is None:
             return self._time - other._time
         return float(other._event.elapsed_time(self._event)) / 1000
 
 
 class Stylizer:
-    """The manifest's models on one device (default: CUDA, if there is any). Building it loads them.
+    """The manifest's models on one device (default: CUDA if available, else the CPU). The constructor loads them.
 
     May be called from several threads at once.
 
     Raises:
         RequestError: the manifest's task makes no pictures.
-        WeightsError: a model, LoRA or generator is missing or not understood, or the two models do not go together.
+        WeightsError: a model, LoRA or generator is missing or not supported, or the two models are incompatible.
     """
 
     def __init__(self, manifest: Manifest, device: str | None = None) -> None:
@@ -146,16 +146,16 @@ class Stylizer:
 
     @property
     def idle_fraction(self) -> float | None:
-        """Which part of the time from its first batch to its last the device had nothing to do; None before two."""
+        """The share of the time from the first to the last batch in which the device was idle; None before two."""
         return None if self._idle_s is None else self._idle_s / (self._idle_s + self._busy_s)
 
     def __call__(
         self, picture: bytes | str | Path, caption: str = "", key: str = "image"
     ) -> tuple[Picture, dict[str, Any]]:
-        """Stylize one picture, given as a path or as an image file's bytes.
+        """Stylize one picture, given as a path or as the bytes of an image file.
 
         Returns:
-            The result [H, W, 3] uint8 and its row, exactly as a run would give for a sample of this key.
+            The result [H, W, 3] uint8 and its row, exactly as in a run that has a sample with this key.
 
         Raises:
             SampleError: it cannot be read, decoded or stylized.
@@ -174,10 +174,10 @@ class Stylizer:
     def stylize(
         self, samples: Sequence[Sample], progress: Callable[[int, int, int], None] = lambda done, batch, step: None
     ) -> list[Outcome]:
-        """One outcome for every sample, in the same order; a sample that fails does not touch the others.
+        """One outcome for every sample, in the same order; a sample that fails does not affect the others.
 
-        `progress` is called while the device is ours, with the number of samples finished, and size and step of the
-        batch in hand; what it raises ends the call.
+        During this call's turn on the device, `progress` is called with the number of finished samples and the size and
+        step of the current batch. An exception that it raises ends the call.
         """
         heads = list(self._decoders.map(self._head, samples))
         call = _Call(samples, heads, [None if head.size else head.outcome for head in heads], progress)
@@ -221,7 +221,7 @@ class Stylizer:
         return _Head(known, size, 3 * (width * height + size[0] * size[1]))
 
     def _batches(self, call: _Call) -> Generator[_Batch, None, None]:
-        """Samples of one size together, in their order; what cannot be decoded is an outcome, and in no batch."""
+        """Batches of samples of one size, in their order; a sample that cannot be decoded becomes a failed outcome."""
 
         def decoded() -> Iterator[tuple[int, Outcome, Picture]]:
             for place, future in self._ahead(call):
@@ -232,7 +232,7 @@ class Stylizer:
                 else:
                     yield place, outcome, picture
 
-        # By the sizes they came to have: a header may be mistaken.
+        # Grouped by decoded size, because a header may be wrong.
         for (height, width, _), group in groupby(decoded(), key=lambda item: item[2].shape):
             while batch := list(islice(group, self.engine.batch_size(height, width))):
                 places, known, pictures = zip(*batch, strict=True)
@@ -240,7 +240,7 @@ class Stylizer:
                 yield _Batch(places, known, stacked.pin_memory() if self._on_cuda else stacked)
 
     def _ahead(self, call: _Call) -> Iterator[tuple[int, Future[tuple[Outcome, Picture]]]]:
-        """Every sample's decoding, size by size, begun some samples before it is asked for, but not too many bytes."""
+        """The index and decoding of every sample, grouped by size, started ahead within limits of number and bytes."""
         sizes: dict[tuple[int, int], list[int]] = {}
         for place, head in enumerate(call.heads):
             if head.size:
@@ -276,7 +276,7 @@ class Stylizer:
         return self.engine.device.type == "cuda"
 
     def _rendered(self, batches: Iterator[_Batch], call: _Call) -> Iterator[_Launched]:
-        """What the device has done; on CUDA it has been given the next batch by then."""
+        """The batches in order; on CUDA each is yielded after the next one is queued, to keep the device busy."""
         before: _Launched | None = None
         for batch in batches:
             height, width = batch.pixels.shape[1:3]
@@ -296,7 +296,7 @@ class Stylizer:
             yield before
 
     def _launch(self, batch: _Batch, call: _Call, chosen: slice) -> _Launched:
-        """Give the device a part of a batch; nothing here waits for it, unless the engine does."""
+        """Queue a part of a batch on the device without waiting for it, unless the engine does."""
         device, places, outcomes = self.engine.device, batch.places[chosen], batch.outcomes[chosen]
         began, done = _Moment(device), call.done
         source = batch.pixels[chosen].to(device, non_blocking=True).permute(0, 3, 1, 2).contiguous().float() / 255
@@ -316,10 +316,10 @@ class Stylizer:
         metrics = dict(zip(measured, values, strict=True))
         return _Launched(places, outcomes, began, _Moment(device), pictures, steps, finite, metrics)
 
-    # ------------------------------------------------------------------------------------------------------- behind it
+    # ----------------------------------------------------------------------------------------------- after the device
 
     def _finished(self, launched: _Launched) -> list[Future[Outcome]]:
-        """The rows of what the device has done, and their pictures, being encoded."""
+        """Wait for a batch, add up busy and idle time, and start encoding its outcomes."""
         launched.ended.wait()
         seconds = launched.ended.since(launched.began)
         self._busy_s += seconds
@@ -353,7 +353,7 @@ class Stylizer:
 
 
 def _one_ahead(items: Generator[Item, None, None]) -> Generator[Item, None, None]:
-    """The same items, each made by a thread while the one before is used."""
+    """The same items; a thread makes each one while the consumer uses the one before."""
     with closing(items), ThreadPoolExecutor(1, thread_name_prefix="smsbatch-stack") as thread:
         following = thread.submit(next, items, None)
         while (item := following.result()) is not None:

@@ -1,4 +1,4 @@
-"""What happens to a unit, in any pool: read, stylize, commit, publish."""
+"""The worker, the same in every pool: it reads, stylizes, commits and publishes units."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ _READERS = 16  # threads that wait for a store or a web server
 
 
 class Cancelled(Exception):
-    """The worker was told to drop what it has in hand."""
+    """The worker was asked to drop its units in flight."""
 
 
 @dataclass(frozen=True)
 class WorkItem:
-    """A unit to be done. As `generation` 0 all of it; as a later one only what failed with one of the `codes`."""
+    """A unit to compute: in generation 0 all samples, in a later one those that failed with one of the `codes`."""
 
     unit: Unit
     generation: int = 0
@@ -43,10 +43,10 @@ class WorkItem:
 
 
 class Worker:
-    """Models loaded once by `setup`, then any number of units.
+    """Loads the models once in `setup`, then processes any number of units.
 
-    `process` may be called from several threads at once: one computes, the others read and decode the next units, or
-    encode and commit the last. That is all the prefetching between units there is, and all that is needed.
+    `process` may be called from several threads at once: one computes, while the others read and decode the next units
+    or encode and commit the previous ones. There is no other prefetching between units, and none is needed.
     """
 
     def __init__(self, manifest: Dataset, name: str, device: str | None = None) -> None:
@@ -59,8 +59,8 @@ class Worker:
         self._progress = Progress(self.name, None)
 
     def setup(self) -> None:
-        """Load the models. Apart from the constructor, so that a pool sees its errors as errors and not as a death."""
-        # Loads torch, which a driver that feeds workers elsewhere needs not.
+        """Load the models. Not in the constructor, because Ray would report its errors as a death."""
+        # Loads torch, which a driver that feeds remote workers does not need.
         from smsbatch.workers.stylizer import Stylizer
 
         self._stylizer = Stylizer(self.manifest, self._device)
@@ -78,15 +78,15 @@ class Worker:
         """Stylize and commit a unit, and publish its shard if that was the last one missing.
 
         Args:
-            lost: index rows that killed their workers; they become failed rows without being touched.
-            deaths: how many workers have died over this item.
+            lost: index rows that killed their workers; they become failed rows without being read.
+            deaths: number of workers that died while processing this item.
 
         Returns:
-            The commit that stands, which is another worker's if that was faster; where only the driver may commit, one
-            that the driver has yet to decide.
+            The unit's commit, which is another worker's if that was faster. If only the driver may commit, it has yet
+            to decide the returned one.
         """
         unit, run = item.unit, self._run
-        # Of a first generation nearly nothing is committed by now: one request tells.
+        # In generation 0 a unit is rarely committed already, and one request shows that.
         stands = run.ledger.committed(unit.id) if item.generation or run.ledger.is_committed(unit.id) else None
         if stands is not None and stands.generation >= item.generation:
             return stands
@@ -101,14 +101,14 @@ class Worker:
         return commit
 
     def probe(self, item: WorkItem, rows: range) -> None:
-        """Do the work on some rows of a unit and throw it away: to see whether they kill the worker."""
+        """Stylize some rows of a unit and discard the results, to test whether they kill the worker."""
         self._outcomes(item, rows)
 
     def estimate_cost(self, entries: Sequence[Entry]) -> Estimate:
-        """Stylize some samples, throw the results away and say what they cost.
+        """Stylize some samples, discard the results and return the cost.
 
         Raises:
-            SampleError: none of them could be stylized; the first one's error.
+            SampleError: none of them could be stylized; it is the error of the first.
         """
         started = perf_counter()
         outcomes = self._stylize(None, list(self._readers.map(self._reading(), entries)))
@@ -126,7 +126,7 @@ class Worker:
         )
 
     def _outcomes(self, item: WorkItem, rows: range, lost: Collection[int] = (), deaths: int = 0) -> list[Outcome]:
-        """What becomes of some rows of a unit; of a later generation, most of them are what they were."""
+        """The outcomes of some rows of a unit; in a later generation, most are taken over from the previous one."""
         known = self._known(item)
         kept = {row for row in rows if row in known and known[row].error_code not in item.codes}
         read: dict[int, Sample | Outcome] = {row: known[row] for row in kept}
@@ -143,7 +143,7 @@ class Worker:
         ]
 
     def _known(self, item: WorkItem) -> dict[int, Outcome]:
-        """Row by row what the generation before has made of a unit."""
+        """The outcomes of a unit in the previous generation, by row; none in generation 0."""
         ledger = self._run.ledger
         stands = ledger.committed(item.unit.id) if item.generation else None
         if stands is None:
@@ -155,7 +155,7 @@ class Worker:
         assert self._stylizer is not None, "setup() first"
         stylized = iter(self._stylizer.stylize(samples, partial(self._show, item, len(samples))))
         with self._showing:
-            if self._progress.unit == _name(item):  # else the next one computes already
+            if self._progress.unit == _name(item):  # else the next unit is being computed already
                 self._progress = Progress(self.name, None)
         return [next(stylized) if isinstance(one, Sample) else one for one in read]
 
@@ -166,7 +166,7 @@ class Worker:
         shown = Progress(self.name, unit, done, samples, batch, step, steps, generation, time.time())
         with self._showing:
             if self._progress.unit == unit and self._progress.images_done > shown.images_done:
-                shown = replace(self._progress, seen=shown.seen)  # a batch that begins anew with fewer samples
+                shown = replace(self._progress, seen=shown.seen)  # a batch was restarted with fewer samples
             self._progress = shown
 
     def _check(self) -> None:
@@ -174,7 +174,7 @@ class Worker:
             raise Cancelled
 
     def _reading(self) -> partial[Sample | Outcome]:
-        """What reads an entry, for many threads at once."""
+        """A function that reads an entry; all threads share its reader."""
         return partial(self._read, Reader(self.manifest.storage, self.manifest.source.max_bytes))
 
     def _read(self, reader: Reader, entry: Entry) -> Sample | Outcome:
@@ -191,7 +191,7 @@ class Worker:
     @property
     def _run(self) -> Run:
         if self.run is None:
-            self.run = Run.open(self.manifest)  # not before a unit is asked for: the plan is written by then
+            self.run = Run.open(self.manifest)  # only when a unit needs it: the plan is written by then
         return self.run
 
 

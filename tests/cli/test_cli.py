@@ -139,7 +139,7 @@ def test_status_watched_is_left_quietly(job: Path, tmp_path: Path) -> None:
         assert watching.stdout is not None
         assert (
             watching.stdout.readline()
-            == "test: 4/6 images, 2/3 units, nobody is at work on it; `smsbatch run` goes on\n"
+            == "test: 4/6 images, 2/3 units, no driver is at work on it; `smsbatch run` goes on\n"
         )
         assert watching.stdout.readline()
         watching.send_signal(signal.SIGINT)
@@ -192,7 +192,7 @@ def test_errors_verify_repair_and_gc(job: Path, tmp_path: Path, model: Path, lor
     told = smsbatch("repair", file, "--dry-run")
     assert (told.returncode, tar.stat().st_size) == (0, 1000)
     assert "Would do:\n  publish shard 000000 again" in told.stdout
-    assert "Mended" in smsbatch("repair", file).stdout
+    assert "Repaired" in smsbatch("repair", file).stdout
     assert tar.read_bytes() == whole
     assert smsbatch("verify", file, "--full").returncode == 0
 

@@ -115,7 +115,7 @@ def test_refusals(out: str, tmp_path: Path) -> None:
     for target, said in (
         ("nowhere/x.png", "no folder"),
         ("s3://bucket/x.png", "of its disk"),
-        (str(tmp_path / "x.jpg"), "are png; name it so"),
+        (str(tmp_path / "x.jpg"), "are png; use that extension"),
     ):
         with pytest.raises(sb.RequestError, match=said):
             replay(out, KEYS[0], target)

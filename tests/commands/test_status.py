@@ -113,11 +113,11 @@ def test_what_was_kept_of_a_unit_tried_again_says_nothing_about_the_rate(
 
 def test_it_says_that_nobody_is_at_work(tmp_path: Path) -> None:
     store = make_run(tmp_path, MIXED, commit=False, **LENIENT)
-    assert sb.status(store.url).note == "nobody is at work on it; `smsbatch run` goes on"
+    assert sb.status(store.url).note == "no driver is at work on it; `smsbatch run` goes on"
     beat(store)
     assert sb.status(store.url).note == ""
     beat(store, time=time.time() - 1000)
-    assert sb.status(store.url).note.startswith("nobody is at work")
+    assert sb.status(store.url).note.startswith("no driver is at work")
 
 
 def test_it_says_that_only_the_report_is_missing(store: Store) -> None:

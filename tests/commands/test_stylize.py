@@ -547,7 +547,7 @@ class TestGenerator:
             sb.run(asked)
         again = sb.replay(str(tmp_path / "out"), "photo-1", tmp_path)
         assert not again.same
-        assert again.changed == ("the file generator.json is another", "the file generator.safetensors is another")
+        assert again.changed == ("the file generator.json has changed", "the file generator.safetensors has changed")
 
     def test_in_an_object_store(
         self, manifest: Callable[..., sb.Manifest], generator: Path, job: Path, tmp_path: Path, s3: Server

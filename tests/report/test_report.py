@@ -214,7 +214,7 @@ def test_a_shard_that_was_deleted_is_missed(tmp_path: Path) -> None:
 def test_rows_of_other_samples_than_planned_are_refused(tmp_path: Path) -> None:
     store = make_run(tmp_path, [*MIXED[:11], stylized(11, key="another")])
     with pytest.raises(
-        RunError, match=r"000001.parquet has not the rows of its 4 planned images; run `smsbatch repair"
+        RunError, match=r"000001.parquet does not have the rows of its 4 planned images; run `smsbatch repair"
     ):
         write_report(Run.open(store))
 
