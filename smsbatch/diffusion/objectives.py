@@ -30,12 +30,13 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from smsbatch.diffusion.relevance import relevance_map
 from smsbatch.diffusion.schedule import Schedule
 from smsbatch.diffusion.scores import Ask, Scores
 from smsbatch.diffusion.spectrum import SpectralPenalty
@@ -271,21 +272,6 @@ def positions(eps: Tensor, patches: int, turn: int) -> Tensor:
     """
     order = eps.flatten(1).roll(turn * 1009, dims=1)[:, :patches].argsort(1)
     return order[:, :_PATCHES]
-
-
-def relevance_map(difference: Tensor, order: Literal["mean_abs", "abs_mean"], clip: float | None = None) -> Tensor:
-    """R [B, 1, h, w] in [0, 1] of `e_real(z_t^src; y_edit) - e_real(z_t^src; null)` [B, C, h, w] (paper, Eq. 4).
-
-    "abs_mean" is the paper's order, absolute value before the mean over channels; "mean_abs" the released code's.
-    Values above the third quartile + `clip` interquartile ranges are clipped (arXiv 2308.08947). Every sample is
-    normalized by its minimum and maximum. A constant map does not distinguish positions, and becomes ones.
-    """
-    reduced = difference.mean(1, keepdim=True).abs() if order == "mean_abs" else difference.abs().mean(1, keepdim=True)
-    if clip is not None:
-        first, third = (reduced.flatten(1).quantile(q, dim=1) for q in (0.25, 0.75))
-        reduced = reduced.minimum((third + clip * (third - first)).view(-1, 1, 1, 1))
-    low, high = reduced.amin((-2, -1), keepdim=True), reduced.amax((-2, -1), keepdim=True)
-    return torch.where(high == low, 1.0, (reduced - low) / (high - low))
 
 
 OBJECTIVES: dict[str, type[Distillation]] = {

@@ -1,4 +1,8 @@
-"""The engine of each task that makes a dataset. A new engine is a file in this folder and an entry here."""
+"""The engine of each task that makes a dataset.
+
+A new method is a subclass of `Engine` in a file of this folder and an entry here; its task, with its keys in the
+manifest, is a class and an entry in `manifest/tasks.py`.
+"""
 
 from __future__ import annotations
 

@@ -1,5 +1,7 @@
 """Drift: changes of the manifest, weights or inputs since the plan.
 
+The manifest is compared by its hash (`Manifest.identity`), weights by the SHA-256 of their files, inputs by the name,
+size and etag of each object. The etag of a folder is the SHA-256 of its listing, path, size and etag of every file.
 Drift is refused unless the user allows it. An allowed change is noted under `_smsbatch/drift/`, so that later resumes
 need not allow it again.
 """

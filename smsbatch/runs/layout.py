@@ -4,17 +4,20 @@ from __future__ import annotations
 
 from smsbatch.storage.store import Store
 
+RUN = "run.json"  # resolved manifest (key "manifest"), its hash, digests of the weights, versions; written first
+SUCCESS = "_SUCCESS"  # empty; written last
+INDEX = "index.json"  # every published file with size and SHA-256, and the report's numbers
+REPORT = (INDEX, "README.md", "report.html")
+
+# The ledger; `records.py` has the names below these folders.
 ATTEMPTS = "_smsbatch/attempts"
 COMMITS = "_smsbatch/commits"
 PUBLISHED = "_smsbatch/published"
-GENERATIONS = "_smsbatch/generations"
-SUCCESS = "_SUCCESS"
-INDEX = "index.json"
-REPORT = (INDEX, "README.md", "report.html")
-RUN = "run.json"
-SUPERSEDED = "_smsbatch/superseded"
-FOREIGN = "_smsbatch/foreign"
-CHECKPOINTS = "_smsbatch/checkpoints"
+GENERATIONS = "_smsbatch/generations"  # publications that a later generation has replaced
+
+SUPERSEDED = "_smsbatch/superseded"  # records that `repair` has moved aside
+FOREIGN = "_smsbatch/foreign"  # files of nobody that `repair` has moved aside
+CHECKPOINTS = "_smsbatch/checkpoints"  # of a training
 
 
 def is_reported(store: Store) -> bool:

@@ -47,6 +47,10 @@ class Worker:
 
     `process` may be called from several threads at once: one computes, while the others read and decode the next units
     or encode and commit the previous ones. There is no other prefetching between units, and none is needed.
+
+    Args:
+        device: "cuda" or "cpu"; None is CUDA if this process sees a GPU. In an actor, "cuda" is the GPU that Ray has
+            reserved for it: Ray sets CUDA_VISIBLE_DEVICES, so that the process sees no other.
     """
 
     def __init__(self, manifest: Dataset, name: str, device: str | None = None) -> None:

@@ -19,7 +19,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from smsbatch.diffusion import objectives
-from smsbatch.diffusion.objectives import OBJECTIVES, _patches, positions, relevance_map
+from smsbatch.diffusion.objectives import OBJECTIVES, _patches, positions
+from smsbatch.diffusion.relevance import relevance_map
 from smsbatch.diffusion.schedule import Schedule
 from smsbatch.diffusion.scores import Ask
 from smsbatch.manifest import Objective
