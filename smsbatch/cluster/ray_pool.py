@@ -6,6 +6,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from time import monotonic
 from typing import Any
 
@@ -88,7 +89,7 @@ class RayPool(Pool):
     def estimate_cost(self, entries: Sequence[Entry]) -> Estimate:
         self._connect()
         actor = self._actors[0] if self._actors else self._spawn()
-        self._result(actor.handle.setup.remote())
+        self._result(actor.handle.setup.remote(version("smsbatch")))
         actor.ready = True
         measured: Estimate = self._result(actor.handle.estimate_cost.remote(list(entries)))
         return measured
@@ -123,7 +124,7 @@ class RayPool(Pool):
             outstanding = len(queue) + sum(len(actor.jobs) for actor in self._actors)
             while len(self._actors) < min(self._size, outstanding):
                 actor = self._spawn()
-                calls[actor.handle.setup.remote()] = actor, None
+                calls[actor.handle.setup.remote(version("smsbatch"))] = actor, None
             for actor in self._actors:
                 self._deal(actor, queue, calls)
             if not queue and not any(actor.jobs for actor in self._actors):

@@ -9,6 +9,7 @@ from collections.abc import Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
+from importlib.metadata import version
 from time import perf_counter
 from typing import TYPE_CHECKING
 
@@ -16,7 +17,7 @@ from smsbatch.data.index import read_index
 from smsbatch.data.reader import Reader, public
 from smsbatch.data.sample import Entry, Outcome, Sample, Unit
 from smsbatch.data.sources import load_sample
-from smsbatch.errors import SampleError
+from smsbatch.errors import RequestError, SampleError
 from smsbatch.manifest import Dataset
 from smsbatch.runs.plan import Estimate
 from smsbatch.runs.records import Commit
@@ -62,8 +63,16 @@ class Worker:
         self.run: Run | None = None  # set by a pool in the driver's process
         self._progress = Progress(self.name, None)
 
-    def setup(self) -> None:
-        """Load the models. Not in the constructor, because Ray would report its errors as a death."""
+    def setup(self, driver_version: str = "") -> None:
+        """Load the models. Not in the constructor, because Ray would report its errors as a death.
+
+        Raises:
+            RequestError: the driver is of another version of smsbatch.
+        """
+        ours = version("smsbatch")
+        if driver_version not in ("", ours):
+            told = f"worker {self.name} has smsbatch {ours}, the driver has {driver_version}"
+            raise RequestError(f"{told}; install the same version on every node")
         # Loads torch, which a driver that feeds remote workers does not need.
         from smsbatch.workers.stylizer import Stylizer
 

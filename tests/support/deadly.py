@@ -25,5 +25,5 @@ class DeadlyWorker(Worker):
 class StillbornWorker(Worker):
     """Dies while it loads its models."""
 
-    def setup(self) -> None:
+    def setup(self, driver_version: str = "") -> None:
         os.kill(os.getpid(), signal.SIGKILL)

@@ -145,6 +145,14 @@ def test_the_display_does_not_run_backwards(manifest: Manifest, monkeypatch: pyt
     assert times == sorted(set(times)), "but it is alive at every step"
 
 
+def test_a_driver_of_another_version_is_refused_before_any_model_is_loaded(
+    manifest: Manifest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("smsbatch.workers.stylizer.Stylizer", None)
+    with pytest.raises(sb.RequestError, match=r"has smsbatch .*, the driver has 0\.0\.9; install the same version"):
+        Worker(manifest(), "w").setup("0.0.9")
+
+
 def test_pictures_of_many_shapes_share_a_bucket_and_so_a_batch(
     manifest: Manifest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
