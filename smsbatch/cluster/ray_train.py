@@ -95,7 +95,7 @@ class _Fit:
                 "manifest": manifest,
                 "threads": sizing.threads,
                 "gpu": bool(sizing.gpus),
-                "bell": stop_file,
+                "stop_file": stop_file,
             },
             # gloo is for CPU tensors: a few numbers before each step, for which no GPU has to wait.
             torch_config=TorchConfig(backend="cpu:gloo,cuda:nccl" if whole_gpus else "gloo"),
@@ -172,7 +172,7 @@ def _work(config: dict[str, Any]) -> bool | SmsbatchError:
     asked = threading.Event()
     left = threading.Event()
     if group.rank == 0:
-        threading.Thread(target=_listen, args=(manifest, config["bell"], asked, left), daemon=True).start()
+        threading.Thread(target=_listen, args=(manifest, config["stop_file"], asked, left), daemon=True).start()
     try:
         return train_loop(manifest, group, asked.is_set, preempted=_preempted)
     except SmsbatchError as error:

@@ -25,8 +25,7 @@ from smsbatch.runs.run import Run
 from smsbatch.storage.store import Store, storage_errors
 
 if TYPE_CHECKING:
-    from smsbatch.parallel import map_ahead
-from smsbatch.report.model import Report, RowTally
+    from smsbatch.report.model import Report, RowTally
 
 THUMBNAIL_SIDE = 640  # pixels: twice the width of a gallery entry, for high-resolution screens
 _THREADS = 8
