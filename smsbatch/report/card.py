@@ -5,12 +5,8 @@ The card is a pure function of the report. smsbatch cannot know the licence, so 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
+from smsbatch.report.model import Report
 from smsbatch.text import render_template
-
-if TYPE_CHECKING:
-    from smsbatch.report.model import Report
 
 
 def card(report: Report) -> str:

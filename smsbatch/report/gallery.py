@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from smsbatch.data import pixels
 from smsbatch.data.index import StoredFile, read_index
@@ -20,12 +20,9 @@ from smsbatch.data.tars import find_members
 from smsbatch.errors import SampleError
 from smsbatch.manifest import Image, Source
 from smsbatch.parallel import map_ahead
-from smsbatch.report.model import SHOW_ALL, SHOW_SAMPLE, has_value
+from smsbatch.report.model import SHOW_ALL, SHOW_SAMPLE, Report, RowTally, has_value
 from smsbatch.runs.run import Run
 from smsbatch.storage.store import Store, storage_errors
-
-if TYPE_CHECKING:
-    from smsbatch.report.model import Report, RowTally
 
 THUMBNAIL_SIDE = 640  # pixels: twice the width of a gallery entry, for high-resolution screens
 _THREADS = 8

@@ -11,15 +11,13 @@ import base64
 import hashlib
 from collections.abc import Iterable, Mapping
 from importlib import resources
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from markupsafe import Markup, escape
 
+from smsbatch.report.gallery import Group, Picture
+from smsbatch.report.model import Distribution, Report
 from smsbatch.text import count, flat, render_template
-
-if TYPE_CHECKING:
-    from smsbatch.report.gallery import Group, Picture
-    from smsbatch.report.model import Distribution, Report
 
 
 def render(report: Report, gallery: Iterable[Group]) -> str:
