@@ -34,7 +34,7 @@ class _Actor:
     handle: Any
     name: str
     ready: bool = False
-    jobs: list[UnitRetry] = field(default_factory=list)
+    retries: list[UnitRetry] = field(default_factory=list)
 
 
 class RayPool(Pool):
@@ -121,18 +121,18 @@ class RayPool(Pool):
         calls: dict[Any, tuple[_Actor, UnitRetry | None]] = {}  # a call without a job is an actor's setup
         polls = {actor.handle.progress.remote(): actor for actor in self._actors}  # the actor of a probe, if any
         while True:
-            outstanding = len(queue) + sum(len(actor.jobs) for actor in self._actors)
+            outstanding = len(queue) + sum(len(actor.retries) for actor in self._actors)
             while len(self._actors) < min(self._size, outstanding):
                 actor = self._spawn()
                 calls[actor.handle.setup.remote(version("smsbatch"))] = actor, None
             for actor in self._actors:
                 self._deal(actor, queue, calls)
-            if not queue and not any(actor.jobs for actor in self._actors):
+            if not queue and not any(actor.retries for actor in self._actors):
                 break  # without waiting for actors that are still loading or have no place yet
 
             finished, _ = ray.wait(list(calls), num_returns=1, timeout=TICK_S)
             for call in finished:
-                actor, job = calls.pop(call)
+                actor, retry = calls.pop(call)
                 try:
                     result = ray.get(call)
                 except ray.exceptions.RayError as error:
@@ -143,16 +143,16 @@ class RayPool(Pool):
                         raise  # a bug: keep the actor's traceback
                     # The actor is dead, or its GPU has failed, which only a new process can use again.
                     calls = {key: value for key, value in calls.items() if value[0] is not actor}
-                    unrecoverable += self._bury(actor, queue, error)
+                    unrecoverable += self._remove_dead(actor, queue, error)
                     continue
-                if job is None:
+                if retry is None:
                     actor.ready, self._startup_deaths = True, 0
                     polls[actor.handle.progress.remote()] = actor
                     continue
-                actor.jobs.remove(job)
-                if job.suspects:  # this was a probe, and the actor has survived it
-                    job.suspects.popleft()
-                    queue.appendleft(job)
+                actor.retries.remove(retry)
+                if retry.suspects:  # this was a probe, and the actor has survived it
+                    retry.suspects.popleft()
+                    queue.appendleft(retry)
                 else:
                     yield result
             polls = self._poll(polls)
@@ -190,18 +190,19 @@ class RayPool(Pool):
 
     def _deal(self, actor: _Actor, queue: deque[UnitRetry], calls: dict[Any, tuple[_Actor, UnitRetry | None]]) -> None:
         """Give an actor jobs up to its limit; a unit that saw a death runs alone, so that the next has one suspect."""
-        while actor.ready and queue and len(actor.jobs) < self.units_in_flight:
-            idle = sum(not other.jobs for other in self._actors)
-            if actor.jobs and (queue[0].deaths or any(job.deaths for job in actor.jobs) or len(queue) <= idle):
+        while actor.ready and queue and len(actor.retries) < self.units_in_flight:
+            idle = sum(not other.retries for other in self._actors)
+            had_deaths = queue[0].deaths or any(retry.deaths for retry in actor.retries)
+            if actor.retries and (had_deaths or len(queue) <= idle):
                 return  # the last units go to actors without a job, including those that are still loading
-            job = queue.popleft()
-            actor.jobs.append(job)
-            if job.suspects:
-                calls[actor.handle.probe.remote(job.item, job.suspects[0])] = actor, job
+            retry = queue.popleft()
+            actor.retries.append(retry)
+            if retry.suspects:
+                calls[actor.handle.probe.remote(retry.item, retry.suspects[0])] = actor, retry
             else:
-                calls[actor.handle.process.remote(job.item, tuple(job.lost), job.deaths)] = actor, job
+                calls[actor.handle.process.remote(retry.item, tuple(retry.lost), retry.deaths)] = actor, retry
 
-    def _bury(self, actor: _Actor, queue: deque[UnitRetry], error: Exception) -> list[str]:
+    def _remove_dead(self, actor: _Actor, queue: deque[UnitRetry], error: Exception) -> list[str]:
         """Remove a dead actor and requeue its jobs; returns the names of units with nothing left to try."""
         import ray
 
@@ -219,11 +220,11 @@ class RayPool(Pool):
                     )
                 self._size, self._startup_deaths = self._size - 1, 0  # other actors work, so only this place is bad
         unrecoverable = []
-        for job in reversed(actor.jobs):
-            if preempted or job.worker_died(self.manifest.compute.retries):
-                queue.appendleft(job)
+        for retry in reversed(actor.retries):
+            if preempted or retry.worker_died(self.manifest.compute.retries):
+                queue.appendleft(retry)
             else:
-                unrecoverable.append(job.item.unit.name)
+                unrecoverable.append(retry.item.unit.name)
         return unrecoverable
 
     def _poll(self, polls: dict[Any, _Actor]) -> dict[Any, _Actor]:

@@ -10,11 +10,13 @@ checkpoints are not used: ours are in the run's store, where a training without 
 from __future__ import annotations
 
 import os
+import socket
 import tempfile
 import threading
 import uuid
 from collections.abc import Callable
 from contextlib import suppress
+from importlib.metadata import version
 from typing import Any
 
 from smsbatch.cluster.connect import Sizing, check_installed, connect, size_up
@@ -23,6 +25,7 @@ from smsbatch.manifest import Distill
 from smsbatch.runs.run import store_of
 from smsbatch.storage.store import Store
 from smsbatch.training.log import TrainingProgress, read_progress
+from smsbatch.workers.worker import require_version
 
 _LOOK_S = 1.0  # interval at which the driver reads the progress, and worker 0 looks for the stop file
 
@@ -92,6 +95,7 @@ class _Fit:
         self._trainer = TorchTrainer(
             _work,
             train_loop_config={
+                "version": version("smsbatch"),
                 "manifest": manifest,
                 "threads": sizing.threads,
                 "gpu": bool(sizing.gpus),
@@ -163,10 +167,11 @@ def _work(config: dict[str, Any]) -> bool | SmsbatchError:
     from smsbatch.training.group import WorkerGroup
     from smsbatch.training.loop import train_loop
 
+    context = ray.train.get_context()
+    require_version(config["version"], f"training worker {context.get_world_rank()} on {socket.gethostname()}")
     manifest: Distill = config["manifest"]
     compute = manifest.compute.model_copy(update={"threads": config["threads"]})
     manifest = manifest.model_copy(update={"compute": compute})
-    context = ray.train.get_context()
     device = str(ray.train.torch.get_device()) if config["gpu"] else "cpu"  # this worker's GPU
     group = WorkerGroup(context.get_world_rank(), context.get_world_size(), device)
     asked = threading.Event()

@@ -136,6 +136,8 @@ def establish(manifest: Manifest, pool: Pool, allow_drift: Collection[str] = ())
             written.append(write_units(run.store, units))
         if all(written):
             run.plan_is(units)
+        else:
+            run.renew()
     return run
 
 
@@ -161,6 +163,7 @@ def relocate(manifest: Manifest, run: Run, pool: Pool) -> None:
     with _indexed(manifest, pool, [], chosen=False) as (listed, index, _):
         moved = index.with_name("moved.parquet")
         move_index(StoredFile(run.store, SAMPLES), index, moved)
+        run.renew()  # the scan takes long, and another driver may have located the samples, too
         write_moved(run.store, run.index_number + 1, moved, listed)
         run.renew()
 

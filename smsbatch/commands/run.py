@@ -79,12 +79,12 @@ def make_dataset(
         if todo:
             if inputs_changed(run, manifest, allow_drift):
                 relocate(manifest, run, pool)
-            with Heartbeat(store, tally.status().beat()) as heart:
-                todo = _beside_others(todo, store, heart)
+            with Heartbeat(store, tally.status().beat()) as heartbeat:
+                todo = _beside_others(todo, store, heartbeat)
                 if not run.is_new:
                     for name in (SUCCESS, INDEX):  # both are outdated now; the report is written again at the end
                         store.delete(name)
-                _work(manifest, pool, run, tally, todo, heart, progress)
+                _work(manifest, pool, run, tally, todo, heartbeat, progress)
                 published = _publish(run, tally)
                 report = write_report(run, tally.commits, published)
         else:
@@ -128,16 +128,16 @@ def _again(tally: RunTally, codes: Collection[str]) -> list[WorkItem]:
     return items
 
 
-def _beside_others(todo: list[WorkItem], store: Store, heart: Heartbeat) -> list[WorkItem]:
+def _beside_others(todo: list[WorkItem], store: Store, heartbeat: Heartbeat) -> list[WorkItem]:
     """The items, in another order if another driver is at work. That driver can already see our heartbeat.
 
     Raises:
         RequestError: another driver is at work, and the store permits only one.
     """
-    others = other_drivers(store, heart)
+    others = other_drivers(store, heartbeat)
     if others and not store.has_create_only_put:
         refuse(store, others[0], "this store has no create-only put, so that two cannot share a run; stop one")
-    return _shuffled(todo, heart.name) if others else todo
+    return _shuffled(todo, heartbeat.name) if others else todo
 
 
 def _work(
@@ -146,7 +146,7 @@ def _work(
     run: Run,
     tally: RunTally,
     todo: Sequence[WorkItem],
-    heart: Heartbeat,
+    heartbeat: Heartbeat,
     progress: Callable[[Status], None],
 ) -> None:
     retried = {item.unit.id for item in todo if item.generation}
@@ -162,7 +162,7 @@ def _work(
             if not retried and len(tally.commits) < len(tally.units):  # pending retries may bring it back under budget
                 _check_budget(manifest.errors, run.store, tally)
         now = tally.status(pool.progress())
-        heart.now = now.beat()
+        heartbeat.now = now.beat()
         progress(now)
 
 

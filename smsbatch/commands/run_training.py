@@ -41,15 +41,15 @@ def train(
         if inputs_changed(run, manifest, allow_drift):
             relocate(manifest, run, pool)
     training = manifest.distill
-    with Heartbeat(store) as heart, _asked_to_stop() as stop:
-        for other in other_drivers(store, heart):
+    with Heartbeat(store) as heartbeat, _asked_to_stop() as stop:
+        for other in other_drivers(store, heartbeat):
             refuse(store, other, "two trainings would write one generator; stop it")
         first_step, notices = _to_go_on_from(store)
         progress(TrainingProgress(first_step, training.all_steps, training.phase(first_step), time=time.time()))
         if manifest.compute.pool == "local":
             from smsbatch.training.loop import train_here  # loads torch, which no other branch needs
 
-            done = train_here(manifest, stop.is_set, progress)
+            done = train_here(manifest, run, stop.is_set, progress)
         else:
             from smsbatch.cluster.ray_train import train_on_ray
 

@@ -14,7 +14,7 @@ from smsbatch.runs.checkpoints import latest
 from smsbatch.runs.heartbeat import DEAD_AFTER_S, Driver, driver_name, drivers, read_beats
 from smsbatch.runs.layout import SUCCESS, is_reported
 from smsbatch.runs.snapshot import Snapshot
-from smsbatch.runs.status import Progress, Status, _at_work, over_budget
+from smsbatch.runs.status import Progress, Status, at_work, over_budget
 from smsbatch.training.log import TrainingProgress, read_progress
 
 
@@ -40,7 +40,7 @@ def dataset_status(snapshot: Snapshot) -> Status:
     ages = {path: time.time() - beat["time"] for path, beat in beats.items()}
     # The uncommitted work of dead drivers is lost, and they have no rate.
     alive = [beat for path, beat in beats.items() if ages[path] < DEAD_AFTER_S]
-    workers = _at_work(
+    workers = at_work(
         (Progress(**worker) for beat in alive for worker in beat["workers"]),
         lambda unit: snapshot.generations.get(unit, -1),
     )

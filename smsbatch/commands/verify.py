@@ -21,7 +21,7 @@ from smsbatch.data.index import SAMPLES, UNITS, digest_index, read_index
 from smsbatch.errors import SampleError, StorageError
 from smsbatch.manifest import Manifest
 from smsbatch.parallel import map_ahead
-from smsbatch.runs.layout import REPORT, SUCCESS
+from smsbatch.runs.layout import INDEX, REPORT, SUCCESS
 from smsbatch.runs.records import (
     KINDS,
     PARSE_ERRORS,
@@ -184,15 +184,15 @@ class Verifier(StrictSnapshot):
         if record.samples != planned or counts[0] != counts[1] + counts[2] or made_of != counts:
             what = f"counts {counts[0]} samples ({counts[1]} stylized, {counts[2]} failed), planned are {planned}"
             yield Problem(published_file(record.shard), what, "publish", shard=record.shard)
-        for path, proof in ((record.tar, record.files["tar"]), (record.parquet, record.files["parquet"])):
+        for path, expected in ((record.tar, record.files["tar"]), (record.parquet, record.files["parquet"])):
             size = self.sizes.get(path)
             if size is None:
                 yield Problem(path, "is gone", "publish", shard=record.shard)
                 continue
             found.files += 1
             found.bytes += size
-            if size != proof.bytes:
-                what = f"has {size:,} bytes, published were {proof.bytes:,}"
+            if size != expected.bytes:
+                what = f"has {size:,} bytes, published were {expected.bytes:,}"
                 yield Problem(path, what, "publish", shard=record.shard)
             elif path == record.parquet:
                 try:
@@ -212,12 +212,12 @@ class Verifier(StrictSnapshot):
         if not needed and None in sizes.values():
             found.without_attempts += 1
         for kind, path in paths.items():
-            what, proof = "", commit.files[kind]
+            what, expected = "", commit.files[kind]
             if sizes[kind] is None:
                 what = "is gone, and its shard is not published whole" if needed else ""
-            elif sizes[kind] != proof.bytes:
-                what = f"has {sizes[kind]:,} bytes, committed were {proof.bytes:,}"
-            elif full and self._digest(path) != proof.sha256:
+            elif sizes[kind] != expected.bytes:
+                what = f"has {sizes[kind]:,} bytes, committed were {expected.bytes:,}"
+            elif full and self._digest(path) != expected.sha256:
                 what = "is not what was committed: its sha256 is another"
             if what:
                 yield Problem(path, what, "recompute" if needed else "aside", commit.unit, shard)
@@ -302,11 +302,11 @@ class Verifier(StrictSnapshot):
         try:
             listed = {
                 line[kind]["path"]: FileDigest(line[kind]["sha256"], line[kind]["bytes"])
-                for line in json.loads(self.store.read("index.json"))["shards"]
+                for line in json.loads(self.store.read(INDEX))["shards"]
                 for kind in KINDS
             }
         except PARSE_ERRORS:
-            return [Problem("index.json", "is not as it was written", "report")]
+            return [Problem(INDEX, "is not as it was written", "report")]
         known = {
             path: record.files[kind]
             for record in self.records.values()
@@ -314,7 +314,7 @@ class Verifier(StrictSnapshot):
         }
         different = sorted(path for path in listed.keys() & known.keys() if listed[path] != known[path])
         different += sorted(known.keys() - listed.keys())
-        return [Problem("index.json", f"has another digest of {different[0]}", "report")] if different else []
+        return [Problem(INDEX, f"has another digest of {different[0]}", "report")] if different else []
 
     def _samples(self) -> list[Problem]:
         """Check that the first index is the planned one, including the location of every byte."""

@@ -1,6 +1,6 @@
 """The stored plan of a run: `plan/{samples,objects,units}.parquet`, written once, then only read.
 
-If the user allows changed inputs, the rows stay and their bytes are located anew, in `samples.1.parquet` and
+If the user allows changed inputs, the rows stay and their bytes are located again, in `samples.1.parquet` and
 `objects.1.parquet`, then `.2` and so on; the highest number is valid.
 
 An index is an Arrow table from the scan of an object to the file; only the rows that a unit reads become entries. All

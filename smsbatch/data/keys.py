@@ -35,13 +35,13 @@ def map_key(wish: str, extensions: Iterable[str], original: str | None = None) -
     original = wish if original is None else original
     room = LONGEST_NAME - 1 - max(len(name.encode()) for name in (*extensions, *OURS))
     if _KEY.fullmatch(wish) and len(wish.encode()) <= room and not _META.match(wish) and not _MAPPED.search(wish):
-        return wish, None if wish == original else printable(original)
+        return wish, None if wish == original else shown(original)
     mark = "~" + hashlib.sha256(original.encode("utf-8", "surrogatepass")).hexdigest()[:10]
     stem = "/".join(part for part in sanitize(wish).split("/") if part)
     if _META.match(stem):
         stem = stem.lstrip("_/")
     stem = stem.encode()[: room - len(mark)].decode(errors="ignore").rstrip("/")
-    return stem + mark, printable(original)
+    return stem + mark, shown(original)
 
 
 def sanitize(text: str) -> str:
@@ -54,6 +54,6 @@ def is_extension(name: str) -> bool:
     return _EXTENSION.fullmatch(name) is not None and len(name.encode()) <= LONGEST_EXTENSION
 
 
-def printable(text: str) -> str:
+def shown(text: str) -> str:
     """The text with escapes for what UTF-8 cannot encode (from names of tars and disks in other encodings)."""
     return text.encode("utf-8", "backslashreplace").decode()

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-Task = TypeVar("Task", bound=Dataset)
+ManifestT = TypeVar("ManifestT", bound=Dataset)
 
 
 class Rendered(NamedTuple):
@@ -52,7 +52,7 @@ class Description:
     facts: Sequence[tuple[str, str]]
 
 
-class Engine(ABC, Generic[Task]):
+class Engine(ABC, Generic[ManifestT]):
     """A style on one device.
 
     Attributes:
@@ -70,7 +70,7 @@ class Engine(ABC, Generic[Task]):
     steps: int
 
     @abstractmethod
-    def __init__(self, manifest: Task, device: str) -> None:
+    def __init__(self, manifest: ManifestT, device: str) -> None:
         """Load the models.
 
         Raises:
@@ -81,12 +81,12 @@ class Engine(ABC, Generic[Task]):
 
     @staticmethod
     @abstractmethod
-    def steps_per_image(manifest: Task) -> int | None:
+    def steps_per_image(manifest: ManifestT) -> int | None:
         """Iterations per image; None for an engine that needs one pass."""
 
     @staticmethod
     @abstractmethod
-    def check_weights(manifest: Task) -> Weights:
+    def check_weights(manifest: ManifestT) -> Weights:
         """Check the model files.
 
         Raises:
@@ -96,14 +96,14 @@ class Engine(ABC, Generic[Task]):
 
     @staticmethod
     @abstractmethod
-    def digests(manifest: Task) -> dict[str, str]:
+    def digests(manifest: ManifestT) -> dict[str, str]:
         """SHA-256 of every model file that determines the results, by a name that is the same on every machine.
 
         Raises: as `check_weights`.
         """
 
     @staticmethod
-    def about(manifest: Task) -> dict[str, Any] | None:
+    def about(manifest: ManifestT) -> dict[str, Any] | None:
         """Facts about the generator, which `run.json` records for `describe`; None without a generator."""
         return None
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from smsbatch.errors import WeightsError
 from smsbatch.generator.config import CONFIG, FORMAT, VERSION, WEIGHTS, parse_config
+from smsbatch.text import one_line
 
 STRIDE = 4  # pixels along a side per entry of the residual blocks
 _EPS = 1e-5  # of the normalization
@@ -220,7 +221,7 @@ class Generator(nn.Module):
         try:
             generator.load_state_dict(load(files[WEIGHTS]), assign=True)
         except (SafetensorError, RuntimeError) as error:
-            reason = " ".join(str(error).split())[:200]
+            reason = one_line(error)
             raise WeightsError(f"{where}/{WEIGHTS}: {reason}; copy both files again") from error
         return generator.requires_grad_(False).eval()
 

@@ -58,10 +58,10 @@ def write(store: Store, step: int, data: bytes, about: Mapping[str, Any] | None 
     Raises:
         StorageError: it cannot be stored. Earlier checkpoints are unchanged.
     """
-    name, proof = f"{CHECKPOINTS}/{step:08d}-{new_attempt()}.safetensors", FileDigest.of(data)
+    name, expected = f"{CHECKPOINTS}/{step:08d}-{new_attempt()}.safetensors", FileDigest.of(data)
     store.put(name, data)
     now = datetime.now(UTC).isoformat(timespec="seconds")
-    ours = Checkpoint(step, name, proof.sha256, proof.bytes, now, dict(about or {}))
+    ours = Checkpoint(step, name, expected.sha256, expected.bytes, now, dict(about or {}))
     record, content = f"{CHECKPOINTS}/{step:08d}.json", json.dumps(asdict(ours), indent=1).encode()
     if store.create(record, content):
         return ours

@@ -40,7 +40,7 @@ class Heartbeat:
         self.name = f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:6]}"
         self._store, self._path = store, f"{HEARTBEATS}/{self.name}.json"
         self._stopped = threading.Event()
-        self._thread = threading.Thread(target=self._go_on, name="smsbatch-heart", daemon=True)
+        self._thread = threading.Thread(target=self._go_on, name="smsbatch-heartbeat", daemon=True)
 
     def __enter__(self) -> Self:
         self._beat()

@@ -46,6 +46,8 @@ from smsbatch.runs.records import (
 )
 from smsbatch.storage.store import Store, storage_errors
 
+_OWN = 1024  # commits of its own that a process remembers
+
 
 class Ledger:
     """The ledger of the run in `store`; `metrics` names the columns of every row in addition to the fixed ones.
@@ -120,6 +122,8 @@ class Ledger:
             ]
             if not lost and self.store.create(commit_file(commit.unit, commit.generation), commit.to_json()):
                 self._own[commit.unit] = commit
+                for unit in list(self._own)[:-_OWN]:  # of shards that other workers publish
+                    self._own.pop(unit, None)
                 return commit
             standing = self.committed(commit.unit)
             if lost and (standing is None or standing.generation < commit.generation):
@@ -177,7 +181,7 @@ class Ledger:
         """
         units = sorted(units, key=lambda unit: unit.start)
         # Commits of this process need not be read. If they are no longer the newest, `_superseded` finds out.
-        own = {unit.id: self._own[unit.id] for unit in units if unit.id in self._own}
+        own = {unit.id: commit for unit in units if (commit := self._own.get(unit.id)) is not None}
         while True:
             commits = self._current(units, own)
             if commits is None:
@@ -326,7 +330,7 @@ class Ledger:
         return found
 
     def _superseded(self, commits: Sequence[Commit]) -> bool:
-        """True if one of these commits is no longer the newest of its unit."""
+        """True if one of these commits has a successor; a commit that was moved aside meanwhile is not noticed."""
         return bool(self.store.read_all(commit_file(commit.unit, commit.generation + 1) for commit in commits))
 
     def _current(self, units: Sequence[Unit], known: Mapping[int, Commit] | None = None) -> list[Commit] | None:
@@ -360,15 +364,15 @@ class Ledger:
             raise StorageError(f"{place} is not what was committed; {self._repair}")
         raise StorageError(f"{place} is gone, deleted or collected by `gc --attempts`; {if_gone or self._repair}")
 
-    def _holds(self, name: str, proof: FileDigest, target: Path) -> bool:
-        """Copy `name` to `target`; True if it exists and its digest is `proof`."""
+    def _holds(self, name: str, expected: FileDigest, target: Path) -> bool:
+        """Copy `name` to `target`; True if it exists and its digest is `expected`."""
         try:
             self.store.fetch(name, target)
         except StorageError:
             if self.store.exists(name):
                 raise
             return False  # another publisher has just deleted it in order to replace it
-        return FileDigest.of(target) == proof
+        return FileDigest.of(target) == expected
 
     def _parse(self, name: str, data: bytes) -> Commit:
         try:

@@ -7,6 +7,7 @@ from typing import Any
 
 from smsbatch.data.sample import Unit
 from smsbatch.manifest import Dataset, Distill
+from smsbatch.text import count
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ class Plan:
 
     def __str__(self) -> str:
         counts = ((self.shards, "shard"), (len(self.units), "unit"), (self.samples, "image"))
-        return ", ".join(f"{count:,} {word}{'' if count == 1 else 's'}" for count, word in counts)
+        return ", ".join(count(number, word) for number, word in counts)
 
     def to_dict(self) -> dict[str, Any]:
         return {

@@ -54,7 +54,7 @@ class _Record:
     @classmethod
     def from_json(cls, data: bytes) -> Self:
         values = json.loads(data)
-        return cls(**values | {"files": {kind: FileDigest(**proof) for kind, proof in values["files"].items()}})
+        return cls(**values | {"files": {kind: FileDigest(**expected) for kind, expected in values["files"].items()}})
 
 
 @dataclass(frozen=True, slots=True)

@@ -31,6 +31,7 @@ class Run:
 
     Each property is read from the store on first use, and kept, because none of these files ever changes. New files of
     the plan may appear after a run was opened, for a first plan or for changed inputs; `renew` has them read again.
+    A worker keeps the index that it has opened: samples that are located again meanwhile fail in it and can be retried.
 
     Attributes:
         about: the content of `run.json`.
@@ -74,17 +75,6 @@ class Run:
         if run is None:
             store.entries()  # raises a clearer error if the bucket does not exist
             raise RequestError(f"{store.url}: no run here (no {RUN}); `smsbatch run` starts one")
-        return run
-
-    @classmethod
-    def open_dataset(cls, where: str | Manifest | Store) -> Run:
-        """Like `open`, for a run that makes a dataset: rows, shards, a report.
-
-        Raises:
-            RequestError: there is no run, or it makes a generator.
-        """
-        run = cls.open(where)
-        run.require_dataset()
         return run
 
     # ----------------------------------------------------------------------------------------------------- run.json

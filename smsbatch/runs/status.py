@@ -150,7 +150,7 @@ class RunTally:
         return self.commits[unit].generation if unit in self.commits else -1
 
     def status(self, workers: Iterable[Progress] = (), finished: bool = False) -> Status:
-        workers = _at_work(workers, self._generation)
+        workers = at_work(workers, self._generation)
         under_way = sum(worker.images_done for worker in workers)
         fresh = self._fresh + under_way
         if not self._began and any(worker.unit for worker in workers):
@@ -174,7 +174,7 @@ def _share_failed(commit: Commit) -> float:
     return commit.failed / commit.samples
 
 
-def _at_work(workers: Iterable[Progress], generation: Callable[[int], int]) -> tuple[Progress, ...]:
+def at_work(workers: Iterable[Progress], generation: Callable[[int], int]) -> tuple[Progress, ...]:
     """The workers, idle where the unit of their last report has been committed since."""
     return tuple(
         replace(Progress(worker.worker, None), seen=worker.seen)

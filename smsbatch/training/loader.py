@@ -179,7 +179,7 @@ class TrainingLoader:
         self._order = SampleOrder(samples, manifest.seed)
         self._opened: _Opened | None = None
         self._closed = threading.Event()
-        self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="smsbatch-feed")
+        self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="smsbatch-loader")
 
     def __enter__(self) -> Self:
         return self

@@ -33,9 +33,12 @@ from smsbatch.training.result import describe_generator, model_card
 _SHOWN = 8  # pictures in a grid
 
 
-def train_here(manifest: Distill, stop: Callable[[], bool], progress: Callable[[TrainingProgress], None]) -> bool:
+def train_here(
+    manifest: Distill, run: Run, stop: Callable[[], bool], progress: Callable[[TrainingProgress], None]
+) -> bool:
     """`train_loop` in this process, on a GPU if there is one."""
-    return train_loop(manifest, WorkerGroup(device="cuda" if torch.cuda.is_available() else "cpu"), stop, progress)
+    group = WorkerGroup(device="cuda" if torch.cuda.is_available() else "cpu")
+    return train_loop(manifest, group, stop, progress, run=run)
 
 
 def train_loop(
@@ -44,6 +47,7 @@ def train_loop(
     stop: Callable[[], bool],
     progress: Callable[[TrainingProgress], None] = lambda now: None,
     preempted: Callable[[], bool] = lambda: False,
+    run: Run | None = None,
 ) -> bool:
     """Run the training planned at `output.path`, from its newest checkpoint to its generator.
 
@@ -52,6 +56,7 @@ def train_loop(
         progress: called by worker 0 after each step.
         preempted: whether a worker's machine is about to be taken away. Every worker calls it at the same steps, those
             of the log, and gets the same answer; the first True writes a checkpoint.
+        run: the planned run, if this process has opened it.
 
     Returns:
         True if the training is finished, False if it was stopped.
@@ -59,7 +64,7 @@ def train_loop(
     Raises:
         SmsbatchError: in all workers, except that one which runs out of memory raises alone.
     """
-    run, training = Run.open(manifest), manifest.distill
+    run, training = run or Run.open(manifest), manifest.distill
     store = run.store
     if isinstance(manifest.compute.threads, int):
         torch.set_num_threads(manifest.compute.threads)
@@ -76,16 +81,17 @@ def train_loop(
 
     saved, warned, failures = distiller.step, False, checkpoint.about["failed"] if checkpoint else 0
     with ExitStack() as stack:
-        feed = stack.enter_context(TrainingLoader(manifest, run.index, samples, group.rank, group.size, distiller.step))
+        loader = TrainingLoader(manifest, run.index, samples, group.rank, group.size, distiller.step)
+        stack.enter_context(loader)
         with group.collective():
             if group.rank == 0:
                 writer = stack.enter_context(TrainingWriter(run, manifest, distiller, checkpoint))
-        batches, recent, waited, began = iter(feed), list[dict[str, Tensor]](), 0.0, monotonic()
+        batches, recent, idle_s, began = iter(loader), list[dict[str, Tensor]](), 0.0, monotonic()
         while distiller.step < training.all_steps:
             batch, asked = None, monotonic()
             with group.defer_errors():
                 batch = next(batches)
-            waited += monotonic() - asked
+            idle_s += monotonic() - asked
             stopping, failed = group.agree(int(stop()), len(batch.failed) if batch else 0)
             if stopping:
                 break
@@ -114,14 +120,14 @@ def train_loop(
                     progress(writer.log.step(step, failed))
                     if logs:
                         others = {"learning_rate": generator_learning_rate(step - 1, training)}
-                        others["idle_fraction"] = waited / (monotonic() - began)
+                        others["idle_fraction"] = idle_s / (monotonic() - began)
                         writer.log.scalars(step, losses | others, losses.keys())
                     if last or step % training.grid_every == 0:
                         writer.grid(images)
                     if saves:
                         writer.save(failures, losses)
             if logs:
-                recent, waited, began = [], 0.0, monotonic()
+                recent, idle_s, began = [], 0.0, monotonic()
             if saves:
                 saved = step
         with group.collective():

@@ -34,6 +34,18 @@ class Cancelled(Exception):
     """The worker was asked to drop its units in flight."""
 
 
+def require_version(driver_version: str, who: str) -> None:
+    """Refuse to work for a driver of another version of smsbatch, whose manifest would not fit.
+
+    Raises:
+        RequestError: it is of another version; names both.
+    """
+    ours = version("smsbatch")
+    if driver_version != ours:
+        told = f"{who} has smsbatch {ours}, the driver has {driver_version}"
+        raise RequestError(f"{told}; install the same version on every node")
+
+
 @dataclass(frozen=True)
 class WorkItem:
     """A unit to compute: in generation 0 all samples, in a later one those that failed with one of the `codes`."""
@@ -69,10 +81,8 @@ class Worker:
         Raises:
             RequestError: the driver is of another version of smsbatch.
         """
-        ours = version("smsbatch")
-        if driver_version not in ("", ours):
-            told = f"worker {self.name} has smsbatch {ours}, the driver has {driver_version}"
-            raise RequestError(f"{told}; install the same version on every node")
+        if driver_version:
+            require_version(driver_version, f"worker {self.name}")
         # Loads torch, which a driver that feeds remote workers does not need.
         from smsbatch.workers.stylizer import Stylizer
 

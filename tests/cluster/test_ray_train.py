@@ -1,4 +1,7 @@
-"""Trainings on a Ray cluster: real processes, of which one is killed. What every pool shares is in `test_train.py`."""
+"""Trainings on a Ray cluster: real processes, of which one is killed.
+
+What every pool shares is in `tests/training/test_loop.py`.
+"""
 
 from __future__ import annotations
 

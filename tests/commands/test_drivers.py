@@ -105,10 +105,10 @@ def test_a_process_that_is_no_more_is_dead_at_once(tmp_path: Path) -> None:
 def test_a_second_driver_takes_shards_in_another_order() -> None:
     todo = [WorkItem(Unit(number, number // 4, number, number + 1)) for number in range(400)]
     shuffled = _shuffled(todo, "a-driver")
-    assert sorted(shuffled, key=lambda task: task.unit.id) == todo
-    assert [task.unit.shard for task in shuffled] != [task.unit.shard for task in todo]
+    assert sorted(shuffled, key=lambda item: item.unit.id) == todo
+    assert [item.unit.shard for item in shuffled] != [item.unit.shard for item in todo]
     for place in range(0, 400, 4):  # shards stay together, so that they are complete soon; each from its end
-        together = [task.unit.id for task in shuffled[place : place + 4]]
+        together = [item.unit.id for item in shuffled[place : place + 4]]
         assert together == sorted(together, reverse=True)
         assert together[0] - together[-1] == 3
 

@@ -542,6 +542,18 @@ def test_whether_a_shard_is_complete_is_seldom_more_than_one_request(tmp_path: P
     assert ledger.store.asked - before == 1 + 2 * len(units)
 
 
+def test_commits_that_a_process_has_forgotten_are_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process remembers the last commits of its own, so that publishing need not read them."""
+    monkeypatch.setattr("smsbatch.runs.ledger._OWN", 2)
+    store, units = Store(tmp_path / "run"), cut(6, 1, 6)
+    ledger = Ledger(store)
+    for unit in units:
+        commit_unit(ledger, unit, outcomes_of(unit), worker="w", seconds=1.0)
+    assert list(ledger._own) == [4, 5]
+    ledger.publish(0, units)
+    check_published(store, units)
+
+
 def test_outcomes_that_were_collected_are_named(tmp_path: Path) -> None:
     ledger = Ledger(Store(tmp_path))
     commit = commit_unit(ledger, UNIT, outcomes_of(UNIT), worker="w", seconds=1.0)

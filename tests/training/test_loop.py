@@ -1,5 +1,5 @@
 """Trainings in this process and in killed ones: end to end, interrupted, continued, refused; and two workers against
-one. `test_train_ray.py` has those of a cluster."""
+one. `tests/cluster/test_ray_train.py` has those of a cluster."""
 
 from __future__ import annotations
 

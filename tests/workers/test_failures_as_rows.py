@@ -233,9 +233,9 @@ def test_a_retry_that_dies_does_not_cost_what_had_succeeded(job: Path, tmp_path:
     worker = Worker(sb.load(job), "w")
     worker.setup()
     unit = read_units(store_of(sb.load(job)))[0]
-    task = WorkItem(unit, 1, ("decode_error",))
-    worker.probe(task, range(unit.start, unit.stop))
-    commit = worker.process(task, lost=tuple(range(unit.start, unit.stop)), deaths=3)
+    item = WorkItem(unit, 1, ("decode_error",))
+    worker.probe(item, range(unit.start, unit.stop))
+    commit = worker.process(item, lost=tuple(range(unit.start, unit.stop)), deaths=3)
     assert commit.errors == {"worker_lost": 1}
     first, second = worker._run.ledger.outcomes(commit)
     assert (first.key, first.error_code, first.attempts) == ("photo-0", None, 1)
