@@ -1,4 +1,4 @@
-"""What many tests share: a model of random weights and a style for it, and one torch thread everywhere."""
+"""Fixtures that many tests share: a model of random weights and a style for it; one torch thread everywhere."""
 
 from __future__ import annotations
 

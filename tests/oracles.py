@@ -62,7 +62,7 @@ def predicted_clean(z_t: Array, e: Array, t: int) -> Array:
 
 
 def predicted_noise(v: Array, z_t: Array, t: int) -> Array:
-    """What a v-prediction says of the noise: with v = a eps - b z, eps = a v + b z_t."""
+    """The noise predicted by a v-prediction: with v = a eps - b z, eps = a v + b z_t."""
     abar = alphas_cumprod()[t]
     return np.asarray(math.sqrt(abar) * v + math.sqrt(1.0 - abar) * z_t)
 
@@ -128,7 +128,7 @@ def paper_range(i: int, n: int, t_min: int = 20, t_max: int = 500) -> list[int]:
 
 
 def whole_range(t_min: int, t_max: int, grid: int) -> list[int]:
-    """What is drawn from where nothing narrows: t_min..t_max, both included; on grid 2 the odd ones, t_max excluded."""
+    """The timesteps drawn without annealing: t_min..t_max, both included; on grid 2 the odd ones, without t_max."""
     return [t for t in range(t_min, t_max + 1) if grid == 1 or (t % 2 == 1 and t < t_max)]
 
 
@@ -624,7 +624,7 @@ def generator_gradient(
     draws: Sequence[Sequence[tuple[int, Array]]],
     gradient: Callable[[int, Array, int, Array], Array],
 ) -> list[Tensor]:
-    """What reaches the generator's parameters, the naive way: everything once for each (t, eps) of each image.
+    """The gradient of the generator's parameters, the naive way: all terms once for each (t, eps) of each image.
 
     d/dtheta of <sg[g], E(G_theta(x))>, the surrogate whose slope in z is g: a sum over a latent's entries, a mean over
     images and their draws (paper, section 4: one image with B times its own t and eps).
@@ -654,7 +654,7 @@ def shared_lora_gradient(
     up: Mapping[str, Array],
     scale: float,
 ) -> tuple[float, dict[str, Array], dict[str, Array]]:
-    """Of one LoRA for all rows: loss = mean over rows of mean((factor (e - eps))^2), and its gradient by layer.
+    """One LoRA for all rows: loss = mean over rows of mean((factor (e - eps))^2), and its gradient by layer.
 
     Args:
         predict: e of a row, given what is added to each layer's weight, scale up @ down.

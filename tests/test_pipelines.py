@@ -168,7 +168,7 @@ def test_synthetic_dataset(
 def test_a_run_is_measured_with_what_the_hub_has(
     tmp_path: Path, model: Path, lora: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What is between the networks: pairs, the ArtFID of an LPIPS and an FID, PickScore as a ratio to the source."""
+    """The steps between the networks: pairs, ArtFID from LPIPS and FID, PickScore as a ratio to the source."""
     photos, style = make_photos(tmp_path / "photos", ["a", "b", "c"]), make_photos(tmp_path / "style", ["x", "y"])
     (photos / "c.png").write_bytes(b"no picture")
     run = sb.load(write_manifest(tmp_path, model, lora, photos, errors={"max_failed_fraction": 0.5}))

@@ -137,7 +137,7 @@ def test_a_style_pulls_photographs_toward_itself(prior: Prior, name: str) -> Non
     z = optimize(prior, style, z_src, [prompts], [0], config).z
 
     def surprise(latent: torch.Tensor) -> float:
-        """How much better the bare prior explains it than the style does, over a fixed set of noises."""
+        """The loss of the style minus the loss of the bare prior, over a fixed set of noises."""
         generator, total = torch.Generator().manual_seed(1), 0.0
         for t in (60, 120, 180, 240, 300):
             eps, time = torch.randn(latent.shape, generator=generator), torch.tensor([t])

@@ -1,4 +1,7 @@
-"""Progress of a run while it works: the bar, a live display for terminals, plain lines for logs."""
+"""Progress of a run while it works: the progress bar, a live display for terminals, plain lines for logs.
+
+The lines around the bar are made in `cli/dataset.py` for a dataset and in `cli/training.py` for a training.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,8 @@
-"""`gc`: remove objects that no result, retry or check needs any more. It does not start while a driver is at work."""
+"""`gc`: remove objects that no result, retry or check needs any more. It does not start while a driver is at work.
+
+It deletes attempts that lost, older generations, superseded records, temporary files and stale heartbeats; the
+attempts of published shards only if asked.
+"""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """The engine of each task that makes a dataset.
 
 A new method is a subclass of `Engine` in a file of this folder and an entry here; its task, with its keys in the
-manifest, is a class and an entry in `manifest/tasks.py`.
+manifest, is a class and an entry in `manifest/tasks.py`. Its mathematics belongs in `diffusion/`.
 """
 
 from __future__ import annotations

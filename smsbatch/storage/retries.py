@@ -1,4 +1,8 @@
-"""The one retry policy of all storage that is not a local disk."""
+"""The retry policy of storage that is not a local disk: every read, write and listing on S3, http or another backend.
+
+`storage/backend.py` makes each call through `with_retries`. A create-only put to S3 whose answer was lost is recognized
+in `storage/s3.py`.
+"""
 
 from __future__ import annotations
 

@@ -86,7 +86,7 @@ def test_a_worker_is_killed_and_a_driver_asked_to_leave(tmp_path: Path, model: P
 
 
 class EnoughError(Exception):
-    """Of a run that has shown what it was started for."""
+    """Ends a run that has reached the state that the test needs."""
 
 
 def attempts(out: Path) -> list[int]:

@@ -1,4 +1,4 @@
-"""What a run leaves is read by those it is made for: webdataset, Hugging Face datasets, DuckDB and pyarrow.
+"""The results of a run, read by the tools they are made for: webdataset, Hugging Face datasets, DuckDB, pyarrow.
 
 The run has failed samples and fields that were passed through.
 """
@@ -197,7 +197,7 @@ def test_pictures_are_what_the_rows_say(finished: Finished) -> None:
 def test_datasets_reads_a_folder_in_which_only_some_have_captions(
     first: str, tmp_path: Path, model: Path, lora: Path
 ) -> None:
-    """No captions but for every second picture, and a key that had to be mapped: before or after a plain one."""
+    """Only every second picture has a caption, and one key had to be mapped."""
     import datasets
 
     photos = make_photos(tmp_path / "photos", [first, "second", "third", "z dotted.name"])

@@ -1,4 +1,4 @@
-"""What doctor finds, by making it so; nothing may hang, and nothing of the probe may stay."""
+"""Each finding of doctor, caused on purpose; no check may hang, and no file of a probe may stay."""
 
 from __future__ import annotations
 

@@ -210,7 +210,7 @@ def test_an_output_that_cannot_be_written(job: Path) -> None:
 
 
 def test_a_sample_that_went_does_not_move_the_others(job: Path) -> None:
-    """What is skipped was chosen once: counted anew, photo-2 would be, and not be found as it is now."""
+    """The samples to skip were chosen at the first plan; choosing again would skip photo-2."""
     assert _establish(job, "source.skip=2", "source.limit=3").about["planned"]["samples"] == 3
     photos = job.parent / "photos"
     (photos / "photo-0.png").unlink()

@@ -1,4 +1,4 @@
-"""What a run asks of its store, counted: on disk as calls of `Store`, on S3 as HTTP requests.
+"""The price of a run in requests: on disk calls of `Store`, on S3 HTTP requests.
 
 A run costs a constant, and every unit a constant more. A change that makes a unit dearer, or lets the price of a unit
 grow with the run, has to change a number here.

@@ -149,7 +149,7 @@ class TestMapOnACluster:
             assert list(pool.map(abs, range(-200, 0))) == list(range(200, 0, -1))
 
     def test_indexes_a_source_of_many_tars(self, job: Job, tmp_path: Path) -> None:
-        """What a scan has to say comes back as it is: a key that stands twice, a tar that is cut."""
+        """Errors of a scan reach the caller unchanged: a duplicate key, a cut tar."""
         for number in range(70):
             make_tar(tmp_path / f"tars/{number:03}.tar", [(f"key-{number}.jpg", b"x"), (f"key-{number}.txt", b"y")])
         manifest = job("compute.pool=ray", "source.format=webdataset", f"source.urls={tmp_path}/tars/*.tar")

@@ -1,4 +1,4 @@
-"""How far a run is: what is counted, what is read for it, and what is said when nothing goes on."""
+"""Status: the counts, the files read for them, and the messages when no driver is at work."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_the_newest_generation_counts_published_or_not(publish: bool, store: Sto
 
 
 def test_a_record_that_lags_behind_its_own_generation(store: Store) -> None:
-    """Of two retried units of a shard only one is in its record."""
+    """Two units of a shard were retried; its record has only one of them."""
     retry(store, 0, publish=True)
     retry(store, 1)
     record = json.loads(store.read("_smsbatch/published/000000.json"))

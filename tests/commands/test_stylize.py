@@ -69,7 +69,7 @@ def job(tmp_path_factory: pytest.TempPathFactory, generator: Path, photos: Path)
 
 @pytest.fixture
 def manifest(tmp_path: Path, generator: Path, photos: Path) -> Callable[..., sb.Manifest]:
-    """Of the same pictures; arguments are overrides."""
+    """A manifest for the same pictures; arguments are overrides."""
 
     def make(*overrides: str, **sections: Any) -> sb.Manifest:
         where = sections.pop("generator", generator)
@@ -311,7 +311,7 @@ class TestPipeline:
         manifest: Callable[..., sb.Manifest],
         monkeypatch: pytest.MonkeyPatch,
     ) -> None:
-        """Of forty: at most two batches decoded, one stacked, one in the device's hands, and one that is begun."""
+        """At most `most` pictures in memory: two batches decoded, one stacked, one on the device, one begun."""
         one = sb.Stylizer(manifest("metrics=[]"))
         decode, render = pixels.decode, one.engine.render
         lock, held, seen = threading.Lock(), 0, []
@@ -418,7 +418,7 @@ class TestTiles:
         ours = self.tiled(one, image, size, 32, one.moments(overview(image, 96)))
 
         def seam(result: Tensor, edges: Sequence[int]) -> float:
-            """How far columns at an edge are from going on as their neighbours do."""
+            """The deviation of the columns at an edge from the continuation of their neighbours."""
             bends = [
                 (result[..., x] - result[..., x - 1] - (result[..., x + 1] - result[..., x - 2]) / 3).abs().mean()
                 for x in edges

@@ -1,4 +1,4 @@
-"""What a user gets for input made by accident, neglect or malice: one table, in which nothing stops the neighbours.
+"""Input made by accident, neglect or malice, in one table; no such input stops the other samples.
 
 Every case goes the way of a run, from the source's parts through index and bytes to pixels. `rows` says for each
 planned key how it ends: '' is a picture as it should be, anything else the beginning of `error_code: error_message`.

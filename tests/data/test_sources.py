@@ -1,4 +1,4 @@
-"""What each source makes of good and odd input; for hostile input see test_hostile.py."""
+"""Every source with good and odd input; hostile input is in test_hostile.py."""
 
 from __future__ import annotations
 

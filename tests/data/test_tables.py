@@ -1,4 +1,4 @@
-"""What tables give: rows as entries, whatever their kind, and a refusal with file and line when one is broken."""
+"""Tables: rows of every kind become entries; a broken table is refused with file and line."""
 
 from __future__ import annotations
 
@@ -156,7 +156,7 @@ def test_parquet_columns_of_any_text_type(tmp_path: Path) -> None:
 
 
 def test_a_table_is_never_all_python_objects(tmp_path: Path) -> None:
-    """Of 30,000 rows as objects there would be some 20 MB; Arrow holds them in 3."""
+    """30,000 rows take about 20 MB as Python objects and 3 MB in Arrow."""
     path = tmp_path / "t.csv"
     path.write_text("url\n" + "".join(f"https://host/folder/{n}.jpg\n" for n in range(30_000)))
     source = source_of("table", path)

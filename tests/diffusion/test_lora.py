@@ -64,7 +64,7 @@ def kohya(layer: str) -> str:
 
 
 def random(rng: np.random.Generator, *shape: int) -> Array:
-    """What float32 can hold, in float64."""
+    """Random values that float32 holds exactly, as float64."""
     return rng.standard_normal(shape).astype(np.float32).astype(np.float64)
 
 
@@ -506,7 +506,7 @@ def pipeline(model: Path):  # type: ignore[no-untyped-def]
 
 
 def merged(pipeline, prior: Prior) -> Deltas:  # type: ignore[no-untyped-def]
-    """How the pipeline's weights differ from the prior's, where they do, once adapters are fused."""
+    """The differences of the pipeline's weights from the prior's once adapters are fused; equal weights are left out."""
     found = Deltas()
     for part, layers, into in (
         (pipeline.unet, prior.layers(), found.unet),

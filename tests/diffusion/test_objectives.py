@@ -107,7 +107,7 @@ def off(name: str, **fields: Any) -> Objective:
 
 
 class Expected:
-    """What the oracle says of one sample, each part computed once."""
+    """The oracle's values for one sample; each part is computed once."""
 
     def __init__(self, name: str, z: Array, z_src: Array, t: int, eps: Array) -> None:
         self.name, self.z, self.z_src, self.t, self.eps = name, z, z_src, t, eps

@@ -30,7 +30,7 @@ def generator() -> Generator:
 
 @pytest.fixture(scope="module")
 def run(generator: Generator, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What a distill run leaves of its generator."""
+    """The folder of a generator, as a distill run writes it."""
     folder = tmp_path_factory.mktemp("run")
     generator.save(folder / "generator")
     return folder
@@ -77,7 +77,7 @@ def test_the_file_is_whole_and_says_what_it_is(exported: Exported) -> None:
 
 
 def test_a_generator_in_half_precision_is_exported_whole(generator: Generator, tmp_path: Path) -> None:
-    """What is exported are its two files."""
+    """The exporter gets float32 parameters."""
     half = Generator.of_files(generator.files()).to(torch.bfloat16)
     with patch.object(torch.onnx, "export", side_effect=InterruptedError) as called, pytest.raises(InterruptedError):
         onnx_file.export_onnx(half, tmp_path / "x.onnx")

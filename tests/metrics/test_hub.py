@@ -151,7 +151,7 @@ def test_pick_score_is_its_formula(weights: Path, model: Path) -> None:
 
 
 class Clip(nn.Module):
-    """What HPSv2 asks of open_clip's model."""
+    """A stand-in for open_clip's model with the methods that HPSv2 calls."""
 
     def __init__(self) -> None:
         super().__init__()

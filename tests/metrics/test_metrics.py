@@ -1,4 +1,4 @@
-"""What every metric promises, over the table, and LPIPS against its formula written out by hand."""
+"""The properties of every metric in the table, and LPIPS against its formula written out by hand."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a finished run tells: the numbers, when there are none, and the files."""
+"""The report of a finished run: its numbers, the case of no numbers, and its files."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def test_numbers_are_plain_data(tmp_path: Path) -> None:
 
 
 def requests(faults: Faults) -> Counter[str]:
-    """What was asked of the store since this was asked last, by the folder."""
+    """The number of calls of the store since the last call of this, by folder."""
     asked = Counter(urlsplit(request.path).path.split("/", 3)[-1].rpartition("/")[0] for request in faults.requests)
     faults.requests.clear()
     return asked

@@ -483,7 +483,7 @@ def test_an_attempt_that_was_collected_is_not_decided(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["tar", "parquet"])
 def test_an_attempt_that_arrived_short_is_not_decided(tmp_path: Path, kind: str) -> None:
-    """No store that we know stores a part, but no store is asked after every upload either."""
+    """A store that keeps a part of an upload is not noticed at the upload, because its size is not read then."""
 
     class Short(Store):
         def create(self, path: str, source: bytes | Path) -> bool:

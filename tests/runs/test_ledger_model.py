@@ -142,7 +142,7 @@ class Stepped(Store):
 
 
 class Play:
-    """Who does what on one output, and when."""
+    """The schedule of the processes that work on one output."""
 
     def __init__(
         self, seed: int, store: Store, units: Sequence[Unit], scratch: Path, kind: type[Ledger] = Ledger
@@ -374,7 +374,7 @@ def test_any_schedule_on_s3(seed: int, s3: Server, tmp_path: Path) -> None:
 
 
 class Overwriting(Ledger):
-    """Who commits last counts."""
+    """The last commit counts."""
 
     def decide(self, commit: Commit) -> Commit:
         self.store.put(commit_file(commit.unit, commit.generation), commit.to_json())

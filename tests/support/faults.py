@@ -194,7 +194,7 @@ def disturb(
 
 
 def check_whole(out: Path) -> None:
-    """What is committed or published is there, whole: true at any instant, whoever died when."""
+    """Assert that all committed and published files exist and are whole; this holds at any instant, after any death."""
     for name, commit in commits(out).items():
         stem = out / "_smsbatch" / "attempts" / name.partition(".")[0] / commit["attempt"]
         for kind, proof in commit["files"].items():

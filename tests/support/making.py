@@ -1,4 +1,4 @@
-"""What the data tests make: tars with any headers, pictures, indexed sources, outcomes."""
+"""Makers of the data tests' input: tars with any headers, pictures, indexed sources, outcomes."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def expand(pattern: str, storage: Storage) -> list[str]:
 
 
 def stat(url: str, storage: Storage) -> Stat | None:
-    """Of the object of exactly that name."""
+    """The entry of the object with exactly that name."""
     return dict(objects.expand(url, storage)).get(url)
 
 

@@ -200,7 +200,7 @@ class Faults:
 
     @property
     def injected(self) -> Counter[str]:
-        """How many requests met which fault so far."""
+        """The number of requests so far by fault."""
         return Counter(request.fault for request in self.requests if request.fault)
 
     def inject(

@@ -49,7 +49,7 @@ def write_training(folder: Path, model: Path, lora: Path, **sections: dict[str, 
 
 
 def parameters(out: Path) -> dict[str, torch.Tensor]:
-    """Of the generator that a run has made."""
+    """The parameters of the generator that a run has made."""
     return load_file(out / "generator/generator.safetensors")
 
 

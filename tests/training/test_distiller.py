@@ -78,7 +78,7 @@ def images(count: int = 2, seed: int = 0) -> Tensor:
 
 
 class Averages:
-    """What a distiller gives to be averaged: first the fake score's gradients, update by update, then its own."""
+    """The tensors that a distiller averages: first the fake score's gradients of each update, then its own."""
 
     def __init__(self) -> None:
         self.calls: list[list[Tensor]] = []
@@ -93,7 +93,7 @@ class Averages:
 
 
 class Recorded:
-    """What the objective was asked in every call, and with which noise it made its maps."""
+    """Records the arguments of every call of the objective, and the noise of its relevance maps."""
 
     def __init__(self) -> None:
         self.z: list[Tensor] = []
@@ -323,7 +323,7 @@ def test_reported_losses(prior: Prior, style: Prior, recorded: Recorded) -> None
 
 
 class Followed:
-    """What the fake score was trained on, update by update: rows of (z, t, eps, text)."""
+    """The batches of the fake score's updates: rows of (z, t, eps, text)."""
 
     def __init__(self) -> None:
         self.updates: list[list[tuple[Tensor, Tensor, Tensor, Tensor]]] = [[]]

@@ -95,7 +95,7 @@ def contents(found: Sequence[Batch]) -> list[tuple[Any, ...]]:
 
 
 def union(shares: Sequence[Sequence[Batch]]) -> list[Batch]:
-    """What the workers get in each step, put together by rank."""
+    """The batches of all workers in each step, in order of rank."""
     return [
         Batch(
             step[0].step,

@@ -1,4 +1,4 @@
-"""What a training says of itself: attempts become one story, as lines and in TensorBoard, on disk and in a bucket."""
+"""The log of a training: attempts are joined into one, as lines and in TensorBoard, on disk and in a bucket."""
 
 from __future__ import annotations
 

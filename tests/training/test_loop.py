@@ -194,8 +194,10 @@ def test_what_worker_0_meets_before_the_first_step_is_met_by_all(job: Path, monk
 
 
 def test_two_workers_do_the_step_of_one_with_as_many_pictures(tmp_path: Path, model: Path, lora: Path) -> None:
-    """What is averaged, gradients and losses, is equal within rounding. (Adam begins with a gradient's sign: where
-    it is nothing but rounding, parameters go different ways. So they stand still here.)"""
+    """The averaged gradients and losses are equal within rounding.
+
+    The first step of Adam follows a gradient's sign, which rounding can decide. So the learning rate is about zero.
+    """
     averaged = {}
     for workers in (1, 2):
         folder = tmp_path / str(workers)
@@ -294,7 +296,7 @@ class TestTheCommandLine:
         assert "fail" not in shown
 
     def test_export(self, whole: tuple[Path, Any, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        """What an export is, is tested where it is made."""
+        """Only that it is exported; `tests/generator/test_onnx.py` tests the files."""
         asked = []
 
         def export(*arguments: Any) -> Exported:

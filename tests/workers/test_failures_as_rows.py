@@ -162,7 +162,7 @@ class TestBudgets:
 
 class TestEveryCode:
     def test_is_a_row_of_a_run(self, tmp_path: Path, model: Path, lora: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        """What no file can cause by itself is caused here: no memory, a result that is not finite, no encoder."""
+        """Failures that no input file causes: no memory, a result that is not finite, no encoder."""
         keys = ["empty", "small", "large", "caption", "memory", "finite", "encoder", "fine"]
         photos = make_photos(tmp_path / "photos", keys)
         (photos / "empty.png").write_bytes(b"")

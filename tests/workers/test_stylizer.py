@@ -1,4 +1,4 @@
-"""What a worker computes with: which models make the style, and batches that do not fit the device's memory."""
+"""The models of a worker: those that make the style, and batches that do not fit the device's memory."""
 
 from __future__ import annotations
 
