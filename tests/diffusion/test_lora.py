@@ -506,7 +506,7 @@ def pipeline(model: Path):  # type: ignore[no-untyped-def]
 
 
 def merged(pipeline, prior: Prior) -> Deltas:  # type: ignore[no-untyped-def]
-    """The differences of the pipeline's weights from the prior's once adapters are fused; equal weights are left out."""
+    """The differences of the pipeline's weights from the prior's once adapters are fused; equal ones are left out."""
     found = Deltas()
     for part, layers, into in (
         (pipeline.unet, prior.layers(), found.unet),
