@@ -217,7 +217,7 @@ class TestChangedInputs:
         assert set(found) == set(KEYS), "the plan stands: what is new is not taken"
         assert {key: row["error_code"] for key, row in found.items() if row["error_code"]} == {"photo-4": "read_error"}
         assert "No such file" in found["photo-4"]["error_message"]
-        assert any("changed since it was planned: inputs" in notice for notice in report.notices)
+        assert any("changed since the plan, as allowed: inputs" in notice for notice in report.notices)
         sb.run(changed)  # noted with the run, and not asked again
 
 
