@@ -1,8 +1,8 @@
-"""Input made by accident, neglect or malice, in one table; no such input stops the other samples.
+"""Damaged, malformed and malicious input, in one table; no such input stops the other samples.
 
-Every case goes the way of a run, from the source's parts through index and bytes to pixels. `rows` says for each
-planned key how it ends: '' is a picture as it should be, anything else the beginning of `error_code: error_message`.
-`notice` is in what `plan` says beside; `refused` is what it says before anything starts (exit code 2).
+Every case takes the steps of a run, from the source's parts through index and bytes to pixels. `rows` has the expected
+result of each planned key: '' for a correct picture, else the beginning of `error_code: error_message`. `notice` is a
+part of the notices of `plan`; `refused` is the beginning of its error before anything starts (exit code 2).
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class Case:
 def tar(
     *members: tuple[str | tarfile.TarInfo, bytes], cut: int | None = None, **options: Any
 ) -> Callable[[Path], Source]:
-    """A tar of these members between the good samples `a` and `z`; `cut` ends it so many bytes after a."""
+    """A tar of these members between the valid samples `a` and `z`; it ends `cut` bytes after `a`."""
 
     def make(root: Path) -> Source:
         ours: _Members = [("a.jpg", JPG), *members, ("z.jpg", JPG)]
@@ -73,7 +73,7 @@ def tar(
 
 
 def patched(place: int, data: bytes) -> Callable[[Path], Source]:
-    """A tar of `a`, `b` and `z` with other bytes at a place of b's header."""
+    """A tar of `a`, `b` and `z` with `data` at offset `place` of b's header, whose checksum is corrected."""
 
     def make(root: Path) -> Source:
         source = tar(("b.jpg", JPG))(root)
@@ -135,7 +135,7 @@ def jpg_bomb(side: int) -> bytes:
 
 
 def transparent() -> Image.Image:
-    """The pattern, its white corner made of nothing."""
+    """The pattern with a transparent white corner."""
     image = RGB.convert("RGBA")
     image.paste((0, 0, 0, 0), (30, 20, 60, 40))
     return image
@@ -165,7 +165,7 @@ PICTURES = [
 
 # --- hostile tars ---
 
-BLOCKS = 512 + -(-len(JPG) // 512) * 512  # of a member with JPG
+BLOCKS = 512 + -(-len(JPG) // 512) * 512  # bytes of a tar member that holds JPG
 
 
 def sparse(name: str) -> tarfile.TarInfo:
@@ -430,7 +430,7 @@ def check(case: Case, root: Path, source: Source) -> None:
         assert "\n" not in str(caught.value)
         return
     entries, notices = indexed(source)
-    # A mapped key is given up to its digest here; test_keys.py knows the rule.
+    # `rows` has a mapped key without its digest; test_keys.py tests the rule.
     rows = {
         entry.key[:-10] if entry.original_key and "~" in entry.key else entry.key: ending(entry, source, case)
         for entry in entries
@@ -507,7 +507,7 @@ class Quiet(ThreadingHTTPServer):
     daemon_threads = True
 
     def handle_error(self, request: object, client_address: object) -> None:
-        """Clients that hang up are what these tests are about."""
+        """Print nothing: these tests make clients disconnect."""
 
 
 @pytest.fixture(scope="module")
@@ -547,7 +547,7 @@ def test_hostile_servers(tmp_path: Path, server: str, name: str, row: str) -> No
     check(Case(name, lambda root: source, {"a": "", "b": row, "z": ""}), tmp_path, source)
 
 
-# --- any damage at all ---
+# --- arbitrary damage ---
 
 
 @settings(deadline=None, max_examples=150)
@@ -569,7 +569,7 @@ def test_any_damage_to_a_tar_ends_in_members_or_one_kind_of_error(
     data = bytearray(sink.getvalue()[:cut])
     for place, other in damage:
         data[place : place + len(other)] = other
-    for start in range(0, len(data) - 511, 512):  # right checksums, so that damage gets past them
+    for start in range(0, len(data) - 511, 512):  # correct checksums, so that damaged headers are parsed
         if data[start + 257 : start + 262] == b"ustar":
             total = sum(data[start : start + 148]) + 256 + sum(data[start + 156 : start + 512])
             data[start + 148 : start + 156] = b"%06o\0 " % total

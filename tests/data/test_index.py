@@ -1,4 +1,4 @@
-"""The index gives back what was planned, its keys are unique, its digest knows every place, the first plan stands."""
+"""The index: it is read back as written, keys are unique, the digest covers every place, the first plan stays."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def entry(key: str, url: str = "a.tar", offset: int = 512) -> Entry:
 
 
 def chunks(planned: list[Entry], sizes: list[int]) -> Iterator[pa.Table]:
-    """The entries as tables of these sizes, and the rest."""
+    """Yield the entries as tables of these sizes, then the rest as one table."""
     for size in sizes:
         yield to_table(planned[:size])
         planned = planned[size:]
@@ -103,7 +103,7 @@ def test_the_digest_is_of_the_order_and_not_of_versions(tmp_path: Path) -> None:
     assert digest(entry("ab"), entry("c")) != digest(entry("a"), entry("bc"))
     other = Entry("a", "jpg", {"jpg": Span("a.tar", 512, 1, "another")})
     assert digest(entry("a")) == digest(other)
-    # Written down: two releases, two Arrows and two machines must find the same for a run to go on.
+    # A stored constant: a run resumes only if every release, Arrow version and machine computes the same digest.
     assert digest(entry("ä"), Entry("b", "", {"txt": Span("t", 0, None)}, "c", "o")) == DIGEST
 
 
@@ -146,7 +146,7 @@ def test_keys_that_stand_twice_are_named_with_both_places(tmp_path: Path, monkey
     with pytest.raises(SourceError) as caught:
         build_index(tmp_path / "x", tables, None)
     assert str(caught.value) == "2.tar: key 'k5' is also in 1.tar; keys must be unique, rename one of them"
-    assert build_index(tmp_path / "x", tables, 8).samples == 8  # beyond the limit nobody minds
+    assert build_index(tmp_path / "x", tables, 8).samples == 8  # the duplicate is beyond the limit
 
 
 def test_a_source_that_is_there_twice_is_counted(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The key rule: a good key stays as it is, any other becomes one, and no two become the same."""
+"""The key rule: a valid key is kept, any other name is mapped to one, and no two names get the same key."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from webdataset.tariterators import base_plus_ext
 from smsbatch.data.keys import LONGEST_NAME, is_extension, map_key
 from smsbatch.data.tars import split_name
 
-# Everything a tar's header, a JSON string or a disk can spell, what offends more often than by chance.
+# Any name that a tar header, a JSON string or a disk can hold, with offending characters more often than by chance.
 names = st.text(st.characters() | st.sampled_from("./\\~_\x00\n\x7f\ud83d\udce9 aé"), max_size=130)
 extensions = st.text(st.characters(exclude_categories=["Cs"]) | st.sampled_from("./aé"), min_size=1, max_size=34)
 
@@ -38,7 +38,7 @@ def test_a_good_key_stays(key: str) -> None:
         ("caf\udce9", "caf_"),
         ("", ""),
         (".", "_"),
-        ("__meta__/a", "meta__/a"),  # what begins so is no sample to readers of tars
+        ("__meta__/a", "meta__/a"),  # tar readers skip names that begin like this
         ("k" * 96, "k" * 84),
         ("é" * 60, "é" * 42),
         ("k" * 83 + "/kk" + "k" * 20, "k" * 83),
@@ -53,7 +53,7 @@ def test_any_other_is_mapped_and_kept(name: str, stem: str) -> None:
 
 def test_the_mapping_is_written_down() -> None:
     assert map_key("a.b", ["jpg"]) == ("a_b~2e7336dc8e", "a.b")
-    assert map_key("a__b", ["jpg"], "a/b") == ("a__b", "a/b")  # a source's own mapping counts as one, and is kept
+    assert map_key("a__b", ["jpg"], "a/b") == ("a__b", "a/b")  # a source's own mapping is kept
     assert map_key("a__b\n", ["jpg"], "a/b\n")[0] == "a__b_~241714c62f"
 
 
@@ -87,7 +87,7 @@ def test_any_name_becomes_a_safe_key(name: str, fields: list[str]) -> None:
 def test_no_two_names_get_one_key(wishes: list[str]) -> None:
     keys = {map_key(name, ["jpg"])[0] for name in wishes}
     assert len(keys) == len(wishes)
-    # Not even a name that is another's mapped key.
+    # A name that equals another name's mapped key gets a different key.
     assert not keys & {map_key(key, ["jpg"])[0] for key in keys if re.search("~[0-9a-f]{10}$", key)}
 
 

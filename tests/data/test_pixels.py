@@ -1,4 +1,4 @@
-"""Every picture of the wild becomes an upright opaque RGB array or one of four errors."""
+"""Any image file becomes an upright opaque RGB array or one of four errors."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def saved(image: Image.Image, format: str, **options: Any) -> bytes:
 
 
 def corners(pixels: Pixels) -> list[list[int]]:
-    """The colours in the middle of each quarter: left to right, top to bottom, rounded to 0 / 255."""
+    """The colours in the middle of each quarter, left to right, top to bottom; a channel is 1 if above 127, else 0."""
     height, width = pixels.shape[:2]
     points = [
         (height // 4, width // 4),
@@ -60,7 +60,7 @@ def failure(data: bytes, **options: Any) -> tuple[str, str]:
     return caught.value.code, str(caught.value)
 
 
-# --- what is understood ---
+# --- supported input ---
 
 
 @pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000"])
@@ -124,7 +124,7 @@ def test_alpha_lies_over_white(kind: str) -> None:
 @pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP", "TIFF"])
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_exif_turns_the_picture_upright(format: str, orientation: int) -> None:
-    # What a camera stores so that a viewer sees the pattern: the inverse of what each tag asks for.
+    # A camera stores the inverse of the operation that the tag asks of a viewer, who then sees the pattern.
     inverse = {2: 0, 3: 3, 4: 1, 5: 5, 6: 2, 7: 6, 8: 4}
     stored = RGB if orientation == 1 else RGB.transpose(Image.Transpose(inverse[orientation]))
     exif = Image.Exif()
@@ -151,7 +151,7 @@ def test_an_animation_gives_its_first_frame(format: str) -> None:
     assert corners(decode(saved(RGB, format, save_all=True, append_images=[black, black]))) == UPRIGHT
 
 
-# --- what is refused ---
+# --- refused input ---
 
 
 def test_no_picture_at_all() -> None:
@@ -190,7 +190,7 @@ def test_any_damage_is_a_picture_or_a_sample_error(data: bytes, changes: list[tu
 
 
 def bomb(width: int, height: int) -> bytes:
-    """A PNG of some hundred bytes whose header claims any size."""
+    """A PNG of about a hundred bytes whose header claims this size."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
@@ -199,7 +199,7 @@ def bomb(width: int, height: int) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(bytes(1000))) + chunk(b"IEND", b"")
 
 
-@pytest.mark.parametrize("side", [9_500, 12_000, 60_000])  # PIL is silent, warns, raises
+@pytest.mark.parametrize("side", [9_500, 12_000, 60_000])  # PIL warns at the first two and raises at the last
 def test_a_bomb_is_too_large_before_it_is_decoded(side: int) -> None:
     code, message = failure(bomb(side, side))
     assert code == "too_large"
@@ -250,7 +250,7 @@ def test_a_hair_is_too_large_to_fit() -> None:
 
 
 def ramps(width: int, height: int) -> Pixels:
-    """A picture whose red says where along its width a pixel was, whose green where along its height: 0 to 255."""
+    """A picture whose red increases from 0 to 255 along its width, and whose green increases along its height."""
     across = np.broadcast_to(np.arange(width) * 255 / max(width - 1, 1), (height, width))
     down = np.broadcast_to(np.arange(height)[:, None] * 255 / max(height - 1, 1), (height, width))
     return np.stack([across, down, np.zeros_like(across)], -1).round().astype(np.uint8)
@@ -274,7 +274,7 @@ def test_a_bucket_is_covered_from_the_centre_and_nothing_is_distorted(width: int
     for side, seen, channel, axis in ((width, to_width, 0, 0), (height, to_height, 1, 1)):
         line = fitted[..., channel].mean(axis).astype(float) * (side - 1) / 255  # where in the source each pixel was
         expected = (np.arange(seen) + 0.5) / scale - 0.5 + (side - seen / scale) / 2
-        inner = slice(None) if scale >= 1 else slice(3, -3)  # at the edge Lanczos has no other half
+        inner = slice(None) if scale >= 1 else slice(3, -3)  # at the edge the Lanczos kernel is cut off
         assert abs(line - expected.clip(0, side - 1))[inner].max() <= 1 + side / 255, (side, seen)
 
 
@@ -336,11 +336,11 @@ def test_a_square_is_cut_where_it_should_be_and_nothing_is_distorted(
     assert (square.shape, square.dtype) == ((resolution, resolution, 3), np.uint8)
     if flip:
         square = square[:, ::-1]
-    side = min(width, height) / zoom  # that is seen, of both
+    side = min(width, height) / zoom  # of the visible square, in source pixels
     for whole, place, channel, axis in ((width, x, 0, 0), (height, y, 1, 1)):
         line = square[..., channel].mean(axis).astype(float) * (whole - 1) / 255  # where in the source each pixel was
         expected = (np.arange(resolution) + 0.5) * side / resolution - 0.5 + place * (whole - side)
-        # Where the filter would reach over the picture's edge it has no other half.
+        # Near the picture's edge the filter's kernel is cut off.
         reach = 3 * max(1, side / resolution)
         inner = (expected > reach) & (expected < whole - 1 - reach)
         assert abs(line - expected)[inner].max(initial=0) <= 1 + whole / 255, (whole, side)

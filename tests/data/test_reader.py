@@ -1,4 +1,4 @@
-"""Source objects: what names mean, what a reader refuses, and web servers of every bad kind."""
+"""Source objects: how names are resolved, which reads are refused, and web servers with every kind of fault."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ BODY = bytes(range(256)) * 12  # 3072 bytes
 
 
 class Web:
-    """A web server on loopback that answers by the first part of the path, and remembers what it was asked."""
+    """A web server on loopback that answers by the first part of the path, and counts the requests of each path."""
 
     def __init__(self) -> None:
         self.asked: Counter[str] = Counter()
-        self.sent = 0  # bytes of bodies
+        self.sent = 0  # bytes of response bodies
         web = self
 
         class Handler(http.server.BaseHTTPRequestHandler):
@@ -47,7 +47,7 @@ class Web:
             def do_GET(self) -> None:
                 web.asked[self.path] += 1
                 self.close_connection = True
-                with suppress(BrokenPipeError, ConnectionResetError):  # the client had enough
+                with suppress(BrokenPipeError, ConnectionResetError):  # the client has disconnected
                     getattr(web, "_" + self.path.split("/")[1].partition("?")[0])(self)
 
         class Server(http.server.ThreadingHTTPServer):
@@ -223,7 +223,7 @@ def _put(store: Store, content: bytes) -> str:
 
 
 class Counting(Reader):
-    """Remembers what it asked for."""
+    """A reader that records the offset and length of every read."""
 
     def __init__(self, storage: Storage, max_bytes: int) -> None:
         super().__init__(storage, max_bytes)

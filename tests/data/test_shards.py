@@ -1,4 +1,4 @@
-"""A shard's files: what goes in comes out, in our reader and in the webdataset library; the same in, the same bytes."""
+"""A shard's files: our reader and the webdataset library return what was written; equal input gives equal bytes."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ def test_provenance_has_only_what_a_rerun_reproduces(tmp_path: Path) -> None:
 
 
 def test_samples_with_and_without_a_caption_have_the_same_fields_of_the_same_types(tmp_path: Path) -> None:
-    """Readers learn a dataset's columns from its first samples."""
+    """Readers infer a dataset's columns from its first samples."""
     first = Outcome("a", "u", b"x", "webp")
     second = Outcome("b_~0123456789", "u", b"x", "webp", caption="c", original_key="b.")
     write_tar(tmp_path / "a.tar", [first, second])
@@ -128,11 +128,11 @@ def test_samples_with_and_without_a_caption_have_the_same_fields_of_the_same_typ
 def test_every_cut_of_a_tar_is_found(tmp_path: Path) -> None:
     write_tar(tmp_path / "a.tar", [outcome(number) for number in range(3)])
     data = (tmp_path / "a.tar").read_bytes()
-    end = 9 * 1024  # three samples of three members, each a header and a block
+    end = 9 * 1024  # three samples of three members, each a header block and a data block
     assert check_tar(tmp_path / "a.tar") == ["key-0000", "key-0001", "key-0002"]
     for length in [*range(0, end + 1024, 256), end + 1023]:
         (tmp_path / "cut.tar").write_bytes(data[:length])
-        with pytest.raises(StorageError, match=r"cut\.tar: [^;]+$"):  # what to do knows who knows the place
+        with pytest.raises(StorageError, match=r"cut\.tar: [^;]+$"):  # the caller adds the advice
             check_tar(tmp_path / "cut.tar")
         (tmp_path / "joined.tar").unlink(missing_ok=True)
         with pytest.raises(StorageError):

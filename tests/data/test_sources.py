@@ -1,4 +1,4 @@
-"""Every source with good and odd input; hostile input is in test_hostile.py."""
+"""Every source format with valid and unusual input; hostile input is in test_hostile.py."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def refused(format: str, *urls: object) -> str:
         ("{a}", ["{a}"]),
         ("?", ["1", "2"]),
         ("*b", ["ab", "bb"]),
-        ("[1]", ["[1]"]),  # a file of that very name comes before the glob
+        ("[1]", ["[1]"]),  # a file with exactly this name has priority over the glob
     ],
 )
 def test_brace_ranges_lists_and_globs(tmp_path: Path, pattern: str, names: list[str]) -> None:
@@ -90,7 +90,7 @@ def test_a_relative_path_is_stored_absolute(tmp_path: Path, monkeypatch: pytest.
     sources = source_of("webdataset", "a.tar"), source_of("folder", "folder")
     found = [(source, part) for source in sources for part in parts(source, STORAGE)]
     assert [part.url for _, part in found] == [f"{tmp_path}/a.tar", f"{tmp_path}/folder"]
-    monkeypatch.chdir("/")  # where another process may scan
+    monkeypatch.chdir("/")  # another process may scan from another folder
     urls = [from_table(scan(part, source, STORAGE).table)[0].url for source, part in found]
     assert urls == [f"{tmp_path}/a.tar", f"{tmp_path}/folder/b.jpg"]
 
@@ -248,7 +248,7 @@ def test_cut_between_image_and_caption_is_noticed(tmp_path: Path) -> None:
 
 
 def test_a_sample_that_lost_its_caption_to_a_cut_is_no_good_sample(tmp_path: Path) -> None:
-    """Where all others have one, it would be stylized without, and pass."""
+    """If all others have a caption, the last one would otherwise be stylized without one and count as a success."""
     members = [("a.jpg", b"x"), ("a.txt", b"text"), ("b.jpg", b"x"), ("b.txt", b"text")]
     (first, second), notices = listed("webdataset", cut(make_tar(tmp_path / "a.tar", members), 3 * 1024))
     assert load(first, ["txt"]).caption == "text"
@@ -439,7 +439,7 @@ def test_a_file_that_goes_away_after_planning_is_a_failed_sample(tmp_path: Path,
     assert caught.value.code == "read_error"
 
 
-# --- anywhere ---
+# --- on S3 ---
 
 
 @pytest.mark.parametrize("format", FORMATS)
@@ -501,7 +501,7 @@ def test_what_s3_does_not_have_is_refused(s3: Server) -> None:
     [
         (["txt"], {"txt": 65_537}, True),
         (["txt"], {"txt": 65_536}, False),
-        (["words", "txt"], {"words": 3, "txt": 70_000}, False),  # not the one that is taken
+        (["words", "txt"], {"words": 3, "txt": 70_000}, False),  # the long txt is not used
         (["json:caption"], {"json": 70_000, "txt": 70_000}, False),
     ],
 )

@@ -1,4 +1,4 @@
-"""Tables: rows of every kind become entries; a broken table is refused with file and line."""
+"""Tables: rows of every format become entries; a broken table is refused with file and line."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ MAKERS: dict[str, Callable[[Path, Rows], None]] = {
 
 @pytest.fixture(params=MAKERS)
 def make(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[..., Path]:
-    """Makes a table of each kind."""
+    """A function that writes rows as a table; tests that use it run once per table format."""
 
     def made(*rows: Mapping[str, Any], name: str = "t") -> Path:
         path = tmp_path / f"{name}.{request.param}"

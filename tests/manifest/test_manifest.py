@@ -1,6 +1,6 @@
-"""The manifest: what it accepts, what it says when it does not, and its presets.
+"""The manifest: accepted values, error messages and presets.
 
-Over 400 lines: most of them are the table of messages.
+Over 400 lines: most of them are tables of error messages.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def test_defaults_are_the_released_constants(file: Path) -> None:
 
 
 def test_presets_are_what_they_were(golden: Callable[[str, str], str]) -> None:
-    """Every constant of every objective and preset, printed and pinned."""
+    """Every constant of every objective and preset equals the stored one."""
     found = {
         name: {preset: Objective.model_validate({"name": name, "preset": preset}).model_dump() for preset in presets}
         for name, presets in PRESETS.items()
@@ -101,7 +101,7 @@ def test_the_fake_score_of_vsd_is_trained_as_its_source_does() -> None:
 
 
 def test_what_only_sms_has_can_be_switched_on_elsewhere() -> None:
-    """Ablations are configuration."""
+    """An ablation needs no code, only a manifest."""
     dds = Objective.model_validate({"name": "dds", "relevance": "abs_mean", "identity_weight": 1e-3, "horizon": 1.5})
     assert (dds.relevance, dds.identity_weight, dds.horizon, dds.guidance) == ("abs_mean", 1e-3, 1.5, 7.5)
 
@@ -306,7 +306,7 @@ def test_identity_is_all_that_results_depend_on(file: Path) -> None:
 
 
 def test_the_schema_explains_every_key() -> None:
-    """A field without a docstring would be a key that `smsbatch schema` cannot explain."""
+    """`smsbatch schema` could not explain a field without a docstring."""
     schema = of_manifests()
 
     def unexplained(section: dict[str, Any], name: str) -> list[str]:
@@ -364,7 +364,7 @@ SECRETS = [
 
 @pytest.mark.parametrize(("key", "value"), SECRETS)
 def test_a_secret_is_refused_and_not_repeated(key: str, value: str, file: Path) -> None:
-    """The resolved manifest is stored with the run, for everybody to read."""
+    """The resolved manifest is stored with the run, where every user of the run can read it."""
     message = fails(file, f"{key}={value}")
     assert "holds a secret" in message
     assert "hunter2" not in message
@@ -404,7 +404,7 @@ def test_what_a_manifest_may_not_hold_no_message_shows(key: str, value: str) -> 
     "piece", ["?", "?token", "token", "token=", "?a-", ":", "://", "://a:", "@", "://@:", "https://"]
 )
 def test_to_redact_takes_no_time_for_any_text(piece: str) -> None:
-    """A table may hold any address, and each sample's is redacted."""
+    """A table may hold any text as an address, and the address of every sample is redacted."""
     started = time.process_time()
     for start in ("", "https://", "s3://", "https://h/?", "?token"):
         redact(start + piece * (100_000 // len(piece)))

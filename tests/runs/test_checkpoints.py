@@ -1,4 +1,4 @@
-"""A checkpoint is whole or none: writers race, die, and meet full disks; whoever resumes finds the newest good one."""
+"""A checkpoint is whole or absent when writers race, die or meet a full disk; `restore` finds the newest intact one."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ def test_what_is_damaged_is_passed_over_said_and_replaced(disk: Store, how: str)
     assert re.search(DAMAGE[how], notice)
     unread = latest(disk)
     assert unread is not None
-    assert unread.step == (30 if how == "flipped" else 20)  # which nobody sees without reading
+    assert unread.step == (30 if how == "flipped" else 20)  # a flipped bit is found only by reading the file
     spoil(disk, "missing", 20)
     assert [restore(disk).data, len(restore(disk).notices)] == [state(10), 2]
     # The training goes on from 10, and comes to 20 and 30 again.
@@ -175,7 +175,7 @@ def test_a_writer_may_die_between_any_two_requests(disk: Store, monkeypatch: pyt
 def test_prune_keeps_the_newest_that_are_whole(store: Store) -> None:
     written(store, *range(10, 70, 10))
     spoil(store, "missing", 40)
-    prune(store, 3)  # 60, 50 and, because 40 is none, 30
+    prune(store, 3)  # keeps 60, 50 and, because the file of 40 is missing, 30
     assert [name for name in names(store) if name.endswith("json")] == [f"000000{n}.json" for n in (30, 40, 50, 60)]
     assert len([name for name in names(store) if name.endswith("safetensors")]) == 3
     prune(store, 1)

@@ -1,13 +1,13 @@
-"""The ledger's guarantees, whatever dies, races or fills up.
+"""The ledger's guarantees when processes die, race or meet a full disk.
 
 1. every planned sample is a row of its published shard, exactly once, in plan order
-2. a shard's tar and Parquet are of the same attempts: the digest in each row is that of the bytes in the tar
-3. a commit, once there, stands; who loses the race gets the winner's
-4. nothing half-written can look done, and nothing temporary stays behind a failure
-5. the published tar is a function of the outcomes alone: not of attempts, workers or the size of units
-6. a retry replaces what it retried in one decision, and keeps it
+2. a shard's tar and Parquet come from the same attempts: the digest in each row is that of the bytes in the tar
+3. a commit never changes; the loser of a race gets the winner's commit
+4. a half-written file never counts as finished, and an error leaves no temporary files
+5. the published tar depends on the outcomes alone, not on attempts, workers or the size of units
+6. a retry replaces earlier results by one commit per unit, and the replaced files are kept
 
-`test_ledger_model.py` holds the first four under random schedules.
+`test_ledger_model.py` tests the first four under random schedules.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def finish(ledger: Ledger, units: list[Unit], salt: str = "") -> None:
 
 
 def check_published(store: Store, units: list[Unit]) -> None:
-    """Guarantees 1 and 2, from the published files and commits alone."""
+    """Check guarantees 1 and 2 from the published files and the commits alone."""
     ledger = Ledger(store)
     commits = ledger.commits()
     for shard, its in by_shard(units).items():
@@ -76,7 +76,7 @@ def check_published(store: Store, units: list[Unit]) -> None:
             assert FileDigest(hashlib.sha256(data).hexdigest(), len(data)) == proof
 
 
-# --- the plain way ---
+# --- without faults ---
 
 
 def test_commit_and_publish(tmp_path: Path) -> None:
@@ -159,7 +159,7 @@ def test_one_outcome_per_sample(tmp_path: Path) -> None:
 
 def test_the_loser_gets_the_winners_commit(tmp_path: Path) -> None:
     class Late(Store):
-        """Somebody else commits the unit just before we do."""
+        """A store in which another process commits the unit just before this one."""
 
         def create(self, path: str, source: bytes | Path) -> bool:
             if path.startswith("_smsbatch/commits"):
@@ -213,7 +213,7 @@ def test_processes_that_race_for_the_same_units(tmp_path: Path) -> None:
 
 @contextmanager
 def at_step(step: int, act: Callable[[], None]) -> Iterator[None]:
-    """Count fsync, link and rename, after which things are durable, and before the given one act."""
+    """Count the calls of fsync, link and rename, which make writes durable; call `act` before number `step`."""
     counted = itertools.count()
 
     def counting(original: Callable[..., object]) -> Callable[..., object]:
@@ -234,7 +234,7 @@ UNIT = Unit(0, 0, 0, 4)
 
 
 def die_at_every_step(root: Path) -> None:
-    """Fork a child that is killed at its first step, one at its second, and so on until one lives to finish."""
+    """Fork a child that is killed at its first step, one at its second, and so on until a child finishes."""
     for step in itertools.count():
         child = os.fork()
         if child == 0:
@@ -268,7 +268,7 @@ def test_a_process_killed_at_any_step_costs_nothing_but_its_attempt(tmp_path: Pa
         assert ledger.commits().items() >= commits.items()
         with store.open_read("shards/000000.tar") as file:
             assert all(fields["webp"].endswith(b"killed" if commits else b"again") for _, fields in read_tar(file))
-    assert 0 < published < committed < len(roots)  # children died before, between and after all three steps
+    assert 0 < published < committed < len(roots)  # children died before the commit, and between commit and publication
 
 
 def test_a_full_disk_at_any_step_is_one_clear_error_and_no_rubbish(tmp_path: Path) -> None:
@@ -291,7 +291,7 @@ def test_a_full_disk_at_any_step_is_one_clear_error_and_no_rubbish(tmp_path: Pat
     assert step > 10
 
 
-# --- what somebody did to the files ---
+# --- damaged files ---
 
 
 @pytest.mark.parametrize("kind", ["tar", "parquet"])
@@ -311,7 +311,7 @@ def test_an_attempt_that_is_not_what_was_committed_is_not_published(tmp_path: Pa
     ):
         ledger.publish(0, [UNIT])
     assert store.list("shards") == store.list("metrics") == []
-    store.delete("_smsbatch/commits/000000.json")  # as repair does, which keeps it elsewhere
+    store.delete("_smsbatch/commits/000000.json")  # as `repair` does, which keeps a copy
     finish(ledger, [UNIT])
     check_published(store, [UNIT])
 
@@ -333,13 +333,13 @@ def test_a_damaged_commit_is_never_published(tmp_path: Path) -> None:
     for unit in units:
         commit_unit(ledger, unit, outcomes_of(unit), worker="w", seconds=1.0)
     os.truncate(tmp_path / "_smsbatch" / "commits" / "000001.json", 0)
-    ledger = Ledger(store)  # of another process: who has decided a commit does not read it again
-    assert ledger.done() == {0, 1}  # names alone
+    ledger = Ledger(store)  # a process has its own commits in memory and does not read them
+    assert ledger.done() == {0, 1}  # from the names alone
     for act in (ledger.commits, lambda: ledger.committed(1), lambda: ledger.publish(0, units)):
         with pytest.raises(StorageError, match=r"commits/000001\.json is empty, cut or of another version"):
             act()
     assert store.list("shards") == []
-    store.delete("_smsbatch/commits/000001.json")  # as repair does, which keeps it elsewhere
+    store.delete("_smsbatch/commits/000001.json")  # as `repair` does, which keeps a copy
     finish(ledger, units)
     check_published(store, units)
 
@@ -364,7 +364,7 @@ def test_published_bytes_that_were_changed_are_replaced_when_asked(tmp_path: Pat
     data = tar.read_bytes()
     tar.write_bytes(data[:600] + bytes([data[600] ^ 1]) + data[601:])
     ledger.publish(0, [UNIT])
-    assert tar.read_bytes() != data  # as long as it was
+    assert tar.read_bytes() != data  # the length is right, so the change is not noticed
     ledger.publish(0, [UNIT], again=True)
     assert tar.read_bytes() == data
     check_published(store, [UNIT])
@@ -389,7 +389,7 @@ def test_publications_need_no_look_at_each_shard(tmp_path: Path, monkeypatch: py
 
 
 def retried(ledger: Ledger, unit: Unit, salt: str) -> list[Outcome]:
-    """The outcomes of a unit with the failed ones stylized after all."""
+    """The committed outcomes of a unit, with a success in place of each failure."""
     standing = ledger.committed(unit.id)
     assert standing is not None
     return [
@@ -414,7 +414,7 @@ def test_outcomes_come_back_as_they_were_committed(tmp_path: Path, fields: dict[
         "ä", "s3://b/a.tar", b"x", "webp", caption="c", prompt="p", width=8, height=9, seed=2**64 - 1, seconds=1.5,
         source_sha256="ab", steps=3, original_key="Ä", attempts=2, metrics={"lpips": 0.1}, fields=fields,
     )  # fmt: skip
-    same = replace(good, key="b", fields={"png": b"x"})  # a field of the very bytes of the result
+    same = replace(good, key="b", fields={"png": b"x"})  # a field with the same bytes as the result
     unit = Unit(3, 0, 0, 3)
     first = commit_unit(ledger, unit, [good, same, outcome(1, failed=True)], worker="w", seconds=1.0)
     found = ledger.outcomes(first)
@@ -441,7 +441,7 @@ def test_a_retry_is_published_under_the_same_names_and_the_old_files_are_kept(tm
     assert (commit.generation, commit.failed, commit.worker) == (1, 0, "later")
     assert ledger.committed(1) == ledger.commits()[1] == commit
     assert ledger.done() == {0, 1, 2, 3}
-    assert ledger.published(0) == records[0]  # until it is replaced
+    assert ledger.published(0) == records[0]  # valid until it is replaced
     assert not records[0].made_of([ledger.commits()[unit.id] for unit in units[:2]])
     finish(ledger, units)
     check_published(store, units)
@@ -451,7 +451,7 @@ def test_a_retry_is_published_under_the_same_names_and_the_old_files_are_kept(tm
     with store.open_read("metrics/000000.parquet") as file:
         rows = read_rows(file)
     assert [row["generation"] for row in rows] == [0, 0, 0, 1, 1, 1]
-    assert [row["attempts"] for row in rows] == [1, 1, 1, 2, 1, 1]  # key 3 alone had failed
+    assert [row["attempts"] for row in rows] == [1, 1, 1, 2, 1, 1]  # only key 3 had failed
     assert leftovers(store) == []
     assert len(store.list("_smsbatch/generations")) == 3
 
@@ -483,7 +483,7 @@ def test_an_attempt_that_was_collected_is_not_decided(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["tar", "parquet"])
 def test_an_attempt_that_arrived_short_is_not_decided(tmp_path: Path, kind: str) -> None:
-    """A store that keeps a part of an upload is not noticed at the upload, because its size is not read then."""
+    """A store that keeps only a part of an upload is noticed at the decision; the upload does not read the size."""
 
     class Short(Store):
         def create(self, path: str, source: bytes | Path) -> bool:
@@ -507,7 +507,7 @@ def test_a_disk_that_gives_back_other_bytes_is_named(tmp_path: Path, monkeypatch
 
 
 class Counting(Store):
-    """Counts the names it was asked for."""
+    """A store that counts the names requested from it."""
 
     asked = 0
 
@@ -523,7 +523,7 @@ class Counting(Store):
 
 @pytest.mark.parametrize(("at_once", "most"), [(1, 100), (16, 250)])
 def test_whether_a_shard_is_complete_is_seldom_more_than_one_request(tmp_path: Path, at_once: int, most: int) -> None:
-    """Workers begin units in order, and end those that are in hand in any."""
+    """Workers begin units in order, and finish those in progress, at most `at_once`, in any order."""
     units, chance = cut(100, 1, 100), random.Random(0)
     order, waiting = [], list(units)
     while waiting:
@@ -543,7 +543,7 @@ def test_whether_a_shard_is_complete_is_seldom_more_than_one_request(tmp_path: P
 
 
 def test_commits_that_a_process_has_forgotten_are_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A process remembers the last commits of its own, so that publishing need not read them."""
+    """A process keeps the last of its own commits in memory, so that publishing need not read them."""
     monkeypatch.setattr("smsbatch.runs.ledger._OWN", 2)
     store, units = Store(tmp_path / "run"), cut(6, 1, 6)
     ledger = Ledger(store)
@@ -565,7 +565,7 @@ def test_outcomes_that_were_collected_are_named(tmp_path: Path) -> None:
 
 
 class Zombie(Store):
-    """Falls asleep before one of its writes to a name, wakes when others have published anew, and may then die."""
+    """A store that pauses before a create or delete of a name until others have published, and may die after it."""
 
     def __init__(self, root: Path, name: str, meanwhile: Callable[[], object], dies: bool) -> None:
         super().__init__(root)
@@ -598,7 +598,7 @@ class Zombie(Store):
 def test_a_publisher_that_wakes_after_a_newer_one_leaves_no_lie(
     begun: bool, name: str, dies: bool, tmp_path: Path
 ) -> None:
-    """`begun`: the zombie replaces a publication itself, and so may delete what it finds."""
+    """If `begun`, the paused publisher replaces a publication, and so may delete the files that it finds."""
     ledger = Ledger(Store(tmp_path))
     commit_unit(ledger, UNIT, outcomes_of(UNIT, "first"), worker="w", seconds=1.0)
     if begun:

@@ -1,16 +1,16 @@
-"""A model test of the ledger: every store operation is a step, and a seeded schedule decides who takes the next one.
+"""A model test of the ledger: every store operation is a step, and a seeded schedule chooses the actor of each step.
 
-Actors work on the same units with different bytes, retry failed samples, publish. At any step one may die (before or
-after the operation, or in the middle of it: a cut file, an answer that is lost), or fall asleep and wake when others
-have long finished. Held, on disk and on S3, with workers that commit and with a driver that does it alone:
+Actors work on the same units with different bytes, retry failed samples and publish. At any step an actor may die
+(before, during or after the operation, which may leave a cut file or lose its answer), or sleep, possibly until
+all others have finished. Checked on disk and on S3, with workers that commit and with a driver that commits alone:
 
-1. a commit, once seen, never changes
-2. at any moment, a record whose attempts are those of the newest commits has no other files than its own beside it
-3. in the end every planned key is once in the rows, and each success once in the tar, of the newest generation's
-   attempts, with the digests that rows, commits and records tell
-4. what is kept of older generations is whole
+1. a commit never changes after it was seen
+2. at any moment, if the attempts of a record are those of the newest commits, its files are its own, missing or cut
+3. at the end every planned key is once in the rows, and each success once in the tar, from the attempts of the newest
+   generation, with the digests in rows, commits and records
+4. the files kept of older generations are whole
 
-The last test shows that all this finds something where a part of the protocol is missing.
+The last test shows that these checks find faults in a ledger that lacks a part of the protocol.
 """
 
 from __future__ import annotations
@@ -44,15 +44,15 @@ SEEDS = [*FAST, *(pytest.param(seed, marks=pytest.mark.slow) for seed in SLOW)]
 
 
 class Crash(BaseException):
-    """The process died here; nothing of ours may catch it."""
+    """The death of a process; a BaseException, so that the tested code does not catch it."""
 
 
 class LostAnswer(StorageError):
-    """The write happened, and the writer was told that it did not."""
+    """The write succeeded, but the writer gets an error."""
 
 
 class Actor:
-    """A thread that runs only while it has the turn."""
+    """A thread that runs only during its turns."""
 
     def __init__(self, name: str, work: Callable[[Actor], None]) -> None:
         self.name = name
@@ -74,12 +74,12 @@ class Actor:
         self._theirs.release()
 
     def go(self) -> None:
-        """Give it the turn, and wait until it gives it back."""
+        """Start a turn of the thread and wait for its end."""
         self._mine.release()
         assert self._theirs.acquire(timeout=60), f"{self.name} does not come back"
 
     def step(self) -> None:
-        """The actor's side: give the turn back, wait for the next."""
+        """In the thread: end the turn and wait for the next one."""
         self._theirs.release()
         self._mine.acquire()
         if self.fault == "crash":
@@ -87,7 +87,7 @@ class Actor:
 
 
 class Stepped(Store):
-    """Gives the turn back before every operation, and after every one that changes something."""
+    """A store that ends the turn before every operation, and after every create, put and delete."""
 
     def __init__(self, actor: Actor, store: Store) -> None:
         super().__init__(store.url, store.storage, has_create_only_put=store.has_create_only_put)
@@ -124,7 +124,7 @@ class Stepped(Store):
         return self.plain.size(path)
 
     def _torn(self, path: str, source: bytes | Path) -> None:
-        """Die while a file is written: what is left is beside it, or, on a bad disk, a part of it in its place."""
+        """Die while a file is written: a part of it stays under a temporary name or, on a bad disk, its own."""
         if self.actor.fault in {"beside", "cut"} and isinstance(source, Path):
             part = source.read_bytes()[: len(self.actor.name) * 100]
             if self.actor.fault == "beside":
@@ -155,7 +155,7 @@ class Play:
         self.seen: dict[tuple[int, int], bytes] = {}
 
     def run(self, roles: Sequence[Callable[[Actor], None]], driver: Callable[[Actor], None] | None = None) -> None:
-        """Until all have ended; zombies wake at any time, the last when nobody else is there."""
+        """Run until all actors have ended; a sleeping one wakes at any time, at the latest when no other is awake."""
         pending = list(roles)
         driving: Actor | None = None
         while True:
@@ -174,7 +174,7 @@ class Play:
                     self._enter(pending.pop(0))
                 continue
             actor = self.chance.choice(awake)
-            for _ in range(self.chance.choice([1, 3, 10, 40])):  # long enough to overtake whoever was left standing
+            for _ in range(self.chance.choice([1, 3, 10, 40])):  # long enough to overtake a waiting actor
                 if not actor.ended:
                     self._step(actor)
             actor.asleep = self.chance.random() < 0.2
@@ -187,7 +187,7 @@ class Play:
             actor.fault = self.chance.choice(["crash", "crash", "beside", "cut", "lost"])
         actor.go()
         assert not actor.problem, f"{actor.name}: {actor.problem}"
-        if actor.wrote if self.store.is_local else actor.ended:  # on S3 a look costs more than a step
+        if actor.wrote if self.store.is_local else actor.ended:  # on S3 a check costs more than a step
             actor.wrote = False
             self.check_now()
 
@@ -205,7 +205,7 @@ class Play:
     # --- the roles ---
 
     def worker(self, actor: Actor) -> None:
-        """All units, in any order; the shards as they get complete."""
+        """Commit all units in random order; publish each shard once it is complete."""
         ledger = self.ledger(actor)
         for unit in self.chance.sample(self.units, len(self.units)):
             commit = commit_unit(ledger, unit, made(unit, actor.name), **self._names(actor.name))
@@ -213,7 +213,7 @@ class Play:
             ledger.publish(unit.shard, self.shards[unit.shard])
 
     def retrier(self, actor: Actor) -> None:
-        """`run --retry-failed`: the failed samples of every unit that has some, again."""
+        """`run --retry-failed`: try the failed samples of every unit again."""
         ledger = self.ledger(actor)
         for unit in self.chance.sample(self.units, len(self.units)):
             standing = ledger.committed(unit.id)
@@ -224,7 +224,7 @@ class Play:
             ledger.publish(unit.shard, self.shards[unit.shard])
 
     def attempter(self, actor: Actor) -> None:
-        """A worker where the driver alone decides."""
+        """A worker of a run in which only the driver commits."""
         ledger = self.ledger(actor)
         for unit in self.chance.sample(self.units, len(self.units)):
             standing = ledger.committed(unit.id)
@@ -246,7 +246,7 @@ class Play:
             actor.step()
 
     def _names(self, worker: str) -> dict[str, Any]:
-        """Everything that gets into files follows from the seed, so that a schedule that failed fails again."""
+        """Arguments of an attempt; they depend on the seed alone, so that a schedule that failed fails again."""
         return {"worker": worker, "seconds": 1.0, "attempt": f"{self.chance.getrandbits(48):012x}"}
 
     def _again(self, outcome: Outcome, salt: str) -> Outcome:
@@ -280,7 +280,7 @@ class Play:
                         assert proof == record.files[kind], f"{path} is not what its record says"
 
     def check_end(self) -> None:
-        """A last run without any fault, then everything at once."""
+        """Finish the run without faults, then check all invariants."""
         ledger = self.kind(self.store, self.scratch, ["lpips"])
         for unit in self.units:
             commit_unit(ledger, unit, made(unit, "end"), **self._names("end"))
@@ -314,7 +314,7 @@ class Play:
 def check_files(
     store: Store, record: Published, keys: Sequence[str], stamps: set[tuple[object, ...]] | None = None, root: str = ""
 ) -> None:
-    """Every key once, in order; tar and Parquet of one another; both as the record says."""
+    """Check that every key is there once, in order, that tar and Parquet agree, and that both match the record."""
     paths = {kind: f"{root}/{path}".lstrip("/") for kind, path in record.paths.items()}
     for kind, path in paths.items():
         assert FileDigest.of(store.read(path)) == record.files[kind], path
@@ -335,7 +335,7 @@ def keys_of(unit: Unit) -> list[str]:
 
 
 def one(key: str, salt: str) -> Outcome:
-    """As long as everybody else's, so that sizes tell nothing."""
+    """A successful outcome, of equal length for every salt, so that sizes reveal nothing."""
     return Outcome(key, "a.tar", f"{key} {salt:>4}".encode(), "webp", metrics={"lpips": 0.25})
 
 
@@ -374,7 +374,7 @@ def test_any_schedule_on_s3(seed: int, s3: Server, tmp_path: Path) -> None:
 
 
 class Overwriting(Ledger):
-    """The last commit counts."""
+    """A ledger in which a later commit overwrites an earlier one."""
 
     def decide(self, commit: Commit) -> Commit:
         self.store.put(commit_file(commit.unit, commit.generation), commit.to_json())
@@ -382,7 +382,7 @@ class Overwriting(Ledger):
 
 
 class FinalNamesFirst(Ledger):
-    """The usual order: files under their final names, a marker last, no second look."""
+    """A ledger that overwrites the final files, then the record, without checks for newer commits in between."""
 
     def _replace(self, old: object, new: Published, built: dict[str, Path], *_: object) -> bool:  # type: ignore[override]
         for kind, path in new.paths.items():
@@ -398,7 +398,7 @@ class FinalNamesFirst(Ledger):
 def test_the_checker_finds_what_a_naive_ledger_does(
     kind: type[Ledger], seeds: Iterable[int], found: str, tmp_path: Path
 ) -> None:
-    for seed in seeds:  # chosen because there somebody wakes at the wrong moment
+    for seed in seeds:  # chosen because an actor wakes at a critical moment
         (tmp_path / f"{seed}").mkdir()
         with pytest.raises(AssertionError, match=found):
             play(seed, Store(tmp_path / f"run-{seed}"), plan(4, 2), tmp_path / f"{seed}", kind)

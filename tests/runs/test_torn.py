@@ -1,4 +1,4 @@
-"""Small files of a run that are empty, as a power cut leaves them: verbs say so in a line, and repair mends it."""
+"""Small files of a run, emptied as by a power loss: no command ends in a traceback, and `repair` mends the run."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ VERBS = ["plan", "run", "status", "errors", "verify", "gc", "replay"]
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory, model: Path, lora: Path) -> Path:
-    """A manifest whose run is done, but for one failed picture all well."""
+    """The manifest of a finished run in which one picture failed."""
     folder = tmp_path_factory.mktemp("finished")
     photos = make_photos(folder / "photos")
     (photos / "photo-5.png").write_bytes(b"")
@@ -41,7 +41,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory, model: Path, lora: Path) 
 
 @pytest.fixture
 def job(finished: Path, tmp_path: Path) -> Path:
-    """The same manifest with a copy of the run, at `out` beside it."""
+    """A copy of that manifest, and of its run in `out` in the same folder."""
     shutil.copytree(finished.parent / "out", tmp_path / "out")
     return Path(shutil.copy(finished, tmp_path / "manifest.yaml"))
 
@@ -92,7 +92,7 @@ def test_a_report_that_is_gone_is_written_again(job: Path) -> None:
 
 class TestWhatMustBeComputedAgain:
     def test_is_not_judged_a_second_time(self, job: Path) -> None:
-        """The run was accepted with one failure; its manifest as it stands would not allow it."""
+        """The run was accepted with one failure; `repair` ignores that the present manifest allows none."""
         here = f"output.path={job.parent / 'out'}"
         strict = sb.load(job, [here, "errors.max_failed_fraction=0"])
         before = tars(job.parent / "out")

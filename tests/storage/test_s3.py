@@ -1,4 +1,4 @@
-"""S3 as it is on bad days: lost answers, throttling, resets, stalls, cut bodies, refusals; each with its outcome."""
+"""S3 with faults: lost answers, throttling, resets, stalls, cut bodies, refusals; each with its expected outcome."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def bucket(s3: Server) -> str:
 
 @pytest.fixture
 def store(faults: Faults, bucket: str, s3: Server) -> Store:
-    """Through the proxy, with one try more than most tests inject faults."""
+    """A store behind the proxy, with four tries per request."""
     storage = s3.storage.model_copy(update={"endpoint": faults.endpoint, "retries": 3, "timeout_s": 1.0})
     return Store(f"s3://{bucket}/run", storage)
 
@@ -60,7 +60,7 @@ def calls(faults: Faults, method: str) -> int:
     ("call", "fault"),
     [
         *product(CALLS, [fault for fault in SEEDED if fault != "stall"]),
-        *product(["create", "read"], ["stall"]),  # a second each
+        *product(["create", "read"], ["stall"]),  # each takes a second
     ],
 )
 def test_one_fault_is_not_seen(store: Store, faults: Faults, call: str, fault: str) -> None:
@@ -203,7 +203,7 @@ def test_without_conditions_none_is_sent(store: Store, faults: Faults) -> None:
 def test_a_create_that_was_beaten_by_what_is_gone_already_has_lost(
     store: Store, faults: Faults, monkeypatch: pytest.MonkeyPatch, lost: bool
 ) -> None:
-    """Another publisher has the name, or ours arrived and its answer did not; either way somebody deletes it."""
+    """The object is another publisher's, or ours after a lost answer; it is deleted before `create` can look at it."""
     head = s3_door.S3._head
 
     def too_late(self: s3_door.S3, path: str) -> object:
@@ -339,7 +339,7 @@ def test_what_planning_asks_of_a_store(store: Store, faults: Faults) -> None:
         store.put(f"{number:02d}.tar", b"x" * number)
 
     def requests(pattern: str) -> tuple[int, int]:
-        """HEADs and GETs of fifty tars."""
+        """The numbers of HEAD and GET requests for fifty tars."""
         before = calls(faults, "HEAD"), calls(faults, "GET")
         found = parts(source_of("webdataset", f"{store.url}/{pattern}"), store.storage)
         assert [(part.url, part.size, part.etag != "") for part in found] == [

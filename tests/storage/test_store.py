@@ -1,4 +1,4 @@
-"""The store's promises, on disk, in memory and on S3: whole or absent, one creator, clear refusals."""
+"""The store's guarantees on disk, in memory and on S3: objects are whole or absent, one creator wins, clear errors."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""One training step of the generator, against the naive way, and what makes a training one that can be repeated.
+"""One training step of the generator against a naive implementation, and the reproducibility of a training.
 
-Over 400 lines: one battery, which every way of training goes through.
+Over 400 lines: every mode of training goes through the same tests.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def styled(prior: Prior, lora: Path) -> Prior:
 def manifest(
     objective: dict[str, Any] | None = None, compute: dict[str, Any] | None = None, **training: Any
 ) -> Distill:
-    """A small generator, two repeats, no warm-up."""
+    """A manifest of a small generator, with two repeats and no warm-up."""
     found = Manifest.model_validate(
         {
             "task": "distill",
@@ -72,13 +72,13 @@ def manifest(
 
 
 def images(count: int = 2, seed: int = 0) -> Tensor:
-    """Smooth pictures."""
+    """Smooth random pictures, [count, 3, 32, 32] in [0, 1]."""
     coarse = torch.rand(count, 3, 5, 5, generator=torch.Generator().manual_seed(seed))
     return nn.functional.interpolate(coarse, (SIDE, SIDE), mode="bicubic").clamp(0, 1)
 
 
 class Averages:
-    """The tensors that a distiller averages: first the fake score's gradients of each update, then its own."""
+    """Records all averaged tensors: the fake score's gradients of each update, then the generator's and the losses."""
 
     def __init__(self) -> None:
         self.calls: list[list[Tensor]] = []
@@ -128,7 +128,7 @@ def recorded() -> Iterator[Recorded]:
 
 
 def lively(distiller: Distiller) -> Distiller:
-    """A generator whose every layer matters, and a fake score that is not the prior any more."""
+    """Randomize the generator, so that every layer matters, and the fake score, so that it differs from the prior."""
     rng = torch.Generator().manual_seed(4)
     with torch.no_grad():
         for parameter in distiller.generator.parameters():
@@ -142,7 +142,7 @@ def lively(distiller: Distiller) -> Distiller:
 
 
 def black_box(prior: Prior, prompts: Prompts) -> oracles.Score:
-    """A score of one row at a time."""
+    """The score of a prior for a single row, as a function of z_t, t and the name of a prompt."""
     words = {"target": prompts.target, "source": prompts.source, "edit": prompts.edit, "null": ""}
     texts = {name: prior.embed([text]) for name, text in words.items()}
 
@@ -155,7 +155,7 @@ def black_box(prior: Prior, prompts: Prompts) -> oracles.Score:
 
 
 def faked(prior: Prior, distiller: Distiller) -> Prior:
-    """The prior with the one LoRA merged into its weights, where there is one."""
+    """The prior with the fake score's LoRA, if there is one, merged into its weights."""
     if distiller._fake is None:
         return prior
     factors, config = distiller._fake.factors, distiller.config.fake
@@ -175,7 +175,7 @@ def naive_gradient(
     recorded: Recorded,
     gradient: Callable[..., Array],
 ) -> Tensor:
-    """The oracle's, as one vector: generator and VAE in float64, once for every repeat."""
+    """The oracle's gradient as one vector: generator and VAE run in float64, once for every repeat."""
     vae, network = copy.deepcopy(prior._vae).double(), copy.deepcopy(distiller.generator).double()
     values = list(network.parameters())
     layers = list(zip(values[::2], values[1::2], strict=True))
@@ -217,7 +217,7 @@ def sms_released(z: Array, z_src: Array, t: int, eps: Array, *models: oracles.Sc
 
 
 def sms_paper(z: Array, z_src: Array, t: int, eps: Array, *models: oracles.Score) -> Array:
-    w = oracles.weight_released(t)  # the paper has none
+    w = oracles.weight_released(t)  # the paper defines no weight
     return oracles.sms_iteration("paper", z, z_src, t, eps, *models, lam=5e-4, weight=w).gradient
 
 
@@ -254,7 +254,7 @@ def test_gradient_that_reaches_the_generator(
     gradient: Callable[..., Array],
     at_once: int,
 ) -> None:
-    """Two images, three repeats: generator and VAE once per image, against once per repeat."""
+    """With two images and three repeats, generator and VAE run once per image, and in the oracle once per repeat."""
     averages, pictures, restore = Averages(), images(seed=1), at_once == 1
     distiller = lively(
         Distiller(prior, style, manifest(objective, {"batch_size": at_once}, repeats=3, restore=restore), averages)
@@ -268,7 +268,7 @@ def test_gradient_that_reaches_the_generator(
 
 
 def test_maps_of_a_grid_are_the_picture_s_own(prior: Prior, style: Prior, recorded: Recorded) -> None:
-    """The nearest of three maps, each with a noise of its own, the same for all repeats of a picture."""
+    """A row uses the nearest of three maps, each with its own noise; all repeats of a picture share the maps."""
     averages, pictures, grid = Averages(), images(), [140, 260, 380]
     distiller = lively(Distiller(prior, style, manifest({"relevance_grid": 3}, repeats=3), averages))
     before = copy.deepcopy(distiller)
@@ -302,7 +302,7 @@ def test_contrastive_objective_trains_too(prior: Prior, style: Prior) -> None:
 
 
 def test_reported_losses(prior: Prior, style: Prior, recorded: Recorded) -> None:
-    """The mean over all rows of what the objective says of each, and of the fake score's error."""
+    """The objective's loss is half the squared gradient, averaged over the entries of all rows."""
     distiller = lively(Distiller(prior, style, manifest({"relevance": "off", "identity_weight": 0}, {"batch_size": 1})))
     before = copy.deepcopy(distiller)
     losses = distiller.train_step(images(), WORDS[:2], SEEDS[:2])
@@ -358,7 +358,7 @@ def of_lora(factors: dict[str, Tensor], kind: str) -> dict[str, Array]:
 
 
 def test_one_lora_learns_from_all_rows(prior: Prior, style: Prior, followed: Followed) -> None:
-    """Three steps of two updates each: every gradient, and AdamW by hand."""
+    """Every gradient and AdamW step of the LoRA equals the oracle's, in three training steps of two updates each."""
     config = {"fake": {"updates": 2, "learning_rate": 0.01, "weight_decay": 0.1}}
     averages = Averages()
     distiller = Distiller(prior, style, manifest(config, {"batch_size": 1}), averages)
@@ -386,7 +386,7 @@ def test_one_lora_learns_from_all_rows(prior: Prior, style: Prior, followed: Fol
         values.append(value)
         expected = torch.from_numpy(np.concatenate([g.ravel() for g in (*of_down.values(), *of_up.values())]))
         assert apart(torch.cat([g.flatten() for g in gradients]).double(), expected) < 1e-4
-        # From here on with the gradients that were found: where one is nearly zero, Adam takes the rounding for a step.
+        # Go on with the found gradients: where one is nearly zero, Adam turns its rounding error into a whole step.
         for kind, part, found in (("d", down, gradients[: len(down)]), ("u", up, gradients[len(down) :])):
             for name, gradient in zip(part, found, strict=True):
                 part[name], states[kind][name] = oracles.adamw_step(
@@ -448,7 +448,7 @@ def test_forward_mode_learns_from_the_very_prediction(
 
 
 class Calls:
-    """Rows of every call of generator, VAE and UNets."""
+    """Counts the rows of every call of the generator, the VAE encoder and the UNets."""
 
     def __init__(self, distiller: Distiller, prior: Prior, style: Prior) -> None:
         self.rows: dict[str, list[int]] = {name: [] for name in ("generator", "vae", "style", "prior")}
@@ -482,7 +482,7 @@ class Calls:
 def test_generator_and_vae_run_once_per_image(
     prior: Prior, style: Prior, objective: dict[str, Any], style_rows: list[int], prior_rows: list[int]
 ) -> None:
-    """Three images, four repeats: the scores see twelve rows, generator and encoder three (and the sources)."""
+    """Three images, four repeats: scores get twelve rows, the generator three, the encoder three and the sources."""
     distiller = Distiller(prior, style, manifest(objective, repeats=4))
     with Calls(distiller, prior, style) as calls:
         distiller.train_step(images(3), WORDS, SEEDS)
@@ -524,7 +524,7 @@ def test_warm_up_learns_to_reproduce(prior: Prior, style: Prior) -> None:
 def test_timesteps_narrow_over_the_steps_after_the_warm_up(
     prior: Prior, style: Prior, recorded: Recorded, followed: Followed
 ) -> None:
-    """All of a run of 24 steps: the gradient's timesteps narrow, the fake score's do not."""
+    """In a run of 24 steps, the range of the gradient's timesteps narrows, and the fake score's does not."""
     steps, expected = 24, []
     distiller = Distiller(prior, style, manifest(warmup_steps=2, steps=steps, repeats=3))
     for position in range(2 + steps):
@@ -542,7 +542,7 @@ def test_timesteps_narrow_over_the_steps_after_the_warm_up(
 
 
 def test_optimizer_learning_rate_and_average_by_hand(prior: Prior, style: Prior) -> None:
-    """Warm-up and run; Adam begins anew between them, the rate falls over the last half, the average follows."""
+    """Adam is reset after the warm-up, the rate falls over the last half, the average follows the parameters."""
     averages = Averages()
     warmup, steps = 2, 6
     given = manifest(
@@ -576,7 +576,7 @@ def test_optimizer_learning_rate_and_average_by_hand(prior: Prior, style: Prior)
 
 
 def trained(distiller: Distiller, first: int, last: int) -> Distiller:
-    """Steps with pictures and seeds of their own."""
+    """Run the steps [first, last), each with its own pictures and seeds."""
     for step in range(first, last):
         distiller.train_step(images(2, seed=step), WORDS[:2], [2 * step, 2 * step + 1])
     return distiller
@@ -631,7 +631,7 @@ def test_neither_chunks_nor_order_of_a_step_matter(prior: Prior, style: Prior, o
 
 
 def test_two_workers_make_the_step_of_one(model: Path, lora: Path) -> None:
-    """Two threads with half of the pictures each, averaging at a barrier."""
+    """Two threads train on half of the pictures each, and average at a barrier."""
     barrier, shared = threading.Barrier(2, timeout=60), [[], []]  # type: ignore[var-annotated]
 
     def averaging(rank: int) -> Callable[[list[Tensor]], None]:
@@ -645,7 +645,7 @@ def test_two_workers_make_the_step_of_one(model: Path, lora: Path) -> None:
 
         return average
 
-    priors = {rank: Prior.load(Model(path=str(model))) for rank in (0, 1, None)}  # a prior has one caller at a time
+    priors = {rank: Prior.load(Model(path=str(model))) for rank in (0, 1, None)}  # threads cannot share a prior
 
     def run(rank: int | None, results: dict[int | None, tuple[dict[str, float], bytes]]) -> None:
         own = priors[rank]
@@ -681,7 +681,7 @@ def test_two_workers_make_the_step_of_one(model: Path, lora: Path) -> None:
 
 
 def test_half_precision_stays_close(model: Path, lora: Path) -> None:
-    """Generator and VAE compute as the prior does, with parameters in float32."""
+    """Generator and VAE compute in the prior's precision; the generator's parameters are float32."""
     found, computed = {}, {}
     for precision in ("fp32", "bf16"):
         own, averages = Prior.load(Model(path=str(model)), precision=precision), Averages()  # type: ignore[arg-type]
@@ -698,7 +698,7 @@ def test_half_precision_stays_close(model: Path, lora: Path) -> None:
 
 
 def test_recomputed_activations_give_the_same_gradient(model: Path, lora: Path) -> None:
-    """And they are recomputed: the encoder's blocks run twice for the results, once for the sources."""
+    """With `checkpoint_vae`, the encoder's blocks run twice for the results and once for the sources."""
     found, calls = {}, {}
     for checkpoint in (False, True):
         own, averages = Prior.load(Model(path=str(model))), Averages()

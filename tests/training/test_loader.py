@@ -1,4 +1,4 @@
-"""The stream a generator is trained on: the same whoever reads it, from wherever, and whatever fails in it."""
+"""The training stream: the same for any number of workers, first step and storage, also if samples fail."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ KEYS = [f"photo-{number:02d}" for number in range(11)]
 
 
 def distill(source: dict[str, Any], **sections: dict[str, Any]) -> Distill:
-    """Twelve steps of four squares of 32 pixels."""
+    """A manifest of twelve steps of four squares of 32 pixels."""
     manifest = Manifest.model_validate(
         {
             "task": "distill",
@@ -54,7 +54,7 @@ def distill(source: dict[str, Any], **sections: dict[str, Any]) -> Distill:
 
 
 def planned(manifest: Distill, root: Path) -> tuple[Store, int]:
-    """A store with the source's index, and how many samples that has."""
+    """A store with the source's index, and the number of samples in it."""
     store, index = Store(root / "out"), root / "samples.parquet"
     scans = [scan(part, manifest.source, manifest.storage) for part in parts(manifest.source, manifest.storage)]
     samples = build_index(index, [scanned.table for scanned in scans]).samples
@@ -90,12 +90,12 @@ def batches(
 
 
 def contents(found: Sequence[Batch]) -> list[tuple[Any, ...]]:
-    """All of what a worker gets, comparable."""
+    """Everything in the batches, as tuples that can be compared."""
     return [(b.step, b.images.tobytes(), b.images.shape, b.captions, b.keys, b.rows, b.seeds, b.failed) for b in found]
 
 
 def union(shares: Sequence[Sequence[Batch]]) -> list[Batch]:
-    """The batches of all workers in each step, in order of rank."""
+    """The batches of all workers, joined step by step in order of rank."""
     return [
         Batch(
             step[0].step,
@@ -113,7 +113,7 @@ def union(shares: Sequence[Sequence[Batch]]) -> list[Batch]:
 
 @pytest.fixture
 def small_pools(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Blocks of three rows, pools of two blocks."""
+    """Groups of three rows, shuffle blocks of two groups."""
     monkeypatch.setattr(module, "GROUP_ROWS", 3)
     monkeypatch.setattr(module, "SHUFFLE_ROWS", 6)
 
@@ -141,7 +141,7 @@ def test_epochs_and_seeds_differ_and_versions_do_not() -> None:
     first, second = order.rows(0, 9), order.rows(9, 18)
     assert first != second
     assert SampleOrder(9, 4).rows(0, 9) != first
-    # Written down: a training goes on under another release of numpy, on another machine.
+    # Stored constants: a training must resume under another release of numpy and on another machine.
     assert (first, second) == FIRST_EPOCHS
     assert position_seed(3, 17) == SEED
 
@@ -159,7 +159,7 @@ def test_ten_million_samples_are_shuffled_in_little_memory_from_anywhere() -> No
     assert set(shuffle_block.rows // module.GROUP_ROWS) == set(shuffle_block.groups)
     assert len(shuffle_block.groups) <= module.SHUFFLE_ROWS // module.GROUP_ROWS
     assert rows == order.rows(position - 100_000, position + 1000)[-1000:]
-    # Neighbours in the source, as the samples of one tar, do not meet: of 1000 samples hardly any two adjoin.
+    # Samples of one tar are spread: for few of the 1000 rows, the next row of the source is among them too.
     assert len(set(rows)) == 1000
     assert sum(row + 1 in rows for row in rows) < 100
     assert min(Counter(row // module.GROUP_ROWS for row in rows).values()) > 50
@@ -172,7 +172,7 @@ def test_seeds_are_of_63_bits_and_all_different() -> None:
     assert 2**62 < max(seeds) < 2**63
 
 
-# --- the same, whoever reads it ---
+# --- the same for all workers, first steps and stores ---
 
 
 def test_workers_share_a_step_and_together_have_what_one_alone_would(source: dict[str, Any], tmp_path: Path) -> None:
@@ -216,7 +216,7 @@ def test_a_bucket_gives_what_the_disk_does(tmp_path: Path, s3: Server) -> None:
     manifest = distill(
         {"format": "webdataset", "urls": f"{url}/{{0..1}}.tar"}, storage=s3.storage.model_dump(mode="json")
     )
-    store = Store(f"{url}/out", s3.storage)  # the index was uploaded too, but says where the tars lie on disk
+    store = Store(f"{url}/out", s3.storage)  # the uploaded index names the tars on disk
     store.delete("plan/samples.parquet")
     index = tmp_path / "index"
     samples = build_index(
@@ -263,19 +263,19 @@ def test_squares_are_drawn_anew_at_every_position(tmp_path: Path) -> None:
         return np.concatenate([batch.images for batch in found]).astype(int)
 
     plain = squares(zoom=1, flip=False)
-    assert np.ptp(plain[:, :, :, 1].mean((1, 2))) < 1  # all of the height, always
-    lefts = plain[:, :, 0, 0].mean(1) / 2  # where in the width it was cut: 0 to 96 - 64
+    assert np.ptp(plain[:, :, :, 1].mean((1, 2))) < 1  # always the full height
+    lefts = plain[:, :, 0, 0].mean(1) / 2  # left edges of the squares: 0 to 96 - 64
     assert lefts.min() < 2
     assert lefts.max() > 30
     assert (np.diff(plain[:, 16, :, 0], axis=1) >= 0).all()
     mirrored = np.diff(squares(zoom=1)[:, 16, :, 0], axis=1).mean(1) < 0
-    assert 50 < mirrored.sum() < 118  # of 168, by chance; fixed by the seed
+    assert 50 < mirrored.sum() < 118  # of 168; random, fixed by the seed
     heights = np.ptp(squares(zoom=2, flip=False)[:, :, 16, 1], axis=1) / 3  # of the source's 64 rows
     assert heights.min() < 36
     assert heights.max() > 58
 
 
-# --- what fails ---
+# --- samples that fail ---
 
 
 def spoiled(folder: Path, spoil: Sequence[int]) -> Path:
@@ -357,16 +357,16 @@ def test_reading_is_ahead_by_a_few_pictures_and_ends_when_it_is_left(
             assert loaded.acquire(timeout=20)
         assert not loaded.acquire(timeout=0.2), "it reads further ahead than it should"
         hang.set()
-        next(stream)  # was read already
+        next(stream)  # had already been read
         for _ in range(4):
             assert begun.acquire(timeout=20)
-    assert not go_on.is_set()  # it was left while a thread hung
+    assert not go_on.is_set()  # the loader was left while a thread hung
     go_on.set()
     for thread in threading.enumerate():
         if thread.name.startswith("smsbatch-feed"):
             thread.join(20)
             assert not thread.is_alive()
-    assert count["begun"] == 11 * 4 + module.AHEAD  # no substitutes were looked for
+    assert count["begun"] == 11 * 4 + module.AHEAD  # no substitutes were loaded
 
 
 def test_no_torch_is_needed() -> None:

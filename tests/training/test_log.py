@@ -1,4 +1,4 @@
-"""The log of a training: attempts are joined into one, as lines and in TensorBoard, on disk and in a bucket."""
+"""The log of a training: its attempts are merged, in JSON lines and in TensorBoard, on disk and on S3."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def manifest() -> Distill:
 
 
 def attempt(store: Store, manifest: Distill, first: int, last: int, value: float, finished: bool = False) -> None:
-    """Steps (first, last], every fifth logged."""
+    """Log an attempt at the steps (first, last], with the figures of every fifth."""
     with TrainingLog(store, manifest, first) as log:
         for step in range(first + 1, last + 1):
             log.step(step)
@@ -57,7 +57,7 @@ def test_what_a_later_attempt_says_of_a_step_counts(tmp_path: Path, manifest: Di
     assert read_log(store) == []
     assert read_progress(store) is None
     attempt(store, manifest, 0, 33, 1000)
-    attempt(store, manifest, 20, 22, 2000)  # it dies before it has logged anything
+    attempt(store, manifest, 20, 22, 2000)  # ends before its first figures
     attempt(store, manifest, 20, 25, 3000)
     assert [(line["step"], line["objective"]) for line in read_log(store)] == [
         (5, 1005), (10, 1010), (15, 1015), (20, 1020), (25, 3025),
@@ -83,7 +83,7 @@ def shown(folder: Path) -> EventAccumulator:
 def test_tensorboard_shows_all_attempts_as_one(
     request: pytest.FixtureRequest, tmp_path: Path, manifest: Distill, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
-    logging.getLogger("tensorboard").setLevel(logging.ERROR)  # it tells of what it forgets, as it should
+    logging.getLogger("tensorboard").setLevel(logging.ERROR)  # hides the expected messages on discarded events
     store, folder = Store(tmp_path / "out"), tmp_path / "out"
     if kind == "s3":
         s3: Server = request.getfixturevalue("s3")
@@ -98,7 +98,7 @@ def test_tensorboard_shows_all_attempts_as_one(
                 log.scalars(step, {"objective": value + step})
                 if step % 5 == 0:
                     log.grid(step, pictures, pictures + 255)
-        # One is never touched again: whoever has it open would not see that.
+        # A stored file never changes, because an open TensorBoard would not see the change.
         files = {path: (store.read(path), store.modified(path)) for path in store.list("tensorboard")}
         assert len(files) > (1 if first == 0 else 2)
         assert before.items() <= files.items()
@@ -188,11 +188,11 @@ def test_progress_has_rate_and_time_left_and_is_stored_now_and_then(
     assert stored.losses == {"objective": 4.0, "fake": None}
     assert (stored.step, stored.failed) == (30, 4)
     assert abs(stored.time - time.time()) < 60
-    assert puts.count("_smsbatch/training/progress.json") <= 7  # in five seconds, and at the end
+    assert puts.count("_smsbatch/training/progress.json") <= 7  # at most one a second in five seconds, and a last one
     (line,) = read_log(store)
     assert (line["fake"], line["steps_per_second"], line["images_per_second"], line["failed"]) == (None, 2, 6, 4)
     assert line["seconds"] == 5
-    # A machine that slows down is believed within a minute or so.
+    # The rate follows a machine that slows down, within about a minute.
     with TrainingLog(store, manifest) as log:
         assert log.step(0).steps_per_second is None
         for step, pause in enumerate([0.1] * 30 + [20] * 10, start=1):
@@ -225,7 +225,7 @@ def test_a_store_that_fails_is_said_at_the_next_call(
         patch.setattr(os, "fsync", full)
         with pytest.raises(StorageError, match=r"cannot write .*training/.*: No space left on device; free some space"):
             train()
-        with pytest.raises(ZeroDivisionError):  # why it ended is not hidden by what came after
+        with pytest.raises(ZeroDivisionError):  # the first error is not hidden by the later one
             train(ZeroDivisionError())
     train()
     assert [line["step"] for line in read_log(Store(tmp_path))] == [1]

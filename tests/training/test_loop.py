@@ -1,5 +1,7 @@
-"""Trainings in this process and in killed ones: end to end, interrupted, continued, refused; and two workers against
-one. `tests/cluster/test_ray_train.py` has those of a cluster."""
+"""Trainings in this process and in killed ones: end to end, interrupted, resumed, refused, and with two workers.
+
+`tests/cluster/test_ray_train.py` tests trainings on a cluster.
+"""
 
 from __future__ import annotations
 
@@ -48,7 +50,7 @@ def job(tmp_path: Path, model: Path, lora: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory, model: Path, lora: Path) -> tuple[Path, Any, list[Any]]:
-    """The manifest of a training that nobody disturbed, what it returned, and what it said meanwhile."""
+    """The manifest of an uninterrupted training, its result and its progress reports."""
     job, seen = write_training(tmp_path_factory.mktemp("whole"), model, lora), list[Any]()
     return job, sb.run(sb.load(job), seen.append), seen
 
@@ -111,7 +113,7 @@ def test_a_plan_counts_the_parameters(job: Path, width: int, blocks: int) -> Non
 
 @pytest.mark.slow
 def test_killed_interrupted_and_gone_on_with_it_is_the_same_generator(job: Path, whole: tuple[Path, Any, Any]) -> None:
-    """Which it could not be if any picture came twice, or not at all."""
+    """Equal parameters show that every picture was used exactly as in the uninterrupted training."""
     out = job.parent / "out"
     killed = Life(job)
     until(lambda: 4 in checkpoints(out) or killed.ended)
@@ -153,7 +155,7 @@ def test_run_again_does_nothing(whole: tuple[Path, Any, Any]) -> None:
 
 
 def test_a_damaged_checkpoint_is_passed_over_and_said(whole: tuple[Path, Any, Any], tmp_path: Path) -> None:
-    """Damage of which only its digest knows."""
+    """The damage changes no length; only the digest shows it."""
     job, done, _ = whole
     out = shutil.copytree(job.parent / "out", tmp_path / "out")
     (out / "_SUCCESS").unlink()
@@ -168,7 +170,7 @@ def test_a_damaged_checkpoint_is_passed_over_and_said(whole: tuple[Path, Any, An
 
 
 def test_a_notice_of_preemption_is_worth_one_checkpoint(job: Path) -> None:
-    """At the first log after it, though it is true at every later one."""
+    """The notice is acted on once, at the first log after it, although it stays set."""
     overrides = ["warmup_steps=5", "steps=1", "log_every=2", "checkpoint_every=100"]
     manifest, asked = sb.load(job, [f"distill.{override}" for override in overrides]), list[int]()
     assert isinstance(manifest, Distill)
@@ -179,7 +181,7 @@ def test_a_notice_of_preemption_is_worth_one_checkpoint(job: Path) -> None:
 
 
 def test_what_worker_0_meets_before_the_first_step_is_met_by_all(job: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Or the others would wait for it."""
+    """The group gets the error of worker 0; otherwise the other workers would wait for it."""
 
     def full(*_: Any) -> None:
         raise sb.StorageError("no space")
@@ -196,7 +198,7 @@ def test_what_worker_0_meets_before_the_first_step_is_met_by_all(job: Path, monk
 def test_two_workers_do_the_step_of_one_with_as_many_pictures(tmp_path: Path, model: Path, lora: Path) -> None:
     """The averaged gradients and losses are equal within rounding.
 
-    The first step of Adam follows a gradient's sign, which rounding can decide. So the learning rate is about zero.
+    The first step of Adam follows a gradient's sign, which rounding can decide, so the learning rate is about zero.
     """
     averaged = {}
     for workers in (1, 2):
@@ -206,7 +208,7 @@ def test_two_workers_do_the_step_of_one_with_as_many_pictures(tmp_path: Path, mo
         job = write_training(folder, model, lora, distill=steps)
         plan_only(job)
         train_together(job, workers, folder / "averaged")
-        # The gradients of the warm-up, of the fake score, of the generator.
+        # Calls 0 to 2 average gradients of the warm-up, the fake score and the generator.
         averaged[workers] = [load_file(folder / "averaged" / call) for call in "012"]
     for one, two in zip(averaged[1], averaged[2], strict=True):
         assert one.keys() == two.keys()
@@ -296,7 +298,7 @@ class TestTheCommandLine:
         assert "fail" not in shown
 
     def test_export(self, whole: tuple[Path, Any, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        """Only that it is exported; `tests/generator/test_onnx.py` tests the files."""
+        """Only the call of `export`; `tests/generator/test_onnx.py` tests the files."""
         asked = []
 
         def export(*arguments: Any) -> Exported:

@@ -1,4 +1,4 @@
-"""Failures as rows, and what a run does about them: budgets that stop it early, and trying failed samples again."""
+"""Failures as rows, and how a run handles them: budgets that stop it early, and retries of failed samples."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ class TestRetry:
             assert after[key]["attempts"] == 1 + tried_again
             assert (after[key]["seconds"] == before[key]["seconds"]) is not tried_again
         assert all((pictures(out)[key] == picture).all() for key, picture in kept.items())
-        # Units of two: 0 and 1 and 2 have a failed one each; shards of four units' samples: both have a new generation
+        # Each of the three units of two samples had one failure, so both shards of up to four have a new generation.
         assert {row["generation"] for row in after.values()} == {1}
         generations = tmp_path / "out/_smsbatch/generations"
         assert {path.name: path.read_bytes() for path in sorted(generations.rglob("*.tar"))} == old
@@ -94,7 +94,7 @@ class TestRetry:
         sb.run(sb.load(job, [f"output.path={tmp_path / 'fresh'}"]))
         for key, picture in pictures(tmp_path / "fresh").items():
             difference = picture.astype(int) - pictures(tmp_path / "out")[key].astype(int)
-            assert abs(difference).mean() < 0.5, key  # other batches: the rounding of the kernels
+            assert abs(difference).mean() < 0.5, key  # other batch sizes, other rounding in the kernels
 
     def test_nothing_failed_is_nothing_to_do(self, tmp_path: Path, model: Path, lora: Path) -> None:
         manifest = sb.load(write_manifest(tmp_path, model, lora, make_photos(tmp_path / "fine")))
@@ -127,7 +127,7 @@ class TestBudgets:
         done = commits(out)
         assert 1 <= len(done) < 6
         assert not (out / "report.html").exists()
-        with pytest.raises(sb.RunError, match="stopped"):  # said again, before any work
+        with pytest.raises(sb.RunError, match="stopped"):  # the same error before any work
             sb.run(sb.load(job, overrides))
         assert commits(out) == done
         report = sb.run(sb.load(job, [*overrides, "errors.max_failed_fraction=0.5"]))
@@ -138,7 +138,7 @@ class TestBudgets:
         assert not (out / "_SUCCESS").exists(), "of a stricter budget it is no success"
 
     def test_mended_failures_no_longer_count_and_new_ones_do(self, job: Path, tmp_path: Path) -> None:
-        """The budget's own advice, on a run that has not done all: it stops again at the next one too many."""
+        """After a retry, as the error advises, a stopped run stops again when new failures exceed the budget."""
         overrides = ["errors.max_failed_fraction=0.1", "output.samples_per_unit=1", "compute.batch_size=1"]
         with pytest.raises(sb.RunError, match="stopped"):
             sb.run(sb.load(job, overrides))
@@ -149,7 +149,7 @@ class TestBudgets:
 
     @pytest.mark.parametrize("units_after", [True, False])
     def test_a_unit_that_fails_as_a_whole_is_no_success(self, job: Path, tmp_path: Path, units_after: bool) -> None:
-        """Neither in the middle nor as the last one, and not when the run is simply started again."""
+        """This holds whether or not other units follow, and also when the run is started again."""
         (tmp_path / "photos/photo-0.png").write_bytes(b"")
         limit = 6 if units_after else 2
         overrides = ["errors.max_failed_fraction_per_unit=0.5", "errors.max_failed_fraction=1", f"source.limit={limit}"]
@@ -162,7 +162,7 @@ class TestBudgets:
 
 class TestEveryCode:
     def test_is_a_row_of_a_run(self, tmp_path: Path, model: Path, lora: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        """Failures that no input file causes: no memory, a result that is not finite, no encoder."""
+        """Failures of input files, and three others: out of memory, a result that is not finite, a failing encoder."""
         keys = ["empty", "small", "large", "caption", "memory", "finite", "encoder", "fine"]
         photos = make_photos(tmp_path / "photos", keys)
         (photos / "empty.png").write_bytes(b"")
@@ -219,7 +219,7 @@ class TestEveryCode:
             for code in re.findall(r'(?:SampleError\(|failed\(entry, )\s*"([a-z_]+)"', file.read_text())
         }
         assert raised <= set(ERROR_CODES)
-        assert len(raised) >= len(ERROR_CODES) - 1  # `timeout` stands behind a condition
+        assert len(raised) >= len(ERROR_CODES) - 1  # `timeout` is in a conditional expression, which the pattern misses
 
     def test_a_misspelt_one_is_refused(self, job: Path) -> None:
         with pytest.raises(sb.RequestError, match="decode_eror: no such error code; there are read_error, timeout"):
@@ -227,7 +227,7 @@ class TestEveryCode:
 
 
 def test_a_retry_that_dies_does_not_cost_what_had_succeeded(job: Path, tmp_path: Path) -> None:
-    """All rows of a unit are searched for what kills its workers; what was fine before is not among them."""
+    """Rows that had succeeded keep their results, even if all rows of the unit are named as lost."""
     sb.run(sb.load(job))
     mend(tmp_path, "photo-1")
     worker = Worker(sb.load(job), "w")

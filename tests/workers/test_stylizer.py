@@ -1,4 +1,4 @@
-"""The models of a worker: those that make the style, and batches that do not fit the device's memory."""
+"""A worker's models: those that define the style, and batches that do not fit the device's memory."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ Manifest = Callable[..., sb.Manifest]
 
 @pytest.fixture
 def manifest(tmp_path: Path, model: Path, lora: Path) -> Manifest:
-    """Batches of up to six, without metrics; arguments are overrides."""
+    """A function that makes a manifest of batches of up to six, without metrics; its arguments are overrides."""
 
     def make(*overrides: str) -> sb.Manifest:
         file = write_manifest(tmp_path, model, lora, tmp_path, compute={"batch_size": 6})
@@ -43,7 +43,7 @@ def samples(number: int, height: int = 32, width: int = 48, caption: str = "") -
 
 
 class Memory:
-    """Stands for `optimize` on a device that so many samples fit into, and none that is hungry; leaves z as it is."""
+    """Replaces `optimize`: returns z, and runs out of memory for more than `fits` samples or a "hungry" one."""
 
     def __init__(self, fits: int, error: str = "", at_step: int = 1) -> None:
         self.fits, self.at_step = fits, at_step
@@ -58,7 +58,7 @@ class Memory:
         self.tried.append(len(prompts))
 
         class Graph:
-            """Held by the failing frame, and by itself, as a graph of autograd may be."""
+            """An object that the failing frame and the object itself refer to, like a graph of autograd."""
 
         graph: Any = Graph()
         graph.itself = graph
@@ -79,7 +79,7 @@ def test_a_batch_that_does_not_fit_is_halved_and_later_ones_begin_with_what_fitt
     worker = sb.Stylizer(manifest())
     work = [*samples(7), *samples(4, height=48, width=32), *samples(4, height=32, width=32)]
     rows = [outcome.row(Unit(0, 0, 0, 1), "", "", ()) for outcome in worker.stylize(work)]
-    lying, standing, square = [6, 3, 3, 1], [3, 1], [4, 2, 2]  # lying and standing ones have as many pixels
+    lying, standing, square = [6, 3, 3, 1], [3, 1], [4, 2, 2]  # landscape and portrait have equally many pixels
     assert memory.tried == lying + standing + square
     assert [row["key"] for row in rows] == [sample.key for sample in work]
     assert [row["batch_size"] for row in rows] == [3, 3, 3, 3, 3, 3, 1, 3, 3, 3, 1, 2, 2, 2, 2]
