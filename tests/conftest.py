@@ -1,4 +1,4 @@
-"""Fixtures that many tests share: a model of random weights and a style for it; one torch thread everywhere."""
+"""Fixtures shared by many tests: models of random weights and a style LoRA; torch uses one thread everywhere."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ def lora(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def v_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A Stable Diffusion 2.x that predicts v."""
+    """A Stable Diffusion 2.x model of random weights that predicts v."""
     return save_model(tmp_path_factory.mktemp("v_model"), second=True)
 
 
 @pytest.fixture
 def copied(model: Path, tmp_path: Path) -> Path:
-    """A model's folder of the test's own, to spoil."""
+    """A copy of the model's folder that the test may damage."""
     return Path(shutil.copytree(model, tmp_path / "copied"))

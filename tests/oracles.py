@@ -1,11 +1,12 @@
-"""The mathematics a second time, of the six objectives and of distilling them into a generator: slow, one sample at a
-time, float64, straight from the formulas.
+"""An independent implementation of the six objectives and of their distillation into a generator.
 
-Contract: nothing here is shared with `smsbatch`, so an agreement between the two is evidence. Every function takes and
-returns plain numpy arrays, but for the last two sections: what a gradient is to reach is torch's; a latent is
-`[c, h, w]`. "released" is what the authors' code computes (without its bugs),
-"paper" what arXiv 2503.07601 writes. A direction is G of section "directions", before the map R and the identity term.
-Timesteps are indices 0..999 into the schedule, as in diffusers. Over 400 lines: a theory is checked in one place.
+It is slow, takes one sample at a time, computes the objectives in float64 and follows the formulas directly.
+
+Contract: no code is shared with `smsbatch`, so agreement between the two is evidence. Functions take and return plain
+numpy arrays, except that the last two sections use torch tensors where gradients are needed; a latent is `[c, h, w]`.
+"released" is the computation of the authors' code (without its bugs), "paper" that of arXiv 2503.07601. A direction is
+G of section "directions", before the map R and the identity term. Timesteps are indices 0..999 into the schedule, as
+in diffusers. The file exceeds 400 lines so that all formulas are in one place.
 
     z_t = a_t z + b_t eps        a_t = sqrt(abar_t), b_t = sqrt(1 - abar_t)
 """
@@ -99,7 +100,7 @@ def weight_dmd(t: int, z: Array, z_t: Array, e_target: Array) -> float:
 
 
 def weight_named(name: str, t: int, z: Array, z_t: Array, e_target: Array) -> float:
-    """The manifest's four; only DMD's depends on more than t."""
+    """The weight by its name in the manifest; only DMD's depends on more than t."""
     if name == "dmd":
         return weight_dmd(t, z, z_t, e_target)
     constant = {"posterior_variance": weight_released, "one_minus_abar": weight_one_minus_abar, "one": weight_one}
@@ -110,11 +111,11 @@ def weight_named(name: str, t: int, z: Array, z_t: Array, e_target: Array) -> fl
 
 
 def released_range(i: int, n: int) -> list[int]:
-    """Timesteps that iteration `i` of `n` draws from, uniformly.
+    """The timesteps from which iteration `i` of `n` draws uniformly.
 
     A grid of 500 of the 1000 timesteps with steps_offset 1 (1, 3, ..., 999), indices [10, floor(250 (1 - i/n))), never
-    fewer than one index. The grid is fixed: only the narrowing scales with `n`. Exact, where the released floats put a
-    product just below an integer at times (48 of 500 iterations) and lose an index.
+    fewer than one index. The grid is fixed: only the narrowing scales with `n`. The bound is exact; the released code's
+    floats fall just below an integer in 48 of 500 iterations and lose an index.
     """
     grid = [1 + 2 * k for k in range(500)]
     stop = max(math.floor(250 * (1 - Fraction(i, n))), 11)
@@ -122,7 +123,7 @@ def released_range(i: int, n: int) -> list[int]:
 
 
 def paper_range(i: int, n: int, t_min: int = 20, t_max: int = 500) -> list[int]:
-    """t ~ U(t_min, (1 - i/n) t_max), both ends included; t_min alone once the upper end has fallen below it."""
+    """t ~ U(t_min, (1 - i/n) t_max), both ends included; only t_min once the upper end is below it."""
     upper = math.floor((1 - Fraction(i, n)) * t_max)
     return list(range(t_min, max(upper, t_min) + 1))
 
@@ -153,13 +154,13 @@ def style_gradient(w: float, e_style: Array, e_fake: Array) -> Array:
 
 
 def _minmax(x: Array) -> Array:
-    """To [0, 1] over the whole map of one sample. A constant map says nothing about where: ones (as released)."""
+    """Scale the whole map of one sample to [0, 1]; a constant map becomes ones, as released."""
     low, high = float(x.min()), float(x.max())
     return np.ones_like(x) if high <= low else np.asarray((x - low) / (high - low))
 
 
 def _clipped(x: Array, k: float | None) -> Array:
-    """Outliers down to Q3 + k (Q3 - Q1), quartiles of one map by linear interpolation (Watch Your Steps, k = 1.5)."""
+    """Clip at Q3 + k (Q3 - Q1), with the quartiles of one map by linear interpolation (Watch Your Steps, k = 1.5)."""
     if k is None:
         return x
     first, third = np.quantile(x, [0.25, 0.75])
@@ -172,7 +173,7 @@ def relevance_paper(e_edit: Array, e_null: Array, clip: float | None = None) -> 
 
 
 def relevance_released(e_edit: Array, e_null: Array, clip: float | None = None) -> Array:
-    """As released the mean comes first, so opposite channels cancel: R = minmax(|mean_c (e_edit - e_null)|)."""
+    """As released, R = minmax(|mean_c (e_edit - e_null)|): the mean comes first, so opposite channels cancel."""
     return _minmax(_clipped(np.abs((e_edit - e_null).mean(axis=0)), clip))
 
 
@@ -206,9 +207,9 @@ def idct2(x: Array) -> Array:
 
 
 def low_pass_mask(h: int, w: int, t: int, t_max: int = 500, cutoff: float | None = None) -> Array:
-    """One where i + j <= floor(thld (h + w - 2)), else zero; thld = t/t_max, or `cutoff` as it is written in decimals.
+    """One where i + j <= floor(thld (h + w - 2)), else zero; thld = t/t_max, or the exact decimal value of `cutoff`.
 
-    Everything from t = t_max on, only the mean at t = 0.
+    With t/t_max the mask keeps every coefficient from t = t_max on, and only the mean at t = 0.
     """
     kept = Fraction(t, t_max) if cutoff is None else Fraction(str(cutoff))
     threshold = math.floor(kept * (h + w - 2))
@@ -230,7 +231,7 @@ def spectral_loss_paper(z: Array, z_src: Array, t: int, t_max: int = 500, cutoff
 
 
 def spectral_gradient_released(z: Array, z_src: Array, t: int, t_max: int = 500, cutoff: float | None = None) -> Array:
-    """d/dz of `spectral_loss_released`: IDCT(sign(mask error)) / chw, for the DCT is orthonormal. sign(0) = 0."""
+    """d/dz of `spectral_loss_released`: IDCT(sign(mask error)) / chw, as the DCT is orthonormal; sign(0) = 0."""
     return idct2(np.sign(_spectral_error(z, z_src, t, t_max, cutoff))) / z.size
 
 
@@ -240,7 +241,7 @@ def spectral_gradient_paper(z: Array, z_src: Array, t: int, t_max: int = 500, cu
 
 
 def mse_loss(z: Array, z_src: Array) -> float:
-    """Identity by all of the latent alike: mean((z - z_src)^2)."""
+    """Identity loss that weights all entries of the latent equally: mean((z - z_src)^2)."""
     return float(((z - z_src) ** 2).mean())
 
 
@@ -275,7 +276,7 @@ def fake_loss_paper(e: Array, eps: Array) -> float:
 
 
 def fake_loss_v(v: Array, z: Array, eps: Array, t: int) -> float:
-    """The same of a model that predicts v: mean((v - v*)^2), v* = a eps - b z; it is the eps-MSE / a_t^2."""
+    """The plain loss of a model that predicts v: mean((v - v*)^2), v* = a eps - b z; it equals the eps-MSE / a_t^2."""
     abar = alphas_cumprod()[t]
     return float(((v - (math.sqrt(abar) * eps - math.sqrt(1.0 - abar) * z)) ** 2).mean())
 
@@ -313,12 +314,12 @@ def adamw_step(
 
 
 def sgd_step(x: Array, direction: Array, lr: float) -> Array:
-    """x <- x - lr G, with G as the directions below give it, not divided by the number of entries."""
+    """x <- x - lr G, with G from section "directions", not divided by the number of entries."""
     return np.asarray(x - lr * direction)
 
 
 def learning_rate(step: int, n: int = 500, peak: float = 0.1) -> float:
-    """The released schedule, its 500 steps stretched to `n`: with s = 500 step / n,
+    """The released schedule of 500 steps, stretched to `n` steps: with s = 500 step / n,
 
     s < 100: peak s/100 (step 0 moves nothing);  else peak (1 + cos(pi (s-100)/(750-100))) / 2, cut at s = 500.
     """
@@ -388,9 +389,9 @@ class Posterior(NamedTuple):
 
 
 def pds_posterior(t: int, consistent: bool = False) -> Posterior:
-    """The posterior that PDS' authors code: t' = t - 2, but beta_t and alpha_t = 1 - beta_t of a single step.
+    """The posterior in the PDS authors' code: t' = t - 2, but beta_t and alpha_t = 1 - beta_t of a single step.
 
-    `consistent` takes beta = 1 - abar_t / abar_{t'}, of the two steps together.
+    With `consistent`, beta = 1 - abar_t / abar_{t'} covers both steps.
     """
     abar = alphas_cumprod()
     now, before = float(abar[t]), float(abar[t - 2])
@@ -415,9 +416,9 @@ def pds_direction(z: Array, z_src: Array, t: int, eps: Array, style: Score, g: f
 def pds_direction_long(
     z: Array, z_src: Array, t: int, eps: Array, eps_before: Array, style: Score, g: float, consistent: bool = False
 ) -> Array:
-    """By its definition: G = zt~ of the result - zt~ of the source, zt~ = (z_{t'} - mu(z_t, e^g)) / sigma_t.
+    """Definition: G = zt~ of the result - zt~ of the source, zt~ = (z_{t'} - mu(z_t, e^g)) / sigma_t.
 
-    z_{t'} = a' z + b' eps' with a noise eps' of its own, and mu = c0 x0 + c1 z_t.
+    z_{t'} = a' z + b' eps' with a separate noise eps', and mu = c0 x0 + c1 z_t.
     """
     posterior = pds_posterior(t, consistent)
 
@@ -438,9 +439,10 @@ def patch_nce(
 ) -> float:
     """One layer, one patch size: the mean over positions i of -log softmax_j(r_i . g_j / tau) at j = i.
 
-    `source`, `result` [tokens, channels] in rows of `size` (h, w); averaged over patch x patch (what does not fill a
-    patch is left out), then r, g of length 1. As in the authors' code the source's patch i is the query, the result's
-    patches are the keys; CUT (arXiv 2007.15651), where the loss is from, has it the other way round.
+    `source` and `result` [tokens, channels] are images of `size` (h, w), row by row. They are averaged over patches of
+    patch x patch tokens (incomplete patches are dropped) and normalized to unit vectors r and g. As in the authors'
+    code the source's patch i is the query and the result's patches are the keys; CUT (arXiv 2007.15651), the origin of
+    the loss, exchanges the two.
     """
     h, w = size[0] // patch, size[1] // patch
 
@@ -456,7 +458,7 @@ def patch_nce(
 def contrastive_loss(
     source: list[Array], result: list[Array], sizes: list[tuple[int, int]], positions: list[list[list[int]]]
 ) -> float:
-    """Sum over layers and over patch sizes 1 and 2. `positions[layer][0 or 1]`: at most 256 drawn ones each."""
+    """`patch_nce` summed over layers and patch sizes 1 and 2; `positions[layer][0 or 1]` has at most 256 positions."""
     return sum(
         patch_nce(r, g, size, patch, chosen)
         for r, g, size, layer in zip(source, result, sizes, positions, strict=True)
@@ -473,7 +475,7 @@ def contrastive_gradient(
     sizes: list[tuple[int, int]],
     positions: list[list[list[int]]],
 ) -> Array:
-    """d/dz of `contrastive_loss`, the source's features held, by finite differences through z_t = a_t z + b_t eps."""
+    """d/dz of `contrastive_loss` by finite differences, with z_t = a_t z + b_t eps and constant source features."""
     source = features(add_noise(z_src, eps, t), t, "source")
 
     def loss(x: Array) -> float:
@@ -491,7 +493,7 @@ gradient G of DDS, the learning rate is 0.0488, and L_cut comes with this factor
 
 
 class Iteration(NamedTuple):
-    """Every intermediate of one iteration for one sample; `gradient` is what the optimizer of z receives."""
+    """All intermediate values of one iteration of one sample; the optimizer of z receives `gradient`."""
 
     style: Array  # G = w_t (e_style - e_fake), before the relevance map
     relevance: Array  # [h, w] in [0, 1]
@@ -516,7 +518,7 @@ def sms_iteration(
 
     released: CFG with `guidance` on style and fake, w_t = betatilde_t unless `weight` is given, relevance as released;
         loss = mean(1/2 (z - sg[z - R G])^2) + lam L1, so gradient = R G / chw + lam d(L1).
-    paper: `guidance` is 1 (no CFG), w_t = 1 unless given, gradient = R G + lam d(L2), all of it sums.
+    paper: `guidance` is 1 (no CFG), w_t = 1 unless given, gradient = R G + lam d(L2); the losses are sums.
     """
     z_t, z_src_t = add_noise(z, eps, t), add_noise(z_src, eps, t)
     e_edit, e_null = e_real(z_src_t, t, "edit"), e_real(z_src_t, t, "null")
@@ -540,15 +542,16 @@ Layer = tuple[Tensor, Tensor]  # weight [out, in, k, k] and bias [out] of a conv
 
 
 def generator(layers: Sequence[Layer], image: Tensor, restore: bool = False) -> Tensor:
-    """CycleGAN's residual network with anti-aliased sampling, of one image [3, H, W] in [0, 1], which it also returns.
+    """CycleGAN's residual network with anti-aliased sampling; it takes and returns one image [3, H, W] in [0, 1].
 
     arXiv 1703.10593, appendix 7.2: c7s1-k, d2k, d4k, R4k ..., u2k, uk, c7s1-3, with InstanceNorm without affine
-    parameters (epsilon 1e-5) and ReLU, no activation after a block's sum; tanh at the end, of [-1, 1]. As in CUT
-    (arXiv 2007.15651) every convolution has stride 1; after d's comes the blur of arXiv 1904.11486 at every second
-    pixel, before u's its counterpart. Reflection padding. Sides are reflected to multiples of 4 at their ends.
+    parameters (epsilon 1e-5) and ReLU, no activation after a block's sum, and a final tanh; images are scaled to
+    [-1, 1]. As in CUT (arXiv 2007.15651) every convolution has stride 1; each d is followed by the blur of arXiv
+    1904.11486 at every second pixel, and each u is preceded by the corresponding upsampling. Padding is by reflection.
+    Sides are padded at their ends to multiples of 4, and the result is cropped.
 
-    `layers` in the order of the network. With `restore` the tanh is normalized too, and every channel gets the image's
-    mean and standard deviation; what is outside [0, 1] is cut.
+    `layers` are in the order of the network. With `restore` the tanh's output is normalized too, every channel gets the
+    image's mean and standard deviation, and values outside [0, 1] are clamped.
     """
     head, down1, down2, *blocks, up1, up2, tail = layers
     height, width = image.shape[1:]
@@ -570,7 +573,7 @@ def generator(layers: Sequence[Layer], image: Tensor, restore: bool = False) -> 
 
 
 def generator_parameters(width: int, blocks: int) -> int:
-    """k^2 in out weights and out biases of every convolution."""
+    """The number of parameters: k^2 in out weights and out biases of every convolution."""
     k = width
     shapes = [(3, k, 7), (k, 2 * k, 3), (2 * k, 4 * k, 3), *[(4 * k, 4 * k, 3)] * (2 * blocks)]
     shapes += [(4 * k, 2 * k, 3), (2 * k, k, 3), (k, 3, 7)]
@@ -578,7 +581,7 @@ def generator_parameters(width: int, blocks: int) -> int:
 
 
 def _reflected(x: Tensor, top: int, bottom: int, left: int, right: int) -> Tensor:
-    """... 2 1 | 0 1 2 ... n-1 | n-2 n-3 ...: the edge itself is not repeated."""
+    """Pad by reflection: ... 2 1 | 0 1 2 ... n-1 | n-2 n-3 ...; the edge itself is not repeated."""
 
     def mirror(length: int, before: int, after: int) -> list[int]:
         return [min(abs(i), 2 * (length - 1) - abs(i)) for i in range(-before, length + after)]
@@ -593,7 +596,7 @@ def _convolved(x: Tensor, layer: Layer) -> Tensor:
 
 
 def _instance_norm(x: Tensor) -> Tensor:
-    """(x - mean) / sqrt(variance + 1e-5), both of one channel's pixels, the variance divided by their number."""
+    """(x - mean) / sqrt(variance + 1e-5), with the mean and the biased variance of each channel's pixels."""
     centred = x - x.mean((1, 2), keepdim=True)
     return centred / torch.sqrt((centred**2).mean((1, 2), keepdim=True) + 1e-5)
 
@@ -606,7 +609,7 @@ def _halved(x: Tensor) -> Tensor:
 
 
 def _doubled(x: Tensor) -> Tensor:
-    """Zeros between the pixels, then [1, 3, 3, 1] / 4 along both sides; beyond the edge the edge is repeated."""
+    """Zeros between the pixels, then the filter [1, 3, 3, 1] / 4 along both axes; padding repeats the edge."""
 
     def along(x: Tensor) -> Tensor:  # the first spatial axis
         before, after = torch.cat([x[:, :1], x[:, :-1]], 1), torch.cat([x[:, 1:], x[:, -1:]], 1)
@@ -624,15 +627,15 @@ def generator_gradient(
     draws: Sequence[Sequence[tuple[int, Array]]],
     gradient: Callable[[int, Array, int, Array], Array],
 ) -> list[Tensor]:
-    """The gradient of the generator's parameters, the naive way: all terms once for each (t, eps) of each image.
+    """The gradient of the generator's parameters, computed naively: each (t, eps) of each image separately.
 
     d/dtheta of <sg[g], E(G_theta(x))>, the surrogate whose slope in z is g: a sum over a latent's entries, a mean over
     images and their draws (paper, section 4: one image with B times its own t and eps).
 
     Args:
-        latents: z = E(G(x)) [c, h, w] of every image, computed anew with its graph by every call.
-        draws: the (t, eps) of every image.
-        gradient: g [c, h, w], per sum, of (number of the image, z, t, eps).
+        latents: for every image a function that computes z = E(G(x)) [c, h, w] with its graph.
+        draws: the pairs (t, eps) of every image.
+        gradient: a function of (index of the image, z, t, eps) that returns g [c, h, w], not divided by c h w.
     """
     count = sum(len(of_image) for of_image in draws)
     total = [torch.zeros_like(parameter) for parameter in parameters]
@@ -654,11 +657,11 @@ def shared_lora_gradient(
     up: Mapping[str, Array],
     scale: float,
 ) -> tuple[float, dict[str, Array], dict[str, Array]]:
-    """One LoRA for all rows: loss = mean over rows of mean((factor (e - eps))^2), and its gradient by layer.
+    """Loss and gradients by layer of one LoRA for all rows: mean over rows of mean((factor (e - eps))^2).
 
     Args:
-        predict: e of a row, given what is added to each layer's weight, scale up @ down.
-        rows: the target eps of every row, and its factor.
+        predict: a function of the row's index and the difference of each layer's weight, scale up @ down; returns e.
+        rows: the target eps and the factor of every row.
         down: [r, in] by layer.
         up: [out, r] by layer.
     """
@@ -684,6 +687,6 @@ def running_average(average: Array, x: Array, decay: float) -> Array:
 
 
 def decaying_rate(step: int, n: int, peak: float, decay: float) -> float:
-    """`peak`, and over the last fraction `decay` of the `n` steps linearly towards zero, which step n would have."""
+    """`peak`, then a linear decrease over the last fraction `decay` of the `n` steps, which reaches zero at step n."""
     left = Fraction(n - step, n)
     return peak * float(min(Fraction(1), left / Fraction(str(decay)))) if decay else peak

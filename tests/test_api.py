@@ -1,4 +1,4 @@
-"""The public API: `__all__` is all there is, every name resolves, and the errors are one tree."""
+"""Tests of the public API: `__all__` is complete, every name resolves, and the errors form one tree."""
 
 from __future__ import annotations
 

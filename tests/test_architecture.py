@@ -1,5 +1,4 @@
-"""The map of the package, executable: layers point one way, no files import each other in a circle, and every heavy
-dependency has one door."""
+"""Tests of the package's imports: layers, cycles, and the few modules that may import each heavy dependency."""
 
 from __future__ import annotations
 
@@ -12,7 +11,7 @@ import smsbatch
 
 PACKAGE = Path(smsbatch.__file__).parent
 
-# Rooms from the top down: one may import those on the lines below its own, never a sibling on its line.
+# Top-level modules and subpackages (rooms) from the top layer down; a room may import only from lower lines.
 LAYERS = (
     ("__main__",),
     ("cli",),
@@ -26,7 +25,7 @@ LAYERS = (
     ("manifest",),
     ("errors", "text", "parallel", "tiny"),
 )
-# Which modules may import it; a room stands for all of its modules.
+# The modules that may import each dependency; a subpackage stands for all of its modules.
 DOORS = {
     "ray": {"cluster"},
     "diffusers": {"diffusion.priors"},
@@ -66,12 +65,12 @@ DOORS = {
     "typer": {"cli"},
     "rich": {"cli.display"},
 }
-FORWARDS = {"diffusion.generator"}  # import paths of older versions, which lead to where the thing is now
+FORWARDS = {"diffusion.generator"}  # import paths of older versions, which re-export from the current module
 FLOORS = {room: floor for floor, rooms in enumerate(LAYERS) for room in rooms}
 
 
 def modules() -> dict[str, ast.Module]:
-    """By dotted name below the package. The `__init__` of a room has the room's name."""
+    """Syntax trees by dotted name below the package; an `__init__` has the name of its subpackage."""
     found = {}
     for path in sorted(PACKAGE.rglob("*.py")):
         name = ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
@@ -105,7 +104,7 @@ def test_layers() -> None:
 
 
 def test_no_import_circle_between_files() -> None:
-    """Imports inside functions and under TYPE_CHECKING count, too: they show what a file cannot do without."""
+    """Imports inside functions and under TYPE_CHECKING count too, because they are dependencies as well."""
     trees = modules()
     arrows: dict[str, set[str]] = {}
     for module, tree in trees.items():
@@ -113,7 +112,7 @@ def test_no_import_circle_between_files() -> None:
         for name in imports(tree):
             parts = name.split(".")
             if parts[0] == "smsbatch":
-                # `from smsbatch.data import pixels` names a file, `from smsbatch.data.pixels import fit` its part.
+                # `from smsbatch.data import pixels` imports a module, `from smsbatch.data.pixels import fit` a member.
                 targets |= {".".join(parts[1:n]) for n in (len(parts), len(parts) - 1)} & trees.keys()
         arrows[module] = targets - {module}
     while leaves := {module for module, targets in arrows.items() if not targets & arrows.keys()}:
@@ -122,7 +121,7 @@ def test_no_import_circle_between_files() -> None:
 
 
 def test_no_top_level_module_has_the_name_of_a_public_function() -> None:
-    """Importing a module of it would replace `smsbatch.run`, the function, by `smsbatch.run`, the module."""
+    """Importing a module of that name, as `smsbatch.run`, would replace the function by the module."""
     names = {path.stem for path in PACKAGE.iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()}
     assert names & set(smsbatch.__all__) == set()
 

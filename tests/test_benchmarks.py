@@ -1,4 +1,4 @@
-"""The benchmarks compare like with like: both loops compute the same, and cost what they are said to."""
+"""Tests of the benchmarks: compared loops compute the same, and rows and FLOPs are those that are stated."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ OPTIONS = argparse.Namespace(
 
 @pytest.fixture
 def engine(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """benchmarks/engine.py, whose neighbours are found beside it as in a run."""
+    """The module benchmarks/engine.py, with its folder on the import path as in a run of the script."""
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     import engine
 
@@ -32,7 +32,7 @@ def common(engine: ModuleType) -> ModuleType:
 
 
 def rows_of_calls(*unets: nn.Module) -> list[int]:
-    """The rows of every later call of the UNets."""
+    """A list that receives the number of rows of every later call of the networks."""
     rows: list[int] = []
     for unet in unets:
         unet.register_forward_pre_hook(lambda _, inputs: rows.append(len(inputs[0])))
@@ -71,7 +71,7 @@ def test_sd15_is_sd15(common: ModuleType) -> None:
 
 
 def test_distilling_naively_differs_in_rows_and_calls_alone(engine: ModuleType, common: ModuleType) -> None:
-    """Four repeats: generator and VAE four times, and a call more for the scores; their rows are the same."""
+    """With four repeats the naive step has 4 times the rows in generator and VAE, and one more call for the scores."""
     import distill
 
     options = argparse.Namespace(**vars(OPTIONS), width=4, blocks=1)
@@ -100,7 +100,7 @@ def test_counted_flops_are_those_of_a_training_step(engine: ModuleType, common: 
     priors = common.engine(options)
     for naive in (False, True):
         step = distill.Step(options, priors, 2, naive)
-        step()  # texts embedded, optimizers made
+        step()  # embeds the texts and creates the optimizers
         texts = common.flops(lambda: priors[0].embed([common.PROMPTS.target]))
         made = common.flops(step)
         expected = sum(of_one[1 + naive] for of_one in counted)
@@ -108,7 +108,7 @@ def test_counted_flops_are_those_of_a_training_step(engine: ModuleType, common: 
 
 
 def test_a_run_is_held_against_its_parts(engine: ModuleType) -> None:
-    import stylize  # beside engine
+    import stylize  # in the folder of engine.py
 
     options = argparse.Namespace(
         **vars(OPTIONS) | {"width": 8, "blocks": 1, "images": 6, "batch": 2, "rounds": 1, "side": 32}

@@ -1,4 +1,4 @@
-"""The demo, on the embedded model: in short, and in full, which takes minutes (`make test-slow`)."""
+"""Tests of the demo on the embedded model: a short run, and full runs, which take minutes (`make test-slow`)."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ RUN = [sys.executable, "-m", "smsbatch", "run", "manifests/demo.yaml"]
 
 
 def test_two_steps_of_it(tmp_path: Path) -> None:
-    """A fresh process that starts a Ray of its own, as `make demo` does."""
+    """The run is a new process that starts its own Ray, as in `make demo`."""
     short = ["--limit", "2", "--set", "objective.steps=2", "--set", "compute.workers=1"]
     subprocess.run([*RUN, *short, "--set", f"output.path={tmp_path / 'out'}"], cwd=ROOT, check=True)
     assert [row["status"] for row in rows(tmp_path / "out").values()] == ["success"] * 2
@@ -44,7 +44,7 @@ def test_both_pools_give_the_same_bytes(tmp_path: Path) -> None:
 
 
 def distilled(folder: Path, pool: str, *short: str) -> Path:
-    """Both manifests of `make demo-distill`, the second with what the first has made."""
+    """Run both manifests of `make demo-distill`, the second with the first's generator; return the second's output."""
     outputs = {"demo-distill": folder / f"{pool}-generator", "demo-stylize": folder / f"{pool}-pictures"}
     for name, output in outputs.items():
         arguments = ["--set", f"compute.pool={pool}", "--set", f"output.path={output}"]

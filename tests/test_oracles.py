@@ -1,6 +1,6 @@
-"""The oracles against published figures and against libraries that share no code with them.
+"""Tests of the oracles against published figures and against libraries that share no code with them.
 
-Over 400 lines, as `oracles.py` is: section for section.
+The file exceeds 400 lines because it follows `oracles.py` section by section.
 """
 
 from __future__ import annotations
@@ -113,7 +113,7 @@ def test_ranges_start_whole_narrow_and_are_never_empty(n: int) -> None:
 
 
 def test_ranges_are_exact_where_floats_are_not() -> None:
-    assert int(500 * (0.5 * (1 - 32 / 100))) == 169  # what a float makes of 170
+    assert int(500 * (0.5 * (1 - 32 / 100))) == 169  # exactly 170, but floats truncate to 169
     assert oracles.released_range(32, 100)[-1] == 1 + 2 * 169
     assert oracles.paper_range(1, 10, 20, 500)[-1] == 450
     assert oracles.paper_range(490, 500, 20, 500) == [20]
@@ -199,7 +199,7 @@ def test_mask_of_a_non_square_latent_counts_both_sides() -> None:
 
 
 def test_a_fixed_cut_off_is_read_as_decimals() -> None:
-    assert int(0.29 * 100) == 28  # what floats make of 29
+    assert int(0.29 * 100) == 28  # exactly 29, but floats truncate to 28
     assert oracles.low_pass_mask(1, 101, 0, cutoff=0.29).sum() == 30
     for t in (0, 499):  # 0.3 of 8 + 5 - 2 is 3.3
         np.testing.assert_array_equal(oracles.low_pass_mask(8, 5, t, cutoff=0.3), np.add.outer(range(8), range(5)) <= 3)
@@ -251,7 +251,7 @@ def test_adamw_is_torchs(weight_decay: float) -> None:
     parameter = torch.nn.Parameter(torch.from_numpy(x.copy()))
     optimizer = torch.optim.AdamW([parameter], lr=0.1, weight_decay=weight_decay)
     for step in range(6):
-        lr, gradient = 0.02 * (step + 1), noise(3, 4, seed=step) * 1e-7  # near epsilon, where its place matters
+        lr, gradient = 0.02 * (step + 1), noise(3, 4, seed=step) * 1e-7  # near epsilon, so its position matters
         optimizer.param_groups[0]["lr"] = lr
         parameter.grad = torch.from_numpy(gradient)
         optimizer.step()
@@ -304,7 +304,7 @@ def test_convolution_lora_acts_as_its_two_convolutions_in_a_row(k: int) -> None:
 
 
 def scores(seed: int) -> oracles.Score:
-    """A made-up network that reacts to everything it is given."""
+    """An artificial score function that depends on all of its arguments."""
     shift = {"target": 0.3, "source": -0.4, "null": -0.1, "edit": 0.7}
     pattern = noise(2, 4, 6, seed=seed)
     return lambda z_t, t, text: np.sin(z_t + shift[text] * pattern) + t / 1000 * pattern
@@ -436,7 +436,7 @@ def test_iteration_is_the_slope_of_the_stop_gradient_loss(preset: oracles.Preset
     arguments = (preset, z, z_src, 201, eps, scores(3), scores(4), scores(5))
     guidance = 4.5 if preset == "released" else 1.0
     found = oracles.sms_iteration(*arguments, lam=0.05, guidance=guidance)
-    target = z - found.relevance * found.style  # held fixed: the stop-gradient
+    target = z - found.relevance * found.style  # constant, as under the stop-gradient
     reduce = np.mean if preset == "released" else np.sum
     spectral = getattr(oracles, f"spectral_loss_{preset}")
 
@@ -491,7 +491,7 @@ def test_generator_has_the_published_number_of_parameters() -> None:
 
 
 def test_generator_of_modules_of_torch() -> None:
-    """Sampling as CUT writes it: a strided convolution down, a transposed one up."""
+    """The reference samples as CUT does: a strided convolution down, a transposed convolution up."""
     layers, image = random_layers(4, 2), torch.rand(1, 3, 24, 32, dtype=torch.float64)
     norm, reflect = torch.nn.functional.instance_norm, torch.nn.functional.pad
 
@@ -534,7 +534,7 @@ def test_generator_of_odd_sides_is_that_of_the_reflected_picture() -> None:
 
 
 def test_generator_gradient_is_the_slope_of_its_surrogate() -> None:
-    """Two images, two and two draws; the surrogate written out for all of them, its slope by finite differences."""
+    """The slope is by finite differences of the surrogate, written out for two images with two draws each."""
     theta, x, encoder = noise(3, 3), noise(2, 3, seed=1), noise(4, 3, seed=2)
     draws = [[(100, noise(4, 1, 1, seed=3)), (200, noise(4, 1, 1, seed=4))] for _ in x]
 
@@ -587,7 +587,7 @@ def test_running_average_is_torchs() -> None:
 
     layer = torch.nn.Linear(3, 2, bias=False).double()
     theirs = AveragedModel(layer, multi_avg_fn=get_ema_multi_avg_fn(0.9))
-    theirs.update_parameters(layer)  # the first is taken over
+    theirs.update_parameters(layer)  # the first update copies the weights
     average = layer.weight.detach().numpy().copy()
     for seed in range(4):
         layer.weight.data = torch.from_numpy(noise(2, 3, seed=seed))

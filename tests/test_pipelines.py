@@ -1,4 +1,4 @@
-"""The programs of `pipelines/` run, on the model of random weights."""
+"""Tests of the programs in `pipelines/` on the model of random weights."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ WIDTH, HEIGHT = 48, 32
 
 @pytest.fixture
 def program(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., None]:
-    """Run one in this process, in an empty folder."""
+    """A function that runs a program of `pipelines/` in this process, in an empty folder."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(PIPELINES)
     monkeypatch.setenv("SMSBATCH_WEIGHTS", str(tmp_path))
@@ -39,14 +39,14 @@ def program(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., No
 
 
 def table(printed: str) -> dict[str, list[float]]:
-    """The numbers of a Markdown table's lines by their first cell."""
+    """The numbers in each row of a Markdown table, by the row's first cell."""
     _, _, *lines = [line for line in printed.splitlines() if line.startswith("|")]
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
     return {name: [float(number) for number in numbers] for name, *numbers in cells}
 
 
 def objectives(out: Path) -> dict[str, dict]:
-    """The manifest of every variant's run by its folder."""
+    """The manifest of every variant's run, by the name of the run's folder."""
     return {file.parent.name: json.loads(file.read_text())["manifest"] for file in sorted(out.glob("*/run.json"))}
 
 
@@ -168,7 +168,7 @@ def test_synthetic_dataset(
 def test_a_run_is_measured_with_what_the_hub_has(
     tmp_path: Path, model: Path, lora: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The steps between the networks: pairs, ArtFID from LPIPS and FID, PickScore as a ratio to the source."""
+    """Stubs replace the networks of `hub`; this tests pairs, ArtFID from LPIPS and FID, and PickScore as a ratio."""
     photos, style = make_photos(tmp_path / "photos", ["a", "b", "c"]), make_photos(tmp_path / "style", ["x", "y"])
     (photos / "c.png").write_bytes(b"no picture")
     run = sb.load(write_manifest(tmp_path, model, lora, photos, errors={"max_failed_fraction": 0.5}))

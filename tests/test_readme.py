@@ -1,4 +1,4 @@
-"""The README is true: its commands exist, its Python runs, the tree it shows is the tree a run leaves."""
+"""Tests of the README: its commands exist, its Python runs, and its file tree is the output of a run."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def test_make_knows_every_command() -> None:
 
 
 def test_every_smsbatch_command_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In their order, as they stand; only the manifest that `init` writes is made short, and a generator is there."""
+    """The commands run in order, with fewer steps and a shorter manifest from `init`; a generator exists."""
     commands = re.findall(r"^smsbatch .*?(?=  +#|$)", "\n".join(blocks("bash")), re.MULTILINE)
     verbs = "init plan run status errors verify repair replay gc doctor schema export"
     assert {command.split()[1] for command in commands} == set(verbs.split())
@@ -51,7 +51,7 @@ def test_every_smsbatch_command_runs(tmp_path: Path, monkeypatch: pytest.MonkeyP
 def test_the_python_runs_and_the_tree_is_what_it_leaves(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """On one step and two pictures instead of all, so that it takes seconds; nothing else is changed."""
+    """The manifest is changed to one step and two pictures, so that the run takes seconds."""
     (code,) = blocks("python")
     assert len(code.strip().splitlines()) <= 10
     manifest = yaml.safe_load((ROOT / "manifests" / "demo.yaml").read_text())

@@ -1,4 +1,4 @@
-"""The fake score: one LoRA per sample, each exactly as if it were alone."""
+"""Tests of the fake score: one LoRA per sample, each trained as in a batch of one."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_the_fake_score_begins_as_the_prior(prior: Prior) -> None:
 
 
 def test_at_birth_factors_are_as_large_as_pefts(prior: Prior) -> None:
-    """Up factors are zero; down factors fill the Kaiming-uniform's interval (He et al. 2015) with peft's a of √5."""
+    """Initial up factors are zero; down factors are Kaiming-uniform (He et al. 2015) with peft's a = √5."""
     fake = FakeScore(prior, Fake(), [torch.Generator().manual_seed(seed) for seed in range(40)])
     layers, widths = prior.layers(), set()
     for name, factor in fake.factors.items():
@@ -53,7 +53,7 @@ def test_at_birth_factors_are_as_large_as_pefts(prior: Prior) -> None:
 
 
 def test_every_sample_trains_its_own_lora_and_leaves_the_prior_alone(prior: Prior) -> None:
-    """A batch of three, ten AdamW steps, against three fake scores of one sample."""
+    """Ten AdamW steps of a batch of three are compared to those of three fake scores of one sample each."""
     seeds, text = (1, 2, 3), prior.embed(["a fox", "a lake", ""])
     rng = torch.Generator().manual_seed(0)
     z, eps = torch.randn(3, 4, 8, 8, generator=rng), torch.randn(10, 3, 4, 8, 8, generator=rng)
@@ -74,7 +74,7 @@ def test_every_sample_trains_its_own_lora_and_leaves_the_prior_alone(prior: Prio
         with torch.no_grad():
             ours = ask(together, z, probe_t.repeat(3), text)[row]
             torch.testing.assert_close(ours, ask(alone, z[row], probe_t, text[row]), rtol=1e-4, atol=1e-4)
-            assert (ours - prior.noise(z[row], probe_t, text[row])).abs().max() > 1e-3  # it did learn something
+            assert (ours - prior.noise(z[row], probe_t, text[row])).abs().max() > 1e-3  # training had an effect
     for weight, layer in zip(before, prior.layers().values(), strict=True):
         assert torch.equal(weight, layer.weight)
 
@@ -91,7 +91,7 @@ def test_the_first_training_loss(prior: Prior, weight: str) -> None:
 
 
 def test_the_first_step_is_adamw(prior: Prior) -> None:
-    """From zero, the up factor moves by the learning rate against its gradient's sign; the oracle does the same."""
+    """The up factor starts at zero and moves by the learning rate against its gradient's sign, as in the oracle."""
     fake = FakeScore(prior, Fake(learning_rate=0.01), [torch.Generator().manual_seed(0)])
     name = next(iter(fake._up))
     z, eps, t, text = torch.randn(1, 4, 8, 8), torch.randn(1, 4, 8, 8), torch.tensor([300]), prior.embed(["a fox"])
@@ -112,7 +112,7 @@ def test_the_layers_are_the_configuration_s(prior: Prior) -> None:
 
 
 def test_under_v_prediction_the_error_is_of_v(v_model: Path) -> None:
-    """v = a eps - b z: an error of the noise counts 1 / a_t as much (oracle: v written out)."""
+    """As v = a eps - b z, an error of the noise counts 1 / a_t as much; the expected loss is written out in v."""
     prior = Prior.load(Model(path=str(v_model)))
     fake = FakeScore(prior, Fake(weight="one"), [torch.Generator().manual_seed(0)])
     z, eps, t, text = torch.randn(1, 4, 8, 8), torch.randn(1, 4, 8, 8), torch.tensor([300]), prior.embed(["a fox"])
@@ -126,7 +126,7 @@ def test_under_v_prediction_the_error_is_of_v(v_model: Path) -> None:
 
 
 def test_half_precision_does_not_lose_the_gradients(model: Path) -> None:
-    """In fp16 a mean over a latent would leave nothing of them; scaled and scaled back, they are those of fp32."""
+    """A mean over a latent would let gradients underflow in fp16; with loss scaling they match those of fp32."""
     moved = {}
     for precision in ("fp32", "fp16"):
         prior = Prior.load(Model(path=str(model)), precision=precision)

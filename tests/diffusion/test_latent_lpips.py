@@ -1,4 +1,4 @@
-"""E-LatentLPIPS by the optional package, in whose place stands a small one that can do what we ask of it."""
+"""Tests of E-LatentLPIPS with a small stand-in for the optional package."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from smsbatch.errors import WeightsError
 
 
 class Trunk(nn.Module):
-    """The package's, but small: three channels in, poolings, and five slices named as in VGG-16."""
+    """The package's trunk in small: three input channels and three slices with pooling, named as in VGG-16."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -54,7 +54,7 @@ class Network(nn.Module):
 
 @pytest.fixture
 def weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """The package is there, and a file of weights for a trunk on latents."""
+    """The path of a file of weights for a trunk on latents; the stand-in for the package is installed."""
     package = ModuleType("elatentlpips")
     package.ELatentLPIPS = Network
     monkeypatch.setitem(sys.modules, "elatentlpips", package)

@@ -1,6 +1,6 @@
-"""Style LoRA files of the wild against weight differences worked out here, in float64, from the formulas alone.
+"""Tests of style LoRA files of many formats against weight differences computed here in float64 from the formulas.
 
-Over 400 lines: one battery, which every kind of file goes through.
+The file exceeds 400 lines because every kind of file passes the same battery of cases.
 """
 
 from __future__ import annotations
@@ -55,12 +55,12 @@ def parameter(prior: Prior, layer: str, name: str = "weight") -> Tensor:
 
 
 def kohya(layer: str) -> str:
-    """The name of a layer in a kohya file; those write CLIP's paths with `text_model`."""
+    """The name of a layer in a kohya file, in which CLIP's paths begin with `text_model`."""
     path = f"te_text_model.{layer}" if layer.startswith("encoder") else f"unet_{layer}"
     return "lora_" + path.replace(".", "_")
 
 
-# ---------------------------------------------------------------------------------------- the formulas, slow and plain
+# ------------------------------------------------------------------------------------------------ formulas written out
 
 
 def random(rng: np.random.Generator, *shape: int) -> Array:
@@ -69,7 +69,7 @@ def random(rng: np.random.Generator, *shape: int) -> Array:
 
 
 def outer(left: Array, right: Array) -> Array:
-    """sum_r left[:, r] x right[r], as a matrix whatever trails."""
+    """sum_r left[:, r] x right[r] as a matrix; trailing dimensions are flattened."""
     left, right = left.reshape(len(left), -1), right.reshape(len(right), -1)
     return sum((np.outer(left[:, r], right[r]) for r in range(len(right))), np.zeros((len(left), right.shape[1])))
 
@@ -311,7 +311,7 @@ def path(layer: str, in_front: str = "text_model.") -> str:
     return f"text_encoder.{in_front}{layer}" if layer.startswith("encoder") else f"unet.{layer}"
 
 
-WRITINGS: dict[str, Callable[[str], tuple[str, str]]] = {  # the keys of the factors down and up
+WRITINGS: dict[str, Callable[[str], tuple[str, str]]] = {  # layer to the keys of its factors down and up
     "kohya": lambda layer: (f"{kohya(layer)}.lora_down.weight", f"{kohya(layer)}.lora_up.weight"),
     "kohya te1": lambda layer: tuple(f"{kohya(layer)}.lora_{x}.weight".replace("te_", "te1_") for x in ("down", "up")),
     "lycoris": lambda layer: tuple(f"lycoris_{layer.replace('.', '_')}.lora_{x}.weight" for x in ("down", "up")),
@@ -356,7 +356,7 @@ def test_every_writing_of_a_layer(prior: Prior, write: Callable[..., str], writi
 def test_pefts_settings(
     prior: Prior, write: Callable[..., str], settings: dict[str, object], query: float, key: float, beside: bool
 ) -> None:
-    """Diffusers writes them into the file, by model; peft beside it."""
+    """Diffusers writes the settings into the file, prefixed by model; peft writes them into adapter_config.json."""
     scales, rng, tensors, expected = {"to_q": query, "to_k": key}, np.random.default_rng(0), {}, {}
     for name, scale in scales.items():
         down, up = random(rng, RANK, 16), random(rng, 16, RANK)
@@ -377,7 +377,7 @@ def test_pefts_settings(
 
 @pytest.mark.parametrize("in_front", ["", "text_model."])
 def test_a_pattern_of_any_version_of_transformers(prior: Prior, write: Callable[..., str], in_front: str) -> None:
-    """And what the file says of itself goes before what lies beside it."""
+    """The file's own settings take precedence over adapter_config.json."""
     name = f"text_encoder.{in_front}{TEXT_QUERY}"
     down, up = torch.ones(RANK, 16), torch.ones(16, RANK)
     settings = {"text_encoder.lora_alpha": 1, "text_encoder.alpha_pattern": {f"{in_front}{TEXT_QUERY}": 6}}
@@ -392,7 +392,7 @@ def test_peft_dora_has_its_magnitude_per_output(prior: Prior, write: Callable[..
     tensors, expected = {}, {}
     for layer in (LAYERS["linear"], LAYERS["3x3"]):
         parts, delta = dora(lora, by_input=False)(np.random.default_rng(0), parameter(prior, layer).double().numpy())
-        shape = (1, -1, 1, 1) if layer == LAYERS["3x3"] else (-1,)  # as peft has them
+        shape = (1, -1, 1, 1) if layer == LAYERS["3x3"] else (-1,)  # as in peft
         written = {"lora_A.weight": parts["lora_down.weight"], "lora_B.weight": parts["lora_up.weight"]}
         written |= {"lora_magnitude_vector": parts["dora_scale"].reshape(shape), "alpha": np.array(ALPHA)}
         tensors |= {f"unet.{layer}.{part}": torch.from_numpy(array).float() for part, array in written.items()}
@@ -402,7 +402,7 @@ def test_peft_dora_has_its_magnitude_per_output(prior: Prior, write: Callable[..
         np.testing.assert_allclose(found[name].numpy(), delta, rtol=1e-4, atol=1e-5)
 
 
-# ------------------------------------------------------------------------------------------- what a style is made of
+# -------------------------------------------------------------------------------------------------- parts of a style
 
 
 def one(layer: str, seed: int = 0) -> dict[str, Tensor]:
@@ -457,7 +457,7 @@ def test_the_styled_prior_is_the_prior_plus_deltas(prior: Prior, lora: Path, wri
         assert torch.equal(layer.weight, before[name])
 
 
-# ---------------------------------------------------------------------------------------------------- what is refused
+# ----------------------------------------------------------------------------------------------------------- refusals
 
 
 @pytest.mark.parametrize(
@@ -473,7 +473,7 @@ def test_the_styled_prior_is_the_prior_plus_deltas(prior: Prior, lora: Path, wri
         ({"lora_unet_conv_in.diff_b": torch.ones(3)}, ["diff_b [3]", "conv_in", "bias [16]"]),
         ({f"{kohya(QUERY)}.dora_scale": torch.ones(5, 1)}, ["dora_scale [5, 1]", QUERY]),
         ({f"{kohya(LAYERS['3x3'])}.diff": torch.ones(32, 16)}, ["diff [32, 16]", "[32, 16, 3, 3]"]),
-        ({f"{kohya(OUT)}.diff": torch.ones(16, 4, 2, 2)}, ["diff [16, 4, 2, 2]", OUT, "[16, 16]"]),  # as many entries
+        ({f"{kohya(OUT)}.diff": torch.ones(16, 4, 2, 2)}, ["diff [16, 4, 2, 2]", OUT, "[16, 16]"]),  # 256 entries too
         ({"lora_unet_x.diff": torch.ones(1, 1)}, ["no layer for lora_unet_x.diff"]),
         ({"lora_te_x.diff": torch.ones(1, 1)}, ["no layer for lora_te_x.diff"]),
     ],
@@ -488,14 +488,14 @@ def test_a_file_that_does_not_fit_is_refused_by_name(
 
 
 def test_a_transposed_layer_is_refused(prior: Prior, write: Callable[..., str]) -> None:
-    """As many entries, but of another layer."""
+    """The number of entries matches, but the shape is the transposed one."""
     out, into = parameter(prior, LAYERS["oblong"]).shape
     name = kohya(LAYERS["oblong"])
     with pytest.raises(WeightsError, match="do not fit"):
         read_lora(write({f"{name}.diff": torch.ones(into, out)}), prior, text_encoder=True)
 
 
-# ------------------------------------------------------------------------------ against other people's implementations
+# ------------------------------------------------------------------------------- comparison with other implementations
 
 
 @pytest.fixture

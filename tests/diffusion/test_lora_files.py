@@ -1,4 +1,4 @@
-"""The grammar of LoRA files' keys, and the driver's check of a style, which loads no tensor."""
+"""Tests of the grammar of LoRA files' keys, and of the driver's check of a style, which loads no tensor."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ def test_what_has_no_part_is_refused(key: str) -> None:
         ("bundle_emb.word.string_to_param.*", "embedding"),
         (f"{UNET}.lora_down", "no kind known"),
         (f"{UNET}.scalar", "no kind known"),
-        ("unet.conv_in.weight", "no kind known"),  # the part of IA3, were it kohya's: here a whole model's
+        ("unet.conv_in.weight", "no kind known"),  # IA3 in a kohya file; here a parameter of a whole model
         ("model.diffusion_model.input_blocks.0.0.weight", "no kind known"),
         ("something", "no kind known"),
     ],
@@ -181,7 +181,7 @@ def test_files_that_are_none_are_refused(tmp_path: Path, write: Callable[..., st
 
 
 def test_half_precision_files_are_read_by_their_header(tmp_path: Path) -> None:
-    """Numpy knows no bf16; a driver needs only the names."""
+    """NumPy has no bf16, but a driver reads only the names."""
     file = tmp_path / "half.safetensors"
     tensors: dict[str, Tensor] = {key: torch.ones(1, dtype=torch.bfloat16) for key in both(UNET)}
     save_file(tensors, file)
@@ -192,7 +192,7 @@ def test_half_precision_files_are_read_by_their_header(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("per_block", [1, 2])
 def test_the_original_codes_names_are_those_that_diffusers_converts(per_block: int) -> None:
-    """Stable Diffusion 1.x's layout in small, through diffusers' own converter of single-file checkpoints."""
+    """A small UNet of Stable Diffusion 1.x's layout passes through diffusers' converter of single-file checkpoints."""
     from diffusers import UNet2DConditionModel
     from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
 
@@ -254,7 +254,7 @@ def test_a_style_for_another_model_is_refused(model: Path, write: Callable[..., 
 def test_the_styles_own_model_is_the_one_that_counts(
     model: Path, write: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """And both models are looked for."""
+    """Keys are checked against the style's own model; a missing base model is refused too."""
     asked = []
 
     def parameter_names(model: object, part: str, key: str) -> list[str]:

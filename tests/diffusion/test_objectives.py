@@ -1,6 +1,6 @@
-"""Every objective's gradient against the formulas, with arbitrary functions in place of networks.
+"""Tests of every objective's gradient against the formulas, with arbitrary functions in place of networks.
 
-Over 400 lines: one battery, which every objective goes through.
+The file exceeds 400 lines because every objective passes the same battery of cases.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ STYLE, FAKE, REAL = pretend(0.1), pretend(0.7), pretend(1.9)
 
 
 def layers(z_t: Tensor, t: int, words: str) -> list[Tensor]:
-    """Pretend features of one sample [tokens, channels]: at half the size, rounded up as a UNet has it, and at all."""
+    """Artificial features [tokens, channels] of one sample: at half size, rounded up as in a UNet, and at full size."""
     mixing = torch.tensor(np.random.default_rng(7).normal(size=(5, len(z_t))), dtype=z_t.dtype)
 
     def layer(image: Tensor) -> Tensor:
@@ -57,7 +57,7 @@ def layers(z_t: Tensor, t: int, words: str) -> list[Tensor]:
 
 
 class Pretended:
-    """The `Scores` of such functions, and a record of what was asked."""
+    """An implementation of `Scores` by such functions, with a record of the requests."""
 
     def __init__(self, style: oracles.Score = STYLE, fake: oracles.Score = FAKE, real: oracles.Score = REAL) -> None:
         self.models = {"style": style, "fake": fake, "real": real}
@@ -99,11 +99,11 @@ def engine(config: Objective, z: Array, z_src: Array, eps: Array, scores: Any = 
 
 
 def off(name: str, **fields: Any) -> Objective:
-    """An objective without map and identity term, fields given aside."""
+    """An objective without relevance map and identity term, unless `fields` sets them."""
     return Objective.model_validate({"name": name, "relevance": "off", "identity_weight": 0.0, "t_max": 500} | fields)
 
 
-# -------------------------------------------------------------------------------- the whole battery against the oracles
+# -------------------------------------------------------------------------------------- the battery against the oracles
 
 
 class Expected:
@@ -155,7 +155,7 @@ class Expected:
         return oracles.contrastive_gradient(self.z, self.z_src, self.t, self.eps, features, sizes, every)
 
 
-GUIDANCE = [(4.5, 4.5), (7.5, 1.0), (1.0, 1.0)]  # on both, on the teacher only, none
+GUIDANCE = [(4.5, 4.5), (7.5, 1.0), (1.0, 1.0)]  # on both scores, on the style score only, none
 WEIGHTS = ["posterior_variance", "one_minus_abar", "dmd", "one"]
 RELEVANCE = [("off", None), ("mean_abs", None), ("abs_mean", None), ("mean_abs", 0.2), ("abs_mean", 1.5)]
 IDENTITY = [
@@ -168,7 +168,7 @@ IDENTITY = [
 
 
 def battery() -> Iterator[tuple[dict[str, Any], tuple[Any, ...]]]:
-    """Every seventh combination, which has each guidance with each weight and each map with each identity term."""
+    """Every seventh combination; they pair each guidance with each weight and each map with each identity term."""
     every = itertools.product(GUIDANCE, WEIGHTS, RELEVANCE, IDENTITY)
     for guidance, weight, relevance, identity in itertools.islice(every, 0, None, 7):
         fields = {
@@ -189,7 +189,7 @@ def battery() -> Iterator[tuple[dict[str, Any], tuple[Any, ...]]]:
 @pytest.mark.parametrize("shape", SHAPES, ids=["square", "landscape", "portrait"])
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_gradient_and_loss(name: str, shape: tuple[int, int, int]) -> None:
-    """Guidances x weights x maps x identity terms."""
+    """The cases combine guidances, weights, relevance maps and identity terms."""
     z, z_src, eps = arrays(shape)
     samples = [Expected(name, z[i], z_src[i], t, eps[i]) for i, t in enumerate(TIMESTEPS)]
     for fields, (guidance, weight, relevance, identity) in battery():
@@ -204,7 +204,7 @@ def test_gradient_and_loss(name: str, shape: tuple[int, int, int]) -> None:
             np.testing.assert_allclose(loss[i], value, rtol=1e-3, err_msg=str(fields))
 
 
-# ------------------------------------------------------------------------------------ what an objective asks, and where
+# --------------------------------------------------------------------------------------------- requests of an objective
 
 
 @pytest.mark.parametrize(
@@ -239,7 +239,7 @@ def test_each_asks_for_what_its_formula_names(name: str, expected: set[tuple[str
     assert len(scores.asked) == len(expected) + (2 if name == "cds" else 0), "features once at each place"
 
 
-# ----------------------------------------------------------------------------------------- properties the formulas have
+# ------------------------------------------------------------------------------------------- properties of the formulas
 
 
 def test_sms_with_everything_off_is_vsd() -> None:
@@ -274,7 +274,7 @@ def test_a_style_that_is_the_fake_and_a_result_that_is_the_source_pull_nowhere()
 
 @pytest.mark.parametrize("name", ["sms", "vsd", "sds", "dds"])
 def test_the_weight_of_dmd_is_free_of_scale(name: str) -> None:
-    """Models that are linear in z_t, everything three times as large: G stays, where another weight's grows with it."""
+    """With models linear in z_t, scaling latents and noise by 3 leaves G unchanged; with weight "one" G scales by 3."""
 
     def linear(factor: float) -> oracles.Score:
         return lambda z_t, t, words: (factor + 0.2 * WORDS[words]) * np.roll(z_t, 1, axis=-1)
@@ -299,7 +299,7 @@ def test_a_sample_that_is_not_finite_stays_alone(name: str) -> None:
     np.testing.assert_array_equal(with_it[[0, 2]], without[[0, 2]])
 
 
-# ------------------------------------------------------------------------------------ the map, the contrastive term
+# ------------------------------------------------------------------------------- relevance map and contrastive term
 
 
 @pytest.mark.parametrize(
@@ -333,7 +333,7 @@ def test_contrastive_weight(contrastive: float) -> None:
 
 
 def test_contrastive_term_of_drawn_positions(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where there are more positions than are looked at, which a full-size latent has, the oracle is told the draw."""
+    """With more positions than are sampled, as in a full-size latent, the oracle is given the sampled positions."""
     monkeypatch.setattr(objectives, "_PATCHES", 5)
     z, z_src, eps = arrays((2, 4, 6))
     dds, cds = (engine(off(name, weight="one", guidance=2.0), z, z_src, eps)[0] for name in ("dds", "cds"))
@@ -365,7 +365,7 @@ def test_positions_are_different_ones_and_a_samples_own(side: int, turn: int, se
 
 
 def test_positions_cover_the_latent_alike() -> None:
-    """Every position is drawn as often as any other, whatever the noise is there."""
+    """All positions are drawn equally often over random noises, by a chi-squared test."""
     counts = torch.zeros(1024)
     generator = torch.Generator().manual_seed(0)
     for turn in range(400):
@@ -402,7 +402,7 @@ def test_cached_maps_are_those_of_the_nearest_timestep_of_the_grid() -> None:
 
 
 def test_a_map_of_nothing_finite_is_not_finite() -> None:
-    """A map of ones would hide that the model overflowed; so the sample ends as `diverged`."""
+    """A map of ones would hide the model's overflow; with a map of NaN the sample ends as `diverged`."""
     difference = torch.randn(2, 4, 5, 5)
     difference[1, 2, 3, 3] = float("nan")
     mapped = relevance_map(difference, "mean_abs")

@@ -1,4 +1,4 @@
-"""The loop: step by step against the oracle, and exact in any batch."""
+"""Tests of the optimization loop: step by step against the oracle, and independent of the batch."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_learning_rate(steps: int) -> None:
 def test_the_loop_step_by_step(
     prior: Prior, style: Prior, preset: Literal["released", "paper"], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The same draws, the scores as black boxes, and everything else done by the oracle in float64."""
+    """The oracle repeats the loop in float64 with the same draws; the two share only the score models."""
     made: list[FakeScore] = []
 
     def kept(*rest: Any) -> FakeScore:
@@ -112,10 +112,10 @@ def test_the_loop_step_by_step(
         fake.train_step(trained_on[None], torch.tensor([t_fake]), eps_fake[None], words["target"])
     moved = np.abs(z - source).max()
     assert moved > 0.1
-    # Adam divides by the gradient's size, so entries whose gradient is rounding move by rounding's sign: compare most.
+    # Adam normalizes gradients, so an entry with only rounding error for a gradient moves by its sign: compare 99 %.
     difference = np.abs(ours[0].double().numpy() - z)
     assert np.quantile(difference, 0.99) < 0.01 * moved
-    # What the fake was trained on moves its factors by a tenth of their way, and z by next to nothing.
+    # The latent on which the fake is trained changes its factors by a tenth of their movement, but z very little.
     (trained,) = made
     at_birth, at_the_end, expected = (
         torch.cat([factor.detach().flatten() for factor in factors])
@@ -134,13 +134,13 @@ MODES: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("mode", MODES)
 def test_a_batch_is_its_samples_alone(prior: Prior, style: Prior, mode: str) -> None:
-    """Batch 4 against batch 1, different prompts and seeds: equal within the rounding of the kernels."""
+    """Batch 4 and batch 1, with different prompts and seeds, agree within the rounding of the kernels."""
     config = Objective.model_validate(MODES[mode] | {"steps": 50 if mode == "released" else 15})
     assert_alone_as_together(prior, style, config, mean=2e-4)
 
 
 def test_a_batch_is_its_samples_alone_without_a_lora(prior: Prior) -> None:
-    """At first nothing moves but rounding: the L1 norm must not make whole steps of its sign."""
+    """At first gradients are only rounding errors, whose sign the L1 norm must not turn into full steps."""
     assert_alone_as_together(prior, prior, Objective(steps=20), mean=2e-4)
 
 
@@ -156,7 +156,7 @@ def test_in_half_precision_rounding_is_coarser(
 
 @pytest.mark.parametrize("pair", ["v v", "v epsilon", "epsilon v"])
 def test_models_that_predict_v_and_mixed_ones(prior: Prior, v_model: Path, pair: str) -> None:
-    """The bare prior and the style's model, each with its own prediction and text encoder."""
+    """The bare prior and the style's model each have their own prediction type and text encoder."""
     priors = {"epsilon": prior, "v": Prior.load(Model(path=str(v_model)))}
     base, other = (priors[name] for name in pair.split())
     assert_alone_as_together(base, other, Objective(steps=10), mean=2e-4)
@@ -167,13 +167,13 @@ def assert_alone_as_together(prior: Prior, style: Prior, config: Objective, mean
     for i in (0, 3):
         alone = optimize(prior, style, z_src[i : i + 1], WORDS[i : i + 1], SEEDS[i : i + 1], config).z
         assert (together[i] - alone[0]).abs().mean() < mean
-        assert (together[i] - z_src[i]).abs().mean() > max(0.02, 3 * mean)  # it went somewhere
+        assert (together[i] - z_src[i]).abs().mean() > max(0.02, 3 * mean)  # the latent has moved
 
 
 def test_the_same_batch_gives_the_same_bytes(prior: Prior, style: Prior) -> None:
     config = Objective(steps=5)
     first = optimize(prior, style, latents(), WORDS, SEEDS, config).z
-    torch.manual_seed(123)  # global random state is not looked at
+    torch.manual_seed(123)  # the global random state is not used
     assert torch.equal(first, optimize(prior, style, latents(), WORDS, SEEDS, config).z)
 
 
@@ -188,7 +188,7 @@ def test_a_sample_that_is_not_finite_does_not_touch_its_neighbours(prior: Prior,
 
 
 def test_equal_samples_stay_equal(prior: Prior, style: Prior) -> None:
-    """Samples that are, or become, the same keep LoRAs of their own; a batch of one picture four times shows it."""
+    """Identical samples keep separate LoRAs: one picture four times in a batch gives the result of a batch of one."""
     config, z_src = Objective(steps=10), latents()[:1].expand(4, -1, -1, -1)
     together = optimize(prior, style, z_src, WORDS[:1] * 4, [7] * 4, config).z
     alone = optimize(prior, style, z_src[:1], WORDS[:1], [7], config).z
@@ -197,7 +197,7 @@ def test_equal_samples_stay_equal(prior: Prior, style: Prior) -> None:
 
 
 def test_a_stalled_sample_stops_and_its_neighbour_does_not_mind(prior: Prior, style: Prior) -> None:
-    """With a threshold between two samples' last movements, one stops early; results are those of each alone."""
+    """The threshold is between the samples' movements: some stop after 20 steps, others after 30, each as if alone."""
     config = Objective(steps=40, warmup=0, horizon=1)
     stopping = Objective(steps=40, warmup=0, horizon=1, stall=0.2)
     whole = optimize(prior, style, latents(), WORDS, SEEDS, config)
@@ -211,7 +211,7 @@ def test_a_stalled_sample_stops_and_its_neighbour_does_not_mind(prior: Prior, st
 
 
 def calls_of(prior: Prior, monkeypatch: pytest.MonkeyPatch, config: Objective, style: Prior) -> list[int]:
-    """Rows of every call of a UNet."""
+    """The number of rows of every UNet call in a run of one sample."""
     rows: list[int] = []
     original = Prior.noise
 
@@ -238,7 +238,7 @@ def calls_of(prior: Prior, monkeypatch: pytest.MonkeyPatch, config: Objective, s
         ({"name": "sds"}, [], [2]),
         ({"name": "dds"}, [], [4]),
         ({"name": "pds"}, [], [4]),
-        ({"name": "cds"}, [], [4]),  # and its features, which `noise` does not see
+        ({"name": "cds"}, [], [4]),  # and the calls for its features, which do not use `noise`
     ],
 )
 def test_what_is_paid_for(
@@ -249,7 +249,7 @@ def test_what_is_paid_for(
     first: list[int],
     each: list[int],
 ) -> None:
-    """The table of docs/method.md: rows of the UNets' calls, before the first iteration and in each of three."""
+    """The table of docs/method.md: rows of the UNet calls before the first iteration and in each of three."""
     config = Objective.model_validate({"steps": 3} | changes)
     rows = calls_of(prior, monkeypatch, config, style)
     assert rows[: len(first)] == first
@@ -280,7 +280,7 @@ def test_seeds_matter(prior: Prior, style: Prior) -> None:
 
 
 def test_sgd_steps_by_the_gradient_itself(prior: Prior, style: Prior) -> None:
-    """One step of DDS moves by learning rate times G, whatever the size of the latent."""
+    """One step of DDS moves the latent by the learning rate times G, for any size of the latent."""
     for size in ((8, 8), (8, 12)):
         z_src = latents(size)[:1]
         config = Objective(name="dds", steps=1, prompt="{caption}", source_prompt="{style}", learning_rate=0.1)
@@ -296,7 +296,7 @@ def test_sgd_steps_by_the_gradient_itself(prior: Prior, style: Prior) -> None:
 
 @pytest.mark.parametrize("mode", MODES)
 def test_the_loop_reads_nothing_from_the_device(model: Path, lora: Path, mode: str) -> None:
-    """On a device that has shapes and no values, reading a value fails; on a GPU it would wait."""
+    """On the meta device, which has shapes but no values, reading a value fails; on a GPU it would wait."""
     prior = Prior.load(Model(path=str(model)), device="meta")
     config = Objective.model_validate(MODES[mode] | {"steps": 2})
     result = optimize(prior, prior.with_deltas({}, {}), latents().to("meta"), WORDS, SEEDS, config)

@@ -1,4 +1,4 @@
-"""Finding model files: folders, hub ids, checkpoints in one file; what is refused; what is digested."""
+"""Tests of finding model files (folders, hub ids, single-file checkpoints), of refusals and of digests."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ UNET = "unet/diffusion_pytorch_model.safetensors"
 
 @pytest.fixture
 def configured(model: Path, tmp_path: Path) -> Path:
-    """A model's folder without the weights: enough to be refused."""
+    """A model's folder without its weights, which suffices for refusals."""
     folder = tmp_path / "configured"
     shutil.copytree(model, folder, ignore=shutil.ignore_patterns("*.safetensors"))
     return folder
@@ -149,7 +149,7 @@ def test_half_precision_files_are_taken_where_there_are_no_others(copied: Path) 
 def test_a_hub_id_is_fetched_with_half_precision_where_there_is_no_other(
     copied: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The hub is asked for what is read, and only when a part is missing for its smaller variant."""
+    """Only files that are read are requested; half-precision weights are requested only when a part is missing."""
     asked = []
 
     def snapshot_download(name: str, *, revision: str | None, allow_patterns: list[str]) -> str:
@@ -210,7 +210,7 @@ def test_a_single_file_of_another_kind_is_refused_by_it(model: Path, tmp_path: P
 def test_a_single_file_without_a_part_is_refused(
     single: Path, model: Path, tmp_path: Path, prefix: str, part: str
 ) -> None:
-    """Even if the folder that describes it has that part, perhaps as a pickle: that would be another model's."""
+    """The configuration's folder may have the missing part, perhaps as a pickle, but it belongs to another model."""
     rest = {name: tensor for name, tensor in load_file(single).items() if not name.startswith(prefix)}
     save_file(rest, tmp_path / "model.safetensors")
     with pytest.raises(WeightsError, match=rf"has no {part} .* needs unet, vae and text encoder"):

@@ -1,4 +1,4 @@
-"""The scores asked together are the scores asked one by one, each of its own model and under its own text encoder."""
+"""Tests that predictions requested together equal separate ones, each by its own model and text encoder."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def prior(model: Path) -> Prior:
 
 @pytest.fixture(scope="module")
 def style(prior: Prior, lora: Path) -> Prior:
-    """With a text encoder of its own, too."""
+    """A style that also changes the text encoder."""
     generator = torch.Generator().manual_seed(4)
     text = {
         f"{name}.weight": 0.1 * torch.randn(layer.weight.shape, generator=generator)
@@ -38,7 +38,7 @@ def style(prior: Prior, lora: Path) -> Prior:
 
 @pytest.fixture(scope="module")
 def fake(prior: Prior) -> FakeScore:
-    """Trained, for a new one is the prior."""
+    """A trained fake score, because a new one equals the prior."""
     fake = FakeScore(prior, Fake(learning_rate=0.02), [torch.Generator().manual_seed(seed) for seed in (1, 2)])
     z, eps = points()
     for _ in range(3):

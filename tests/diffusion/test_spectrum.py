@@ -1,4 +1,4 @@
-"""The spectral penalty against cosine sums written out."""
+"""Tests of the spectral penalty against explicit sums of cosines."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_the_inverse_is_the_transpose(n: int) -> None:
 
 @pytest.mark.parametrize(("h", "w"), [(64, 64), (64, 85), (85, 64), (3, 9)])
 def test_low_pass_mask(h: int, w: int) -> None:
-    """Also on landscape sizes, where the released code fails."""
+    """Sizes include landscape formats, on which the released code fails."""
     timesteps = [0, 1, 21, 101, 201, 301, 401, 499, 500]
     ours = low_pass(h, w, torch.tensor(timesteps), 500)
     for index, t in enumerate(timesteps):
@@ -48,7 +48,7 @@ def test_low_pass_keeps_more_at_larger_t(t: int, h: int, w: int) -> None:
 @example(hundredths=58, h=26, w=26)
 @given(hundredths=st.integers(0, 100), h=st.integers(1, 40), w=st.integers(1, 40))
 def test_a_fixed_cut_off_keeps_the_same_at_every_timestep(hundredths: int, h: int, w: int) -> None:
-    """Also where a float product falls just below an integer: 0.58 * 50."""
+    """Examples include 0.58 * 50, where a float product falls just below an integer."""
     ours = low_pass(h, w, torch.tensor([21, 499]), 500, hundredths / 100)
     expected = oracles.low_pass_mask(h, w, 0, cutoff=hundredths / 100)
     for row in ours[:, 0].numpy():
@@ -84,7 +84,7 @@ def test_gradient_and_loss(norm: Literal["l1", "l2"], h: int, w: int, cutoff: Li
 
 
 def test_rounding_has_no_sign() -> None:
-    """Where nothing has moved but rounding, the L1 norm pulls at nothing."""
+    """Where latents differ only by rounding, loss and gradient of the L1 norm are zero."""
     z_src = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     penalty = SpectralPenalty(z_src, norm="l1", t_max=500)
     nearly = z_src * (1 + 1e-7 * torch.randn(z_src.shape, generator=torch.Generator().manual_seed(1)))

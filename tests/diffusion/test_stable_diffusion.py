@@ -1,4 +1,4 @@
-"""Loading a model, from a folder or one file, and calling it."""
+"""Tests of loading a model from a folder or a single file, and of calling it."""
 
 from __future__ import annotations
 
@@ -199,7 +199,7 @@ def test_what_is_not_finite_stays_in_its_sample(prior: Prior) -> None:
 
 
 def test_adapters_come_and_go(prior: Prior) -> None:
-    """With one set of layers, another, and none: each call is as if it were the only one."""
+    """Calls with adapters on one set of layers, on another, and without any do not affect each other."""
     z, t, text = inputs(prior, 2)
     with torch.no_grad():
         bare = prior.noise(z, t, text)
@@ -208,14 +208,14 @@ def test_adapters_come_and_go(prior: Prior) -> None:
         assert torch.equal(prior.noise(z, t, text), bare)
         assert torch.equal(prior.noise(z, t, text, adapter(prior, 2, 2)), first)
         assert torch.equal(prior.noise(z, t, text, adapter(prior, 2, 2, layers=("to_k",))), other)
-        with pytest.raises(RuntimeError):  # text of another width; what was added does not stay behind
+        with pytest.raises(RuntimeError):  # text of another width; the adapter is removed all the same
             prior.noise(z, t, text[..., :3], adapter(prior, 2, 2))
         assert torch.equal(prior.noise(z, t, text), bare)
     assert not torch.equal(first, other)
 
 
 def test_priors_that_share_a_unet_do_not_share_an_adapter(prior: Prior) -> None:
-    """A style that changes the text encoder alone has the bare prior's UNet, which the fake score adapts."""
+    """A style that changes only the text encoder shares the bare prior's UNet, to which the fake score adds LoRAs."""
     layers = prior.text_layers()
     style = prior.with_deltas({}, {"final_layer_norm.bias": torch.ones(layers["final_layer_norm"].bias.shape)})
     asked = inputs(prior, 2)
@@ -226,7 +226,7 @@ def test_priors_that_share_a_unet_do_not_share_an_adapter(prior: Prior) -> None:
 
 
 def test_a_second_prior_shares_what_it_does_not_change(prior: Prior) -> None:
-    prior.noise(*inputs(prior, 2), adapter(prior, 2, 2)).sum()  # hooks must not go along into a copy
+    prior.noise(*inputs(prior, 2), adapter(prior, 2, 2)).sum()  # hooks must not be copied
     layers, words = prior.layers(), prior.text_layers()
     unet = {
         "conv_in.weight": torch.randn(layers["conv_in"].weight.shape),
@@ -282,12 +282,12 @@ def test_features_are_what_the_upper_self_attentions_put_out(model: Path, prior:
         torch.testing.assert_close(ours, theirs)
     (gradient,) = torch.autograd.grad(sum(y.square().sum() for y in found), z_t)
     assert gradient.abs().amax((1, 2, 3)).min() > 0
-    assert len(prior.features(z_t, t, text)) == len(found) == 4  # nothing stays hooked
+    assert len(prior.features(z_t, t, text)) == len(found) == 4  # no hook remains
 
 
 @pytest.mark.slow
 def test_compiled_once_for_each_way_of_asking(model: Path, prior: Prior, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Bare, with an adapter, and with its gradients: three graphs, whole, whatever the factors and the step."""
+    """Three unbroken graphs (bare, with an adapter, with its gradients) serve all factors and timesteps."""
     import torch._dynamo
     from torch._dynamo.utils import counters
 
@@ -313,6 +313,6 @@ def test_compiled_once_for_each_way_of_asking(model: Path, prior: Prior, monkeyp
         torch.testing.assert_close(*gradients)
         if not seed:
             graphs = counters["stats"]["unique_graphs"]
-            assert graphs in (3, 4)  # some versions of torch make the second prior's anew
+            assert graphs in (3, 4)  # some versions of torch compile one more for the second prior
     assert counters["stats"]["unique_graphs"] == graphs
     assert not counters["graph_break"]

@@ -1,4 +1,4 @@
-"""The noise schedule, its weights and the timestep sampler against the formulas."""
+"""Tests of the noise schedule, its weights and the timestep sampler against the formulas."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ def test_add_noise() -> None:
 
 def test_posterior_variance_is_the_released_weight() -> None:
     ours = SCHEDULE.posterior_variance(torch.tensor(TIMESTEPS))
-    # float32 abar loses digits where abar_t and abar_{t-1} are nearly one
+    # float32 abar loses digits where it is nearly one
     np.testing.assert_allclose(ours.numpy(), [oracles.weight_released(t) for t in TIMESTEPS], rtol=5e-3)
 
 
 def test_pds_coefficients() -> None:
     psi, chi = (coefficient.numpy() for coefficient in SCHEDULE.pds_coefficients(torch.tensor(TIMESTEPS)))
     expected = np.array([oracles.pds_coefficients(t) for t in TIMESTEPS])
-    usual = np.array(TIMESTEPS) >= 20  # below, float32 abar is too coarse, and nobody draws there
+    usual = np.array(TIMESTEPS) >= 20  # below 20 float32 abar is too coarse; PDS draws none there by default
     np.testing.assert_allclose(psi[usual], expected[usual, 0], rtol=5e-3, atol=5e-5)
     np.testing.assert_allclose(chi[usual], expected[usual, 1], rtol=5e-3)
 
@@ -64,7 +64,7 @@ def test_released_range(steps: int) -> None:
 
 @st.composite
 def moments(draw: st.DrawFn) -> dict[str, Any]:
-    """Arguments of `allowed`."""
+    """A strategy for the arguments of `allowed`."""
     steps = draw(st.integers(1, 600))
     t_max = draw(st.integers(2, 999))
     return {
@@ -92,9 +92,8 @@ def test_uniform_is_the_whole_range_always(moment: dict[str, Any]) -> None:
     whole = oracles.whole_range(moment["t_min"], moment["t_max"], moment["grid"])
     choices = allowed(**moment, timesteps="uniform")
     assert choices == allowed(**moment | {"step": 0})
-    if (
-        whole
-    ):  # between an even t_min and t_min + 1 there is no odd timestep below the upper end; one is taken all the same
+    # With grid 2, an even t_min and t_max = t_min + 1, no odd timestep is below t_max; one is allowed all the same.
+    if whole:
         assert list(choices) == whole
     else:
         assert len(choices) == 1

@@ -1,7 +1,7 @@
-"""Golden traces: the losses of a few iterations of every objective, as they were when somebody last looked.
+"""Golden traces: stored losses of a few iterations of every objective, on a model of random weights.
 
-The oracles say that a step is right; these say that it is still the same step, with the constants, draws, optimizers
-and order of updates around it. One line is `step loss fake_loss`, of a model of random weights.
+The oracles show that a step is correct; the traces show that the step and its constants, draws, optimizers and order of
+updates have not changed. A line of a trace is `step loss fake_loss`.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from smsbatch.manifest import Model, Objective, Style
 
 STEPS = 8
 WORDS = "oil paint"
-TOLERANCE = 5e-4  # a change of the source by 1e-5, more than another CPU's rounding, moves no loss by more than 6e-5
+TOLERANCE = 5e-4  # a change of the source by 1e-5, more than another CPU's rounding, changes no loss by more than 6e-5
 TRACES: dict[str, dict[str, Any]] = {
     "sms": {},
     "sms-paper": {"preset": "paper"},
@@ -61,7 +61,7 @@ def source() -> Tensor:
 
 @pytest.fixture(scope="module")
 def trace(prior: Prior, style: Prior) -> Trace:
-    """`trace(name, changed={})`: the lines of one run."""
+    """The function `trace(name, changed={})`, which returns the lines of one run."""
 
     def run(name: str, changed: Mapping[str, Any] = MappingProxyType({})) -> str:
         config = Objective.model_validate(TRACES[name] | dict(changed) | {"steps": STEPS})
@@ -113,7 +113,7 @@ def test_a_trace_tells_when_a_constant_changes(name: str, changed: dict[str, Any
 
 @pytest.mark.parametrize("name", ["sds", "dds", "pds"])
 def test_a_run_is_the_oracles_step_by_step(name: str, prior: Prior, style: Prior) -> None:
-    """The same draws, the model as a black box, and everything else done by the oracle in float64."""
+    """The oracle repeats the run in float64 with the same draws; the two share only the model's predictions."""
     config = Objective.model_validate({"name": name, "steps": STEPS, "guidance": 7.5})
     prompts = config.prompts(WORDS, "a red fox")
     ours = optimize(prior, style, source(), [prompts], [5], config).z[0].double().numpy()

@@ -1,4 +1,4 @@
-"""A new engine is one file and one line: this file is the file, and `registered` has the lines."""
+"""Tests of a new engine, which takes one file (here this one) and one entry in each table (see `registered`)."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from smsbatch.manifest import TASKS, Dataset
 
 
 class Invert(Dataset):
-    """Every picture as its negative."""
+    """The task that turns every picture into its negative."""
 
     task: Literal["invert"]
     palette: str

@@ -1,4 +1,4 @@
-"""The feed-forward network: the papers' architecture, any size, two files."""
+"""Tests of the feed-forward network: the papers' architecture, images of any size, and the two files."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ ABOUT = {"name": "oil", "style": "oil painting", "training": {"steps": 7, "recon
 def lively(
     width: int = 8, blocks: int = 2, *, restore: bool = False, about: dict[str, object] | None = None
 ) -> Generator:
-    """One whose every convolution matters: PyTorch's initial weights, and biases that are not zero."""
+    """A generator in which every convolution affects the result: PyTorch's initial weights and nonzero biases."""
     torch.manual_seed(3)
     return Generator(width, blocks, restore=restore, about=about).requires_grad_(False)
 
@@ -32,7 +32,7 @@ def images(height: int, width: int, count: int = 1, seed: int = 0) -> Tensor:
 
 
 def layers(generator: Generator, dtype: torch.dtype = torch.float64) -> list[oracles.Layer]:
-    """Weights and biases in the order of the network, which is that of its state."""
+    """Weights and biases in the order of the network, which is the order of its state dict."""
     values = [value.to(dtype) for value in generator.state_dict().values()]
     return list(zip(values[::2], values[1::2], strict=True))
 
@@ -65,14 +65,14 @@ def test_it_is_the_network_of_the_papers(size: tuple[int, int], restore: bool) -
 
 
 def test_restored_it_knows_how_bright_a_picture_was() -> None:
-    """And otherwise cannot: the first normalization takes away mean and contrast (but for its epsilon)."""
+    """Without `restore` the first normalization removes mean and contrast (except for its epsilon)."""
     picture = images(32, 32)
     other = 0.5 * picture + 0.2
     plain, restoring = lively(), lively(restore=True)
     assert plain.parameter_count == restoring.parameter_count
     torch.testing.assert_close(plain(other), plain(picture), atol=0.01, rtol=0)
     assert (restoring(other) - restoring(picture)).abs().mean() > 0.05
-    narrow = 0.25 + picture / 2  # so that nothing is cut
+    narrow = 0.25 + picture / 2  # so that nothing is clamped
     for statistic in (torch.mean, torch.std):
         torch.testing.assert_close(
             statistic(restoring(narrow), (-2, -1)), statistic(narrow, (-2, -1)), atol=0.005, rtol=0.01
@@ -81,10 +81,10 @@ def test_restored_it_knows_how_bright_a_picture_was() -> None:
 
 @pytest.mark.parametrize("height", range(16, 68))
 def test_every_size_and_range(height: int) -> None:
-    """Black, white and noise of every side length, none a multiple of the other."""
+    """Noise, black and white images are tested at every height and every width from 16 to 67."""
     width = 16 + (7 * height) % 52
     generator = lively(4, 1, restore=bool(height % 2))
-    generator.tail.weight.mul_(50)  # far into the tanh
+    generator.tail.weight.mul_(50)  # so that the tanh saturates
     pictures = torch.cat([images(height, width), torch.zeros(1, 3, height, width), torch.ones(1, 3, height, width)])
     made = generator(pictures)
     assert made.shape == (3, 3, height, width)
@@ -146,7 +146,7 @@ def test_moments_of_another_picture_change_the_result() -> None:
 
 @pytest.mark.parametrize("blocks", [1, 2])
 def test_reach(blocks: int) -> None:
-    """A changed pixel changes nothing beyond the reach, and something at its very end, to one side at least."""
+    """A changed pixel affects nothing beyond the reach, and something within 2 pixels of it on at least one side."""
     generator = lively(4, blocks)
     side = 4 * ((2 * generator.reach + 40) // 4)
     picture, changed, ends = images(side, side).double(), [], []
@@ -157,7 +157,7 @@ def test_reach(blocks: int) -> None:
         return generator(picture, moments)
 
     before = run(picture)
-    for offset in range(4):  # the four places in a stride
+    for offset in range(4):  # the four positions within a stride
         row, column = side // 2 + offset, side // 2 + (offset * 3) % 4
         other = picture.clone()
         other[0, :, row, column] = 1 - other[0, :, row, column].round()
@@ -281,7 +281,7 @@ def test_the_import_path_that_older_cards_name_still_works() -> None:
     assert Named is sb.Generator is Generator
 
 
-# ------------------------------------------------------------------------------------------------------------ initial
+# ----------------------------------------------------------------------------------------------------- initialization
 
 
 def test_a_new_one_is_decided_by_its_seed() -> None:

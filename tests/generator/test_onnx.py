@@ -1,4 +1,4 @@
-"""A generator as an ONNX file: the same network, of any size, for any runtime."""
+"""Tests of the export of a generator to ONNX: the file computes the same network for images of any size."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def generator() -> Generator:
 
 @pytest.fixture(scope="module")
 def run(generator: Generator, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a generator, as a distill run writes it."""
+    """A folder with a generator, as a distill run writes it."""
     folder = tmp_path_factory.mktemp("run")
     generator.save(folder / "generator")
     return folder
@@ -77,7 +77,7 @@ def test_the_file_is_whole_and_says_what_it_is(exported: Exported) -> None:
 
 
 def test_a_generator_in_half_precision_is_exported_whole(generator: Generator, tmp_path: Path) -> None:
-    """The exporter gets float32 parameters."""
+    """The exporter receives float32 parameters."""
     half = Generator.of_files(generator.files()).to(torch.bfloat16)
     with patch.object(torch.onnx, "export", side_effect=InterruptedError) as called, pytest.raises(InterruptedError):
         onnx_file.export_onnx(half, tmp_path / "x.onnx")
@@ -85,7 +85,7 @@ def test_a_generator_in_half_precision_is_exported_whole(generator: Generator, t
 
 
 def test_a_file_that_computes_something_else_is_not_left(run: Path, exported: Exported, tmp_path: Path) -> None:
-    """The exporter is given a stand-in: the file of before, whose network is another one."""
+    """The exporter's stand-in always writes the file of the generator in `run`, which is wrong for another one."""
     torch.manual_seed(4)
     Generator(8, 1, restore=True).save(tmp_path / "other")
     (tmp_path / "x.onnx").write_text("kept")

@@ -1,4 +1,4 @@
-"""The metrics whose weights do not travel along, on random weights, against numpy; and how weights are found."""
+"""Tests of the metrics without bundled weights, on random weights against numpy, and of the search for weights."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ CONVOLUTIONS = {0: (3, 64), 2: (64, 64), 5: (64, 128), 7: (128, 128), 10: (128, 
 
 @pytest.fixture(autouse=True)
 def weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty folder of weights, and no caches."""
+    """An empty folder of weights; the caches are empty too."""
     monkeypatch.setenv("SMSBATCH_WEIGHTS", str(tmp_path / "weights"))
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "torch"))
@@ -64,7 +64,7 @@ def cfsd_by_hand(source: Tensor, result: Tensor, state: dict[str, Tensor]) -> fl
 
 
 def test_cfsd_is_its_formula(weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hub.Cfsd, "ROWS", 20)  # less than the 48 positions
+    monkeypatch.setattr(hub.Cfsd, "ROWS", 20)  # fewer than the 48 positions
     torch.save(vgg(), weights / "vgg19-dcbb9e9d.pth")
     source, result = images(0), images(1)
     cfsd = hub.Cfsd()

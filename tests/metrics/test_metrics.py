@@ -1,4 +1,4 @@
-"""The properties of every metric in the table, and LPIPS against its formula written out by hand."""
+"""Tests of the properties of every metric in `METRICS`, and of LPIPS against its formula written out."""
 
 from __future__ import annotations
 
@@ -118,7 +118,7 @@ def test_lpips_orders_changes_as_an_eye_does(distance: Lpips) -> None:
 
 
 def test_lpips_is_not_squared_error(distance: Lpips) -> None:
-    """A shift of brightness has the larger squared error and is the smaller change."""
+    """A shift of brightness has a larger squared error than grain, but a smaller LPIPS."""
     source = picture(3, 128, 128) * 0.8
     brighter, grainy = source + 0.1, noisy(source, 0.08)
     assert F.mse_loss(source, brighter) > F.mse_loss(source, grainy)

@@ -1,4 +1,4 @@
-"""The style distance against an independent computation, and on what it was made for: the embedded styles."""
+"""Tests of the style distance against an independent computation, and on the embedded styles."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def of_pictures(pictures: list[np.ndarray]) -> list[Tensor]:
 
 
 def by_hand(ours: Tensor, theirs: Tensor) -> float:
-    """From the weights and numpy alone; these covariances are singular, of which scipy's matrix root makes noise."""
+    """The distance, computed independently; scipy's matrix root is inaccurate for these singular covariances."""
     trunk = load(resources.files("smsbatch.tiny").joinpath("lpips_alex.safetensors").read_bytes())
     mean = torch.tensor([-0.030, -0.088, -0.188], dtype=torch.float64)[:, None, None]
     deviation = torch.tensor([0.458, 0.448, 0.450], dtype=torch.float64)[:, None, None]
@@ -109,7 +109,7 @@ def test_a_reference_that_was_saved_and_loaded_is_the_same(tmp_path: Path) -> No
 
 @pytest.mark.parametrize("name", sorted(FILTERS))
 def test_filtered_photographs_are_nearer_to_their_style(photos: list[np.ndarray], name: str) -> None:
-    """And to their own style nearer than to the others', by the references that travel in the package."""
+    """Filtered photographs are also nearer to their own style than to the others, by the references in the package."""
     rng = np.random.default_rng(0)
     filtered = of_pictures([FILTERS[name](photo, rng) for photo in photos])
     measured = StyleReference.of(filtered)
