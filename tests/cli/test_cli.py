@@ -1,4 +1,4 @@
-"""The command line as a user has it: its output, its exit codes, and real processes where they matter."""
+"""The command line: its output and its exit codes, with real processes where they matter."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ VERBS = ("run", "plan", "status", "errors", "verify", "repair", "replay", "gc", 
 
 
 def smsbatch(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
-    """In this process: another takes ten seconds to begin. Those that need one start it themselves."""
+    """Run a command in this process, as a new one takes ten seconds to start; tests that need one start it."""
     with chdir(cwd or Path.cwd()):
         result = CliRunner().invoke(app, arguments)
     if not isinstance(result.exception, SystemExit | None):
@@ -149,7 +149,7 @@ def test_status_watched_is_left_quietly(job: Path, tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("done")
 def test_an_output_is_as_good_as_its_manifest(job: Path) -> None:
-    """For every verb that reads; the way to the storage can be set, what the run is can not."""
+    """Verbs that read a run accept its output path; then only the keys of `storage` can be set."""
     out = str(job.parent / "out")
     for verb in ("status", "errors", "verify", "gc"):
         first, second = smsbatch(verb, str(job)), smsbatch(verb, out, "--set", "storage.retries=2")
@@ -306,7 +306,7 @@ def test_schema_is_json_schema() -> None:
 
 
 def test_help_is_fast() -> None:
-    """Half a second is promised; what would break it is an import, so count those rather than the clock."""
+    """Help is promised in half a second; only imports could break that, so the test counts modules instead of time."""
     code = "import sys; sys.argv = ['smsbatch', '--help']\ntry:\n    from smsbatch.cli.app import app; app()\n"
     code += "except SystemExit: print(len(sys.modules), 'torch' in sys.modules, 'rich' in sys.modules)"
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
@@ -318,7 +318,7 @@ def test_help_is_fast() -> None:
 
 
 def test_the_live_display_on_a_terminal(tmp_path: Path, model: Path, lora: Path) -> None:
-    """A real pseudo-terminal: units, images and the step inside the unit are seen, and the summary stays."""
+    """On a pseudo-terminal the display shows units, images and the step within the unit; the summary remains."""
     photos = make_photos(tmp_path / "photos")
     job = write_manifest(tmp_path, model, lora, photos, objective={"steps": 20})
     driver, terminal = pty.openpty()
@@ -331,7 +331,7 @@ def test_the_live_display_on_a_terminal(tmp_path: Path, model: Path, lora: Path)
         while time.monotonic() < deadline:
             try:
                 shown += os.read(driver, 4096).decode(errors="replace")
-            except OSError:  # the terminal is closed: the process has ended
+            except OSError:  # the process has ended and closed the terminal
                 break
         process.wait(10)
     os.close(driver)

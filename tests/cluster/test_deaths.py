@@ -1,6 +1,6 @@
-"""Actors that die: replaced, their units retried, the guilty sample found; and a driver that is killed or interrupted.
+"""Actors that die are replaced, their units retried and the fatal sample found; a driver may be interrupted.
 
-Real processes, real signals.
+Processes and signals are real.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from smsbatch.workers.worker import WorkItem
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[None]:
-    """Actors find the modules of the tests by PYTHONPATH, as they find a user's."""
+    """A local Ray cluster whose actors find the modules of the tests by PYTHONPATH, as they find a user's."""
     import ray
 
     paths = [str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
@@ -90,7 +90,7 @@ class TestRayPool:
 
     @pytest.mark.slow
     def test_a_generators_actor_that_dies(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        """The guilty sample is found among four units in flight; all others are as in one process."""
+        """The fatal sample is found among four units in flight; all other pictures are those of the local pool."""
         keys = ["a", "b", "killer", "c", "d", "e", "f"]
         manifest = sb.load(
             write_stylize(
@@ -126,7 +126,7 @@ class TestRayPool:
 
 
 def _search(killers: set[int], retries: int = 2) -> tuple[UnitRetry, int]:
-    """Drive a job by hand: a try dies if it holds a killer. Returns the job and the number of tries."""
+    """Simulate tries that die if they contain a row of `killers`. Returns the retry's state and the number of tries."""
     job, tries = UnitRetry(WorkItem(Unit(0, 0, 10, 26))), 0
     while True:
         tries += 1
@@ -153,13 +153,13 @@ def test_the_search_finds_exactly_the_killers(killers: set[int]) -> None:
 def test_a_unit_that_dies_after_its_search_is_given_up() -> None:
     job = UnitRetry(WorkItem(Unit(0, 0, 0, 1)))
     assert job.worker_died(0)
-    job.suspects.popleft()  # alone, it went well
+    job.suspects.popleft()  # it succeeded alone
     assert not job.worker_died(0)
 
 
 @pytest.fixture
 def job(tmp_path: Path, model: Path, lora: Path) -> Path:
-    """Eight units of some steps, so that there is a middle to be killed in."""
+    """A manifest of eight units of ten steps, long enough to be interrupted."""
     keys = [f"photo-{number:02}" for number in range(8)]
     return write_manifest(
         tmp_path,
@@ -197,9 +197,9 @@ def test_an_interrupt_keeps_all_commits(job: Path, pool_name: str, how: signal.S
     process = _start(job, "--set", f"compute.pool={pool_name}")
     _wait_for_commits(out, 1, process)
     if how == signal.SIGINT:
-        os.killpg(process.pid, how)  # as a terminal does: to the driver and all its children
+        os.killpg(process.pid, how)  # like Ctrl-C in a terminal: to the driver and all its children
     else:
-        process.terminate()  # as a cluster's manager does
+        process.terminate()  # like a cluster manager
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130, err
     assert err.strip() == "smsbatch: interrupted; what is done is kept, the same command goes on from here"

@@ -1,6 +1,6 @@
-"""Trainings on a Ray cluster: real processes, of which one is killed.
+"""Trainings on a Ray cluster of real processes, one of which is killed.
 
-What every pool shares is in `tests/training/test_loop.py`.
+`tests/training/test_loop.py` tests what all pools share.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from smsbatch.cluster.ray_train import _divided, _result
 from smsbatch.storage.store import Store
 from smsbatch.training.log import read_log
 
-QUICK = {"RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2"}  # deaths are found as soon as one looks
+QUICK = {"RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2"}  # seconds, so that deaths are noticed soon
 
 
 @pytest.fixture(autouse=True)
@@ -35,27 +35,29 @@ def _no_life_is_left() -> Iterator[None]:
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="finds Ray's processes in Linux' /proc")
 def test_a_worker_is_killed_and_a_driver_asked_to_leave(tmp_path: Path, model: Path, lora: Path) -> None:
-    """A new group goes on from the last checkpoint by itself; the run stops with a checkpoint when it is asked to, and
-    ends as one that nobody disturbed, each picture in its place."""
+    """A new group of workers resumes from the last checkpoint by itself; an interrupt stops it with a checkpoint.
+
+    Finished by the local pool, the run has the losses of an undisturbed one, so every step had the same pictures.
+    """
     job = write_training(
         tmp_path,
         model,
         lora,
-        # Steps that take a while, for the driver's word needs two seconds to reach the workers.
+        # Slow steps, because the driver's request needs two seconds to reach the workers.
         distill={"steps": 58, "repeats": 4, "checkpoint_every": 1, "keep": 3},
         compute={"pool": "ray", "workers": 2},
     )
     out = tmp_path / "out"
     run = Life(job, env=QUICK)
     until(lambda: bool(checkpoints(out)) or run.ended)
-    # By the name that Ray gives a process for what it does.
+    # Ray names a process after its role.
     workers = [pid for pid, command in descendants(run.pid) if "RayTrainWorker" in command]
     assert len(workers) == 2, list(descendants(run.pid))
     os.kill(workers[1], signal.SIGKILL)
     until(lambda: len(attempts(out)) == 2 or run.ended)
     again = attempts(out)[1]
     assert again > 0, "from a checkpoint and not from the beginning"
-    os.killpg(run.pid, signal.SIGINT)  # as a terminal does: to the driver and all its children
+    os.killpg(run.pid, signal.SIGINT)  # like Ctrl-C in a terminal: to the driver and all its children
     assert run.wait() == 130, run.said
     assert "interrupted" in run.said
     left = checkpoints(out)[-1]
@@ -67,7 +69,7 @@ def test_a_worker_is_killed_and_a_driver_asked_to_leave(tmp_path: Path, model: P
     assert (done.resumed_from, done.steps) == (left, 60)
     assert steps(out) == list(range(1, 61))
     undisturbed = tmp_path / "undisturbed"
-    enough = min(left + 5, 60)  # with some steps after each time that it went on
+    enough = min(left + 5, 60)  # includes some steps after each resumption
 
     def so_far(now: sb.TrainingProgress) -> None:
         if now.step > enough:
@@ -90,16 +92,16 @@ class EnoughError(Exception):
 
 
 def attempts(out: Path) -> list[int]:
-    """The steps that attempts went on from, as their logs are named."""
+    """The steps that the attempts started from, according to the names of their logs."""
     return sorted(int(file.name.split("-")[1]) for file in (out / "_smsbatch/training").glob("log-*"))
 
 
 class TestWhatComesOutOfTheWorkers:
-    """Ray Train's own exceptions, without a cluster."""
+    """How results and exceptions of Ray Train are translated, without a cluster."""
 
     @pytest.fixture(autouse=True)
     def ray(self) -> None:
-        """Imported where it is needed: that takes seconds."""
+        """Import Ray only for these tests, because that takes seconds."""
         import ray.train
 
         self.ray = ray

@@ -1,4 +1,4 @@
-"""The results of a run, read by the tools they are made for: webdataset, Hugging Face datasets, DuckDB, pyarrow.
+"""The results of a run, read with the tools that users have: webdataset, Hugging Face datasets, DuckDB, pyarrow.
 
 The run has failed samples and fields that were passed through.
 """
@@ -83,7 +83,7 @@ LEAVES_FILES_OPEN = pytest.mark.filterwarnings("ignore:unclosed file:ResourceWar
 
 @pytest.fixture
 def _collected() -> Iterator[None]:
-    """Both libraries leave tars open; those go while their warnings are let pass."""
+    """Collect the tars that both libraries leave open while their warnings are still ignored."""
     yield
     gc.collect()
 
@@ -121,7 +121,7 @@ def test_webdataset_by_brace_expansion(finished: Finished) -> None:
 @pytest.mark.usefixtures("_collected")
 @pytest.mark.parametrize("streaming", [True, False])
 def test_hugging_face_datasets(finished: Finished, streaming: bool, tmp_path: Path) -> None:
-    import datasets  # after conftest has told Hugging Face to stay offline
+    import datasets  # after conftest has set Hugging Face offline
 
     loaded: Iterable[dict[str, Any]] = datasets.load_dataset(
         "webdataset",
@@ -197,7 +197,7 @@ def test_pictures_are_what_the_rows_say(finished: Finished) -> None:
 def test_datasets_reads_a_folder_in_which_only_some_have_captions(
     first: str, tmp_path: Path, model: Path, lora: Path
 ) -> None:
-    """Only every second picture has a caption, and one key had to be mapped."""
+    """Only every second picture has a caption, and the keys with dots are mapped."""
     import datasets
 
     photos = make_photos(tmp_path / "photos", [first, "second", "third", "z dotted.name"])

@@ -1,7 +1,7 @@
-"""Processes of a run are killed at random moments until it is done: the bytes are those of a run that nobody disturbed.
+"""Runs whose processes are killed at random moments until they finish have the bytes of an undisturbed run.
 
-Also two drivers at once on one output. Real processes, real signals; seeds make the moments, as far as processes can
-be held to them.
+Also two drivers at once on one output. Processes and signals are real; seeds choose the moments, as far as the
+scheduling of processes allows.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from support.s3server import Server
 import smsbatch as sb
 
 PHOTOS = [f"photo-{number:02}" for number in range(8)]
-IN_PLACE = {"url"}  # columns that differ where the same source lies elsewhere
+IN_PLACE = {"url"}  # columns that depend on where the source is stored
 
 
 @pytest.fixture(autouse=True)
@@ -34,7 +34,7 @@ def _no_life_is_left() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Eight pictures, one of them broken."""
+    """A folder of eight pictures, one of them broken."""
     folder = make_photos(tmp_path_factory.mktemp("source") / "photos", PHOTOS)
     (folder / "photo-05.png").write_bytes(b"no picture")
     return folder
@@ -42,7 +42,7 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def job(tmp_path: Path, model: Path, lora: Path, photos: Path) -> Callable[..., Path]:
-    """A manifest of eight units of some steps, so that there is a middle to be killed in; a broken picture is a row."""
+    """A factory of manifests with eight units of eight steps, long enough to be killed in; half the rows may fail."""
 
     def make(output: str | None = None, **sections: dict[str, Any]) -> Path:
         where = {"path": output} if output else {}
@@ -77,7 +77,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory, model: Path, lora: Pat
 
 
 def _places(place: str, tmp_path: Path, s3: Server) -> tuple[Output, dict[str, Any]]:
-    """The output on disk or in a bucket, and the manifest's sections that lead there."""
+    """The output on disk or in a bucket, and the sections of the manifest that select it."""
     if place == "disk":
         return Disk(tmp_path / "out"), {}
     url = f"s3://{s3.bucket()}/runs/trial"
@@ -108,7 +108,7 @@ def test_a_driver_that_is_killed_again_and_again(
     seen: dict[str, str] = {}
 
     def check() -> None:
-        """After every death: all that was said to be done is there and stays."""
+        """After every kill, committed files are whole and earlier commits keep their attempts."""
         out = output.local(tmp_path)
         check_whole(out)
         now = {name: commit["attempt"] for name, commit in commits(out).items()}
@@ -123,10 +123,10 @@ def test_a_driver_that_is_killed_again_and_again(
 
 
 def test_a_driver_that_is_interrupted_leaves_in_order(job: Callable[..., Path], tmp_path: Path) -> None:
-    """In both pools, by both signals, from a fresh process: `test_deaths.py`."""
+    """SIGINT with the local pool; `test_deaths.py` tests both pools and both signals in a fresh process."""
     out, driver = tmp_path / "out", Life(job())
     until(lambda: driver.ended or bool(commits(out)))
-    os.killpg(driver.pid, signal.SIGINT)  # as a terminal does
+    os.killpg(driver.pid, signal.SIGINT)  # like Ctrl-C in a terminal
     assert driver.wait() == 130, driver.said
     last = driver.said.splitlines()[-1]
     assert last == "smsbatch: interrupted; what is done is kept, the same command goes on from here"
@@ -140,17 +140,17 @@ def test_a_driver_that_is_interrupted_leaves_in_order(job: Callable[..., Path], 
 def test_actors_and_then_the_driver_of_a_cluster_are_killed(
     job: Callable[..., Path], undisturbed: Path, tmp_path: Path
 ) -> None:
-    """Nothing that was not the samples' fault is blamed on them, and a driver without Ray goes on at once."""
+    """No sample fails because an actor died, and a driver with the local pool resumes the run at once."""
     manifest = job(compute={"retries": 50})
     output = Disk(tmp_path / "out")
     driver = Life(manifest, "--set", "compute.pool=ray", "--set", "compute.workers=2")
     started: set[int] = set()
     try:
-        _grow(driver, output, 6)  # the plan and a little more
+        _grow(driver, output, 6)  # the plan and a few more objects
         assert _kill_actors(driver, output, started, deaths=1, stride=4, seed=5)
         started |= dict(descendants(driver.pid)).keys()
         actors = _actors(driver)
-        assert driver.kill(children=False)  # its actors may live a little longer than it, and work
+        assert driver.kill(children=False)  # its actors may outlive it for a moment and go on working
         check_whole(output.path)
         before = commits(output.path)
         assert 0 < len(before) < len(PHOTOS)
@@ -162,7 +162,7 @@ def test_actors_and_then_the_driver_of_a_cluster_are_killed(
         }
         check_end(output.path, undisturbed)
         until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in actors))
-        check_end(output.path, undisturbed)  # whatever the orphans did last
+        check_end(output.path, undisturbed)  # also after the last writes of the orphaned actors
     finally:
         _kill_all(started)
 
@@ -170,7 +170,7 @@ def test_actors_and_then_the_driver_of_a_cluster_are_killed(
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="finds Ray's processes in Linux' /proc")
 def test_a_cluster_that_is_gone_ends_the_run(job: Callable[..., Path], tmp_path: Path) -> None:
-    """Slow, because Ray takes its time to believe that a node is dead."""
+    """Slow, because Ray takes long to declare a node dead."""
     output = Disk(tmp_path / "out")
     driver = Life(job(), "--set", "compute.pool=ray", "--set", "objective.steps=500")
     started: set[int] = set()
@@ -187,16 +187,16 @@ def test_a_cluster_that_is_gone_ends_the_run(job: Callable[..., Path], tmp_path:
 
 
 def _kill_actors(driver: Life, output: Output, started: set[int], deaths: int, stride: int, seed: int) -> int:
-    """One actor each time up to `stride` more objects are there, while the driver lives; returns how many.
+    """Kill up to `deaths` random actors, each after 1 to `stride` more objects; returns the number killed.
 
-    `started` gets the pids of all that runs for Ray.
+    The pids of all descendants of the driver are added to `started`.
     """
     chance, killed = random.Random(seed), 0
     for _ in range(deaths):
         _grow(driver, output, chance.randint(1, stride))
         started |= dict(descendants(driver.pid)).keys()
         actors = _actors(driver)
-        if actors:  # none while the plan is made, and none when all is done
+        if actors:  # there are none during planning and after the last unit
             os.kill(chance.choice(actors), signal.SIGKILL)
             killed += 1
     _grow(driver, output, 1)
@@ -222,7 +222,7 @@ def _kill_all(pids: set[int]) -> None:
 def test_two_drivers_on_one_output(
     place: str, head_start: int, job: Callable[..., Path], undisturbed: Path, tmp_path: Path, s3: Server
 ) -> None:
-    """The second joins in or is refused in one line; nothing is damaged, and nothing is left to do."""
+    """Each driver finishes or is refused in one line; at least one finishes, and the output is undamaged."""
     output, sections = _places(place, tmp_path, s3)
     manifest = job(**sections)
     first = Life(manifest)
@@ -248,7 +248,7 @@ def test_two_drivers_on_one_output(
 @pytest.mark.parametrize("place", ["disk", "s3"])
 @pytest.mark.parametrize("pool", ["local", "ray"])
 def test_the_embedded_model(pool: str, place: str, tmp_path: Path, s3: Server) -> None:
-    """Many deaths of fresh processes that do what users do: drivers, and between them actors."""
+    """Runs of the embedded model in fresh processes, of which many are killed: drivers, and with Ray also actors."""
     if pool == "ray" and not Path("/proc/self/stat").exists():
         pytest.skip("finds Ray's processes in Linux' /proc")
     output, sections = _places(place, tmp_path, s3)
@@ -285,7 +285,7 @@ def test_the_embedded_model(pool: str, place: str, tmp_path: Path, s3: Server) -
 
 
 def _embedded(folder: Path, output: str, storage: dict[str, Any] | None = None) -> Path:
-    """Ten photographs in oil, in little more steps than one sees the oil after."""
+    """A manifest of ten photographs in oil style, with barely enough steps for a visible effect."""
     return write_manifest(
         folder,
         Path("tiny"),

@@ -1,4 +1,4 @@
-"""Each finding of doctor, caused on purpose; no check may hang, and no file of a probe may stay."""
+"""The findings of `doctor`, each caused on purpose; no check hangs, and no probe leaves a file."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def test_on_s3(file: Path, s3: Server) -> None:
 
 
 def test_an_endpoint_that_never_answers_does_not_hang(file: Path) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as server:  # takes connections and says nothing
+    with socket.create_server(("127.0.0.1", 0)) as server:  # accepts connections and never answers
         options = [f"storage.endpoint=http://127.0.0.1:{server.getsockname()[1]}", "storage.timeout_s=0.5"]
         begun = time.monotonic()
         found = by_name(doctor(sb.load(file, ["output.path=s3://bucket/run", *options])))
@@ -128,7 +128,7 @@ def test_an_output_path_alone(tmp_path: Path) -> None:
 
 
 def test_a_folder_of_somebody_else_is_left_alone(file: Path, tmp_path: Path) -> None:
-    """As `run` would refuse it; and nothing is left in it."""
+    """`doctor` reports a folder that `run` would refuse, and leaves nothing in it."""
     (tmp_path / "holiday.jpg").write_bytes(b"mine")
     found = by_name(doctor(sb.load(file, [f"output.path={tmp_path}"])))["output"]
     assert found.state == "fail"

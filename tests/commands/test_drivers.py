@@ -1,4 +1,4 @@
-"""Heartbeats, and stores in which only one driver may commit. `test_crashes.py` has two drivers at once."""
+"""Heartbeats, and stores in which only one driver may commit. `test_crashes.py` tests two drivers at once."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def test_the_dead_are_buried_by_the_next_driver(job: Path, tmp_path: Path) -> No
 
 
 def test_a_process_that_is_no_more_is_dead_at_once(tmp_path: Path) -> None:
-    """If it was one of ours: another machine or container may have the same name, and its processes are not seen."""
+    """An ended process proves this only in our process table: another container may have the same host name."""
     ended = subprocess.Popen([sys.executable, "-c", ""])
     ended.wait()
     for process, table, alive in (
@@ -107,7 +107,7 @@ def test_a_second_driver_takes_shards_in_another_order() -> None:
     shuffled = _shuffled(todo, "a-driver")
     assert sorted(shuffled, key=lambda item: item.unit.id) == todo
     assert [item.unit.shard for item in shuffled] != [item.unit.shard for item in todo]
-    for place in range(0, 400, 4):  # shards stay together, so that they are complete soon; each from its end
+    for place in range(0, 400, 4):  # a shard's units stay together, in reverse order, so that it is complete soon
         together = [item.unit.id for item in shuffled[place : place + 4]]
         assert together == sorted(together, reverse=True)
         assert together[0] - together[-1] == 3

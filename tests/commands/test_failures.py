@@ -1,4 +1,4 @@
-"""The rows of failed samples, of runs that are finished and of such as are not."""
+"""The rows of failed samples of finished and unfinished runs."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_of_a_newer_generation_before_it_is_published(tmp_path: Path) -> None:
 def test_units_without_failures_are_not_read(tmp_path: Path) -> None:
     store = make_run(tmp_path, [stylized(n) for n in range(4)])
     for path in store.list("metrics"):
-        store.put(path, b"x" * (store.size(path) or 0))  # whoever reads it fails
+        store.put(path, b"x" * (store.size(path) or 0))  # reading it would fail
     assert keys(store.url) == []
 
 

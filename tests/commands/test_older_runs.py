@@ -1,7 +1,7 @@
-"""A run that version 0.1.0 began, before `runs/` was, goes on.
+"""A run that version 0.1.0 began, before the package `runs` existed, can be resumed.
 
 `tests/golden/interrupted-0.1.0` is the output of a run of four pictures, one a unit and two a shard, that was killed
-(SIGKILL) in its last unit. Its weights are those of the embedded model: another model there needs another such run.
+(SIGKILL) in its last unit. Its weights are those of the embedded model: if they change, make such a run again.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def test_it_is_looked_at_verified_resumed_and_reported(out: Path, tmp_path: Path
     second_shard = members(out / "shards/000001.tar")
     assert members(old_third).items() <= second_shard.items()
 
-    fresh = tmp_path / "fresh"  # the last unit is what this machine makes of it, in any run
+    fresh = tmp_path / "fresh"  # a new run on this machine gives the same last unit
     sb.run(sb.load(OLD / "manifest.yaml", [f"output.path={fresh}"]))
     (last,) = (row["key"] for row in rows(out).values() if row["unit"] == 3)
     ours, theirs = (

@@ -1,4 +1,4 @@
-"""A plan is a partition, written once, then obeyed."""
+"""Planning: the units partition the samples; a plan is written once and then followed."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def test_a_changed_manifest_is_named(job: Path, override: str, named: str) -> No
 
 
 def test_a_plan_of_an_older_version_stands(job: Path) -> None:
-    """It had one LoRA as a text, another name for a key, no keys for what came later, and left text encoders alone."""
+    """The old manifest has one LoRA as a string, an old key name and no newer keys; it left text encoders alone."""
     first = _establish(job, "style.text_encoder=false")
     file = job.parent / "out" / "run.json"
     run = json.loads(file.read_text())
@@ -250,7 +250,7 @@ class TestProbe:
         assert [len(unit) for unit in plan.units] == [4, 2]
         run = json.loads((job.parent / "out/run.json").read_text())
         assert (run["planned"]["samples_per_unit"], run["planned"]["seconds_per_image"]) == (4, 2.5)
-        (job.parent / "out/plan/units.parquet").unlink()  # half a plan is completed as it was begun, not measured anew
+        (job.parent / "out/plan/units.parquet").unlink()  # half a plan keeps its unit size when it is completed
         monkeypatch.setattr(LocalPool, "estimate_cost", lambda self, entries: replace(estimate, seconds_per_image=0.1))
         again = _establish(job, "output.seconds_per_unit=10", "output.samples_per_shard=6")
         assert again.units == plan.units

@@ -1,7 +1,7 @@
-"""The price of a run in requests: on disk calls of `Store`, on S3 HTTP requests.
+"""The number of requests of a run: calls of `Store` on disk, HTTP requests on S3.
 
-A run costs a constant, and every unit a constant more. A change that makes a unit dearer, or lets the price of a unit
-grow with the run, has to change a number here.
+It is a constant plus a constant per unit. A change that adds requests to a unit, or lets their number per unit grow
+with the run, has to change a number here.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from smsbatch.engines.optimize import OptimizeEngine
 from smsbatch.storage.store import Store
 
 SLOW_CALLS = ("open_read", "read", "fetch", "put", "create", "copy", "list", "sizes", "size", "exists", "modified")
-KINDS = (  # of the paths, by how they begin; the first that fits
+KINDS = (  # of paths, by their prefix; the first match counts
     ("_smsbatch/attempts/", "attempt"),
     ("_smsbatch/commits", "commit"),
     ("_smsbatch/published", "publication"),
@@ -42,7 +42,7 @@ def kind_of(path: str) -> str:
 
 @contextmanager
 def counted_calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counter[tuple[str, str]]]:
-    """(method, kind of path) of every call of a store's method from outside; `read_all` counts once for each path."""
+    """Count the calls of a store's methods from outside by (method, kind of path); `read_all` counts once per path."""
     calls: Counter[tuple[str, str]] = Counter()
     inside, lock = threading.local(), threading.Lock()
 
@@ -68,14 +68,14 @@ def counted_calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counter[tuple[str
         public = [name for name, value in vars(Store).items() if callable(value) and not name.startswith("_")]
         assert set(SLOW_CALLS) < set(public), "every method that asks the storage is counted"
         for name in public:
-            if name not in ("locate", "without_create_only_put"):  # these ask nothing
+            if name not in ("locate", "without_create_only_put"):  # these make no requests
                 patch.setattr(Store, name, counting(name, getattr(Store, name)))
         yield calls
 
 
 @pytest.fixture
 def one_unit_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With two units in flight it is a matter of time which of them finds its shard complete."""
+    """Avoid two units in flight, where timing decides which of them finds its shard complete."""
     monkeypatch.setattr(OptimizeEngine, "units_in_flight", 1)
 
 
@@ -98,13 +98,13 @@ def test_calls_on_disk(
     first, second = found
     assert first.total() <= 50, sorted(first.items())
     unit = {
-        ("exists", "commit"): 2,  # is it done already; is the shard complete now
-        ("open_read", "plan"): 1,  # its rows of the index
+        ("exists", "commit"): 2,  # whether the unit is done; whether the shard is complete
+        ("open_read", "plan"): 1,  # the unit's rows of the index
         ("create", "attempt"): 2,
         ("size", "attempt"): 2,
         ("create", "commit"): 1,
         ("fetch", "attempt"): 2,  # to assemble the shard
-        ("read_all", "commit"): 1,  # has it a newer generation
+        ("read_all", "commit"): 1,  # to look for a newer generation
     }
     assert second - first == Counter({call: 2 * times for call, times in unit.items()})
     assert first - second == Counter()
@@ -121,8 +121,8 @@ def test_requests_on_s3(tmp_path: Path, model: Path, lora: Path, s3: Server, one
         found.append(requests)
     first, second = found
     assert first.total() <= 60, first
-    # HEAD: the four calls on disk that ask whether or how long, and one for each object that is read in ranges.
-    # GET: footer and rows of the index, the attempt's two files, and the question for a newer generation.
+    # HEAD: the four calls of `exists` and `size` on disk, and one for each object that is read in ranges.
+    # GET: footer and rows of the index, the attempt's two files, and the look for a newer generation.
     unit = {"HEAD": 7, "GET": 5, "PUT": 3}
     assert second - first == Counter({method: 2 * times for method, times in unit.items()})
     assert first - second == Counter()

@@ -1,4 +1,4 @@
-"""One image of a run again: the same bytes, an error as it was, and no file overwritten."""
+"""`replay` gives the same bytes or the same error as the run, and overwrites no file."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from smsbatch.runs.run import Run
 
 @pytest.fixture(scope="module")
 def job(tmp_path_factory: pytest.TempPathFactory, model: Path, lora: Path) -> Path:
-    """A finished run, batches of one: alone in a batch kernels round alike. Its last sample is broken."""
+    """A finished run with batches of one, so that kernels round the same in a replay; its last sample is broken."""
     folder = tmp_path_factory.mktemp("replay")
     photos = make_photos(folder / "photos")
     (photos / "zero.jpg").write_bytes(b"")
@@ -68,13 +68,13 @@ def test_a_signed_url_is_told_without_its_signature(out: str, monkeypatch: pytes
 
 
 def test_what_a_manifest_may_change_and_what_not(job: Path, tmp_path: Path) -> None:
-    """Another seed is not the run's; another batch size may round, no more."""
+    """The given manifest's seed is ignored; its batch size makes no difference for one sample."""
     manifest = sb.load(job, ["seed=99", "compute.batch_size=4"])
     assert replay(manifest, KEYS[1], tmp_path).same
 
 
 def test_a_result_that_is_another_is_measured(out: str, tmp_path: Path) -> None:
-    """The run's tar now holds a black picture, of the same number of bytes: after its end a PNG may hold anything."""
+    """The run's tar gets a black picture of the same number of bytes; a PNG may have padding after its end."""
     copy = Path(shutil.copytree(out, tmp_path / "out"))
     path = copy / "shards" / "000000.tar"
     with tarfile.open(path) as tar:

@@ -1,4 +1,4 @@
-"""Whole runs, both pools through one battery, and the promises: nothing lost unsaid, invariant, resumable."""
+"""Whole runs with both pools: every sample is accounted for, results are invariant, and runs can be resumed."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def make_tar(path: Path, members: list[tuple[str, bytes]]) -> None:
 
 
 Job = Callable[..., sb.Manifest]
-ONE = "compute.workers=1"  # an actor takes ten seconds to begin
+ONE = "compute.workers=1"  # an actor takes ten seconds to start
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +39,7 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def job(tmp_path: Path, model: Path, lora: Path, photos: Path) -> Job:
-    """A manifest writing to a new folder below tmp_path; arguments are overrides."""
+    """A factory of manifests that write to a new folder below tmp_path; arguments are overrides and sections."""
     number = iter(range(100))
 
     def make(*overrides: str, **sections: dict[str, Any]) -> sb.Manifest:
@@ -52,7 +52,7 @@ def job(tmp_path: Path, model: Path, lora: Path, photos: Path) -> Job:
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory, model: Path, lora: Path, photos: Path) -> Path:
-    """The output of the standard job, done by the local pool in one go."""
+    """The output of the standard job, computed by the local pool without interruption."""
     manifest = sb.load(write_manifest(tmp_path_factory.mktemp("undisturbed"), model, lora, photos))
     sb.run(manifest)
     return Path(manifest.output.path)
@@ -101,13 +101,13 @@ class TestEveryPool:
     def test_too_many_failures_end_the_run_with_an_error_but_keep_it(self, pool: str, job: Job, tmp_path: Path) -> None:
         folder = make_photos(tmp_path / "bad")
         (folder / "zzz.jpg").write_bytes(b"")
-        whole = ("output.samples_per_unit=8", "output.samples_per_shard=8")  # of two units, it would stop after one
+        whole = ("output.samples_per_unit=8", "output.samples_per_shard=8")  # two units could stop after the first
         manifest = job(f"compute.pool={pool}", ONE, f"source.urls={folder}", *whole)
         with pytest.raises(sb.RunError, match="1 of 7 samples failed"):
             sb.run(manifest)
         assert len(rows(Path(manifest.output.path))) == 7
         assert not Path(manifest.output.path, "_SUCCESS").exists()
-        with pytest.raises(sb.RunError, match="1 of 7 samples failed"):  # said again, nothing done again
+        with pytest.raises(sb.RunError, match="1 of 7 samples failed"):  # the error is raised again without new work
             sb.run(manifest)
 
     def test_goes_on_where_the_commits_end(self, pool: str, job: Job, undisturbed: Path) -> None:
@@ -137,7 +137,7 @@ class TestEveryPool:
 
 @pytest.mark.usefixtures("cluster")
 def test_an_actor_that_finds_no_place_holds_nothing_up(job: Job) -> None:
-    """Two actors of two cores each on a cluster of two: the run is done by the one that has a place."""
+    """Of two actors with two cores each on a cluster of two cores, only one starts; it does the whole run."""
     report = sb.run(job("compute.pool=ray", "compute.workers=2", "compute.threads=2"))
     assert report.succeeded == 6
 
@@ -149,14 +149,14 @@ class TestMapOnACluster:
             assert list(pool.map(abs, range(-200, 0))) == list(range(200, 0, -1))
 
     def test_indexes_a_source_of_many_tars(self, job: Job, tmp_path: Path) -> None:
-        """Errors of a scan reach the caller unchanged: a duplicate key, a cut tar."""
+        """A cut tar gives a notice, and the error for a file that is no tar reaches the caller unchanged."""
         for number in range(70):
             make_tar(tmp_path / f"tars/{number:03}.tar", [(f"key-{number}.jpg", b"x"), (f"key-{number}.txt", b"y")])
         manifest = job("compute.pool=ray", "source.format=webdataset", f"source.urls={tmp_path}/tars/*.tar")
         plan = sb.plan(manifest)
         assert plan.samples == 70
         cut = tmp_path / "tars/033.tar"
-        cut.write_bytes(cut.read_bytes()[:1200])  # in its second header
+        cut.write_bytes(cut.read_bytes()[:1200])  # within its second header
         assert "033.tar" in sb.plan(manifest).notices[0]
         (tmp_path / "tars/044.tar").write_bytes(b"no tar at all" * 100)
         with pytest.raises(sb.SourceError, match=r"044\.tar: not an uncompressed tar"):
@@ -167,7 +167,7 @@ class TestMapOnACluster:
 def test_relative_paths_are_those_of_the_driver(
     job: Job, lora: Path, photos: Path, monkeypatch: pytest.MonkeyPatch, undisturbed: Path
 ) -> None:
-    """Actors have another working folder."""
+    """Actors have another working folder than the driver."""
     monkeypatch.chdir(photos.parent)
     Path("style.safetensors").write_bytes(lora.read_bytes())
     overrides = ("output.path=relative", "style.lora=style.safetensors", "source.urls=photos")
@@ -194,7 +194,7 @@ def test_ray_that_is_not_installed_is_said_before_anything_is_written(
 class TestChangedInputs:
     @pytest.fixture
     def changed(self, job: Job, tmp_path: Path) -> sb.Manifest:
-        """Planned, then one picture replaced, one gone and one new."""
+        """A planned run, in whose source one picture was then replaced, one deleted and one added."""
         folder = make_photos(tmp_path / "changing")
         manifest = job(f"source.urls={folder}", "errors.max_failed_fraction=1")
         with LocalPool(manifest) as pool:
@@ -218,11 +218,11 @@ class TestChangedInputs:
         assert {key: row["error_code"] for key, row in found.items() if row["error_code"]} == {"photo-4": "read_error"}
         assert "No such file" in found["photo-4"]["error_message"]
         assert any("changed since the plan, as allowed: inputs" in notice for notice in report.notices)
-        sb.run(changed)  # noted with the run, and not asked again
+        sb.run(changed)  # the run has recorded it, so it need not be allowed again
 
 
 def test_a_picture_that_is_replaced_under_a_worker_is_a_row(job: Job, tmp_path: Path) -> None:
-    """Changed after the driver has looked: a worker compares what it reads with what was planned."""
+    """The source changes after the driver has checked it; workers compare the files that they read with the plan."""
     folder = make_photos(tmp_path / "changing")
     manifest = job(f"source.urls={folder}")
     with LocalPool(manifest) as pool:
@@ -272,7 +272,7 @@ def _differences(a: Path, b: Path) -> list[float]:
 
 
 def test_units_and_shards_do_not_change_a_picture(job: Job, undisturbed: Path) -> None:
-    """The same batches dealt otherwise: the same bytes, picture for picture."""
+    """The same batches in other units and shards give the same pixels."""
     manifest = job("output.samples_per_unit=6", "output.samples_per_shard=6")
     sb.run(manifest)
     assert _differences(Path(manifest.output.path), undisturbed) == [0.0] * 6
@@ -280,21 +280,21 @@ def test_units_and_shards_do_not_change_a_picture(job: Job, undisturbed: Path) -
 
 @pytest.mark.parametrize("batch_size", [1, 4])
 def test_the_batch_does_not_change_a_picture(job: Job, undisturbed: Path, batch_size: int) -> None:
-    """Other batches: the rounding of the kernels, and no more than half of one of 255 steps of brightness."""
+    """Other batches change the rounding of the kernels: on average by less than half of one of 255 brightness steps."""
     manifest = job(f"compute.batch_size={batch_size}", "output.samples_per_unit=6", "output.samples_per_shard=6")
     sb.run(manifest)
     assert max(_differences(Path(manifest.output.path), undisturbed)) < 0.5
 
 
 def test_neighbours_do_not_change_a_picture(job: Job, undisturbed: Path, tmp_path: Path) -> None:
-    """Another order, other company and a broken neighbour."""
+    """Another order, other samples in the batches and a broken sample change only the rounding."""
     folder = make_photos(tmp_path / "company")
     make_photos(folder, ["aaa", "photo-2b"])
     (folder / "photo-0b.jpg").write_bytes(b"broken")
     manifest = job(f"source.urls={folder}", "errors.max_failed_fraction=0.5")
     sb.run(manifest)
     found, before = pictures(Path(manifest.output.path)), pictures(undisturbed)
-    # make_photos colours by place in its list: only photo-0 to photo-5 are the same files
+    # a picture's colours depend on its index in the list: only photo-0 to photo-5 are the same files
     assert max(float(np.abs(found[key].astype(int) - before[key].astype(int)).mean()) for key in KEYS) < 0.5
 
 
@@ -327,7 +327,7 @@ def test_nothing_to_do_is_said_and_done_fast(job: Job) -> None:
 
 
 def test_diverged(job: Job) -> None:
-    """A learning rate that blows up gives failed rows, not a crash and not a grey picture."""
+    """A learning rate that makes values overflow gives failed rows, not a crash and not a grey picture."""
     manifest = job("objective.learning_rate=1e37", "objective.steps=4", "errors.max_failed_fraction=1")
     report = sb.run(manifest)
     assert report.failed == 6
@@ -365,7 +365,7 @@ def test_stylizer_gives_what_a_run_gives(job: Job, undisturbed: Path, photos: Pa
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[None]:
-    """One Ray for all tests of this file: pools join what is there."""
+    """One Ray cluster for all tests of this file, which the pools join."""
     import ray
 
     ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")

@@ -1,6 +1,6 @@
-"""Runs from S3 to S3, also through a proxy that fails on purpose: the bytes are those of the same run on disk.
+"""Runs from S3 to S3, also through a proxy that injects faults: the bytes are those of the same run on disk.
 
-And what a user gets who has no credentials, and that no secret ever stands anywhere.
+Also the errors for missing credentials, and that no secret is written or printed.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from support.s3server import SEEDED, Faults, Server
 
 import smsbatch as sb
 
-IN_PLACE = ("url",)  # the column that says where a sample came from
+IN_PLACE = ("url",)  # the column with a sample's location
 SECRET, TOKEN = "wJalrXUtnFEMI-K7MDENG-bPxRfiCYsecret", "FwoGZXIvYXdzEJr-a-session-token"
 
 
@@ -34,7 +34,7 @@ def _no_life_is_left() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """`photos` as a folder and as two tars of the same; every sample has a JSON of its own, which is passed through."""
+    """A folder `photos` and two tars of the same samples, one of them broken; each has JSON that is passed through."""
     folder = tmp_path_factory.mktemp("sources")
     photos = make_photos(folder / "photos")
     for key in KEYS:
@@ -50,7 +50,7 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def job(tmp_path: Path, model: Path, lora: Path, s3: Server) -> Callable[..., sb.Manifest]:
-    """The one manifest of this file but for its two paths; the arguments are those, and overrides."""
+    """A factory of this file's manifest; the arguments are the paths of source and output, and overrides."""
 
     def make(source: str, output: str, *overrides: str) -> sb.Manifest:
         file = write_manifest(
@@ -70,7 +70,7 @@ def job(tmp_path: Path, model: Path, lora: Path, s3: Server) -> Callable[..., sb
 
 @pytest.fixture(scope="module")
 def on_disk(sources: Path, model: Path, lora: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """The output of the run with source and output on disk, `photos` or `tars`."""
+    """A function that returns the output of a run with source `photos` or `tars` and output on disk."""
     done: dict[str, Path] = {}
 
     def get(kind: str) -> Path:
@@ -158,7 +158,7 @@ def test_it_goes_on_where_the_commits_end(
 
 
 class TestFaults:
-    """A proxy stands before the server. Its faults are what S3 does on a bad day, and what networks do."""
+    """Runs through a proxy that injects errors of S3 and of networks."""
 
     def test_a_bad_day_changes_nothing(
         self,
@@ -169,7 +169,7 @@ class TestFaults:
         tmp_path: Path,
     ) -> None:
         with Faults(s3.endpoint, rate=0.04, seed=4) as proxy:
-            for kind in SEEDED:  # every kind at least once where it can hurt: a read, a write, the decision
+            for kind in SEEDED:  # every kind at least once in a read, a write and a commit
                 proxy.inject(kind, method="GET", part="photos/")
                 proxy.inject(kind, method="PUT", part="/_smsbatch/attempts/")
                 proxy.inject(kind, method="PUT", part="/_smsbatch/commits/")
@@ -186,7 +186,7 @@ class TestFaults:
     def test_a_lost_answer_is_not_a_lost_race(
         self, job: Callable[..., sb.Manifest], bucket: str, s3: Server, tmp_path: Path
     ) -> None:
-        """The decision arrives, its answer does not, and the second try finds a commit: its own."""
+        """The commit is stored but its answer is lost, so the retry finds a commit: its own."""
         with Faults(s3.endpoint) as proxy:
             proxy.inject("reset_after", times=3, method="PUT", part="/_smsbatch/commits/")
             sb.run(job(f"{bucket}/photos", f"{bucket}/runs/lost", f"storage.endpoint={proxy.endpoint}"))
@@ -227,7 +227,7 @@ class TestFaults:
         on_disk: Callable[[str], Path],
         tmp_path: Path,
     ) -> None:
-        """Then the driver alone commits, and the run says so."""
+        """Only the driver commits, and run.json records this."""
         url = f"{bucket}/runs/plain"
         with Faults(s3.endpoint) as proxy:
             proxy.inject("501", times=1000, conditional=True)
@@ -303,7 +303,7 @@ def test_no_secret_is_ever_written_or_said(
 def test_a_signed_url_of_a_table_stays_in_the_plan(
     job: Callable[..., sb.Manifest], bucket: str, s3: Server, tmp_path: Path
 ) -> None:
-    """It is what the picture is fetched by, and so has to be there; what the run leaves for others has it not."""
+    """The plan needs the signature to fetch the picture; no other file of the run contains it."""
     name = bucket.removeprefix("s3://")
     links = {
         key: s3.client.generate_presigned_url("get_object", Params={"Bucket": name, "Key": f"photos/{key}.png"})
@@ -331,7 +331,7 @@ def test_a_signed_url_of_a_table_stays_in_the_plan(
 
 
 def _texts(content: bytes, name: str, folder: Path) -> bytes:
-    """All that stands in a file, also in a compressed one."""
+    """The content of a file; for Parquet, which is compressed, its rows as JSON."""
     if not name.endswith(".parquet"):
         return content
     file = folder / "look.parquet"
@@ -341,7 +341,7 @@ def _texts(content: bytes, name: str, folder: Path) -> bytes:
 
 @pytest.fixture(scope="module")
 def cluster(s3: Server) -> Iterator[None]:
-    """A Ray of this process, whose actors have the server's credentials from the environment."""
+    """A local Ray cluster whose actors get the server's credentials from the environment."""
     import ray
 
     ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")

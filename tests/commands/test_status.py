@@ -33,7 +33,7 @@ def beat(store: Store, *workers: Progress, **values: Any) -> None:
 
 
 def retry(store: Store, unit: int, *, publish: bool = False) -> None:
-    """The unit's failed samples succeed."""
+    """Commit a retry in which the unit's failed samples succeed; with `publish`, also publish its shard."""
     ledger, units = Ledger(store, metrics=("lpips",)), read_units(store)
     of = units[unit]
     commit_unit(ledger, of, [stylized(n) for n in range(of.start, of.stop)], worker="w", seconds=1.0, generation=1)
@@ -48,7 +48,7 @@ def store(tmp_path: Path) -> Store:
 
 def test_published_shards_are_counted_by_their_records(store: Store) -> None:
     for path in store.list("_smsbatch/commits"):
-        store.put(path, b"")  # whoever reads it fails
+        store.put(path, b"")  # reading it would fail
     now = sb.status(store.url)
     assert (now.units_done, now.samples_done, now.errors) == (3, 12, {"decode_error": 2, "bad_caption": 1})
 
@@ -82,7 +82,7 @@ def test_a_unit_that_is_not_done_any_more(store: Store) -> None:
 
 
 def test_a_worker_that_tries_again_is_not_waiting(store: Store) -> None:
-    busy = Progress("w", "000000", 1, 1, 0, 0, 0, generation=1)  # whose driver has taken the old report away
+    busy = Progress("w", "000000", 1, 1, 0, 0, 0, generation=1)  # its driver has deleted the old report
     beat(store, busy, rate=0.5, samples_retried=3)
     now = sb.status(store.url)
     assert (now.workers, now.finished, now.note) == ((busy,), False, "")
@@ -149,7 +149,7 @@ def test_it_says_that_a_run_stopped_by_its_budget(errors: dict[str, float], said
 
 
 def test_what_a_killed_driver_left_does_not_unmake_a_finished_run(store: Store) -> None:
-    """Its heartbeat is young for a minute, while another has done the rest."""
+    """The heartbeat of a killed driver is fresh for a minute, and another driver may finish the run meanwhile."""
     write_report(Run.open(store))
     beat(store)
     assert sb.status(store.url).finished

@@ -1,6 +1,6 @@
-"""`task: stylize`: one pass of a generator an image, with all that is promised of a run.
+"""`task: stylize`, one pass of a generator per image, with all guarantees of a run.
 
-Over 400 lines: one battery of promises, on one job.
+Over 400 lines: one set of tests on one job.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def generator(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Six of one size, two of another, and four that cannot be stylized."""
+    """A folder of six pictures of one size, two of another, and four samples that cannot be stylized."""
     folder = make_photos(tmp_path_factory.mktemp("stylize") / "photos")
     make_photos(folder, ["tall-0", "tall-1"], size=(32, 40))
     (folder / "empty.png").write_bytes(b"")
@@ -60,7 +60,7 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def job(tmp_path_factory: pytest.TempPathFactory, generator: Path, photos: Path) -> Path:
-    """A finished run, batches of one: alone in a batch kernels round alike."""
+    """A finished run with batches of one, so that kernels round the same when a sample is computed again."""
     folder = tmp_path_factory.mktemp("job")
     file = write_stylize(folder, generator, photos, compute={"batch_size": 1}, errors={"max_failed_fraction": 0.5})
     sb.run(sb.load(file))
@@ -69,7 +69,7 @@ def job(tmp_path_factory: pytest.TempPathFactory, generator: Path, photos: Path)
 
 @pytest.fixture
 def manifest(tmp_path: Path, generator: Path, photos: Path) -> Callable[..., sb.Manifest]:
-    """A manifest for the same pictures; arguments are overrides."""
+    """A factory of manifests for the same pictures; arguments are overrides and sections."""
 
     def make(*overrides: str, **sections: Any) -> sb.Manifest:
         where = sections.pop("generator", generator)
@@ -80,7 +80,7 @@ def manifest(tmp_path: Path, generator: Path, photos: Path) -> Callable[..., sb.
 
 
 def picture(number: int, height: int = 40, width: int = 60) -> NDArray[np.uint8]:
-    """Smooth, colourful, and another for every number."""
+    """A smooth, colourful picture, different for every number."""
     coarse = np.random.default_rng(number).integers(0, 256, (6, 8, 3), dtype=np.uint8)
     return np.array(Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC))
 
@@ -97,7 +97,7 @@ def tensor(picture: NDArray[np.uint8]) -> Tensor:
 
 
 def apart(first: dict[str, NDArray[np.uint8]], second: dict[str, NDArray[np.uint8]]) -> int:
-    """The largest difference of two runs' pictures, of 255."""
+    """The largest difference between the pixels of two runs, of 255."""
     assert first.keys() == second.keys()
     return max(int(np.abs(first[key].astype(int) - second[key]).max()) for key in first)
 
@@ -218,7 +218,7 @@ class TestResults:
 
     @pytest.mark.slow
     def test_compiled(self, manifest: Callable[..., sb.Manifest]) -> None:
-        """Slow, because the compiler is."""
+        """Slow because of the compiler."""
         images = torch.cat([tensor(picture(number, 72, 104)) for number in range(2)])
         tiles = ("tiles.size=64", "tiles.overlap=32", "compute.batch_size=3")
         for options in ((), tiles):
@@ -247,7 +247,7 @@ class TestResults:
 
 
 class TestPipeline:
-    """Proven by events: a stage that was not at work beside the others would wait for ever."""
+    """Events prove that the stages run concurrently: a stage that runs after the others would time out."""
 
     PATIENCE_S = 60
 
@@ -311,7 +311,7 @@ class TestPipeline:
         manifest: Callable[..., sb.Manifest],
         monkeypatch: pytest.MonkeyPatch,
     ) -> None:
-        """At most `most` pictures in memory: two batches decoded, one stacked, one on the device, one begun."""
+        """At most `most` pictures are in memory: two batches decoded, one stacked, one on the device, one begun."""
         one = sb.Stylizer(manifest("metrics=[]"))
         decode, render = pixels.decode, one.engine.render
         lock, held, seen = threading.Lock(), 0, []
@@ -355,7 +355,7 @@ class TestPipeline:
         assert told == [(0, 0, 0), (0, 2, 1), (2, 0, 0), (2, 1, 1), (3, 0, 0)]
 
     def test_a_header_that_does_not_say_how_the_picture_lies(self, manifest: Callable[..., sb.Manifest]) -> None:
-        """A PNG may be turned by what stands behind its pixels: it is computed by the size it has come to have."""
+        """EXIF data behind the pixels of a PNG may rotate it, so its decoded size counts and not that of its header."""
         exif = Image.Exif()
         exif[0x0112] = 6
         work = samples(3)
@@ -405,9 +405,9 @@ class TestTiles:
         assert (tiling.result() - 1).abs().max() < 1e-6
 
     def test_show_no_seam(self, generator: Path) -> None:
-        """Across the edges of naive tiles the picture jumps; across ours it is as smooth as the whole is there."""
+        """At the edges of naive tiles the picture jumps; at the edges of ours it is as smooth as the whole picture."""
         one, size = Generator.load(generator), 64
-        image = tensor(picture(5, 128, 256))  # a few soft blobs
+        image = tensor(picture(5, 128, 256))  # a few smooth blobs
         with torch.no_grad():
             whole, own = (
                 one(image),
@@ -432,7 +432,7 @@ class TestTiles:
         assert seam(ours, our_edges) < 1.2 * seam(whole, our_edges)
 
     def test_in_a_run(self, tmp_path: Path, generator: Path) -> None:
-        """A large picture is one row like all others; how many tiles go together does not matter."""
+        """A picture larger than a tile is one row, and the number of tiles per batch does not change it."""
         (tmp_path / "photos").mkdir()
         large = picture(1, 150, 210)
         Image.fromarray(large).save(tmp_path / "photos" / "large.png")
@@ -475,7 +475,7 @@ class TestTiles:
         monkeypatch.setattr(one.engine.generator, "forward", in_little_memory)
         (outcome,) = one.stylize(samples(1, 130, 130))
         assert outcome.succeeded
-        assert tried == [5, *[2] * 8]  # four by four
+        assert tried == [5, *[2] * 8]  # 16 tiles, four by four
         fits = 0
         (outcome,) = one.stylize(samples(1, 130, 130))
         assert outcome.error_code == "oom"
@@ -561,7 +561,7 @@ class TestGenerator:
 
 @pytest.mark.slow
 def test_a_run_that_is_killed_again_and_again(tmp_path: Path, generator: Path) -> None:
-    """Resumed after every SIGKILL, it ends with the bytes of one that nobody disturbed."""
+    """A run that is resumed after every SIGKILL ends with the bytes of an undisturbed run."""
     photos = make_photos(tmp_path / "photos", [f"photo-{number:02}" for number in range(24)], size=(96, 64))
     (photos / "photo-05.png").write_bytes(b"no picture")
     options: dict[str, Any] = {"errors": {"max_failed_fraction": 0.5}, "image": {"resolution": 64}}
@@ -588,7 +588,7 @@ def test_a_run_that_is_killed_again_and_again(tmp_path: Path, generator: Path) -
 
 @pytest.fixture
 def distilling(tmp_path: Path) -> str:
-    """The output of a distill run, as far as these verbs look."""
+    """The output of a distill run, as far as these verbs read it."""
     run = {
         "name": "d",
         "manifest": {"task": "distill", "errors": {}},

@@ -1,4 +1,4 @@
-"""A table of signed URLs from its rows to its shards, over real HTTP: and what it leaves of the signatures."""
+"""A run on a table of signed URLs over real HTTP; no file outside its plan contains a signature."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Quiet(SimpleHTTPRequestHandler):
 
 @pytest.fixture
 def server(tmp_path: Path) -> Iterator[str]:
-    """The photographs of `jobs`, over http."""
+    """The URL of an HTTP server of the pictures of `make_photos`."""
     folder = make_photos(tmp_path / "photos")
     with ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(folder))) as http:
         thread = threading.Thread(target=http.serve_forever)

@@ -1,4 +1,4 @@
-"""A finished run, hurt in every way storage can hurt it: verify must see it, repair must give the same bytes again."""
+"""A finished run with every kind of damage to its files: verify finds it, and repair restores the same bytes."""
 
 from __future__ import annotations
 
@@ -43,13 +43,13 @@ def finish(folder: Path) -> Path:
 
 @pytest.fixture
 def out(tmp_path: Path) -> Path:
-    """A finished run of 12 samples in 3 units and 2 shards, 3 of them failed; it cannot be computed again."""
+    """A finished run of 12 made-up samples in 3 units and 2 shards, 3 failed; its units cannot be recomputed."""
     return finish(tmp_path)
 
 
 @pytest.fixture(scope="module")
 def real(tmp_path_factory: pytest.TempPathFactory, model: Path, lora: Path) -> Path:
-    """A finished run of 6 samples in 3 units and 2 shards that can be computed again."""
+    """A finished run of 6 samples in 3 units and 2 shards that can be recomputed."""
     folder = tmp_path_factory.mktemp("real")
     manifest = sb.load(write_manifest(folder, model, lora, make_photos(folder / "photos")))
     sb.run(manifest)
@@ -62,12 +62,12 @@ def real_copy(real: Path, tmp_path: Path) -> Path:
 
 
 def files(out: Path) -> dict[str, bytes]:
-    """All that readers of the dataset see."""
+    """The bytes of the published files, of their records and of index.json, by path."""
     names = [*out.glob("shards/*"), *out.glob("metrics/*"), out / "index.json", *out.glob("_smsbatch/published/*")]
     return {str(path.relative_to(out)): path.read_bytes() for path in sorted(names)}
 
 
-# ------------------------------------------------------------------------------------------------------- ways to hurt
+# ---------------------------------------------------------------------------------------------------- kinds of damage
 
 
 def flip(path: Path, at: float = 0.5) -> None:
@@ -87,14 +87,14 @@ def cut_at_a_member(path: Path) -> None:
 
 
 def replace_an_image(path: Path) -> None:
-    """By another valid picture of the same number of bytes, as nobody but the digests would notice."""
+    """Replace the first image by another valid picture of the same number of bytes, which only digests reveal."""
     with tarfile.open(path) as tar:
         members = [(member, tar.extractfile(member).read()) for member in tar]  # type: ignore[union-attr]
     (first, _), *_ = [item for item in members if item[0].name.endswith(".png")]
     size = first.size
     other = picture(4242)
     while len(other) < size:
-        other += b"\0"  # after the end of a PNG anything may follow
+        other += b"\0"  # a PNG may have padding after its end
     data = bytearray(path.read_bytes())
     data[first.offset_data : first.offset_data + size] = other[:size]
     path.write_bytes(data)
@@ -190,7 +190,7 @@ def test_a_footer_of_too_few_rows(out: Path) -> None:
 
 
 def test_rows_of_other_samples_are_named(out: Path) -> None:
-    """Digests that fit, contents that do not: what only a mistake in publishing could make."""
+    """Files match their recorded digests but not the plan; only a mistake in publishing could cause that."""
     table = pq.read_table(out / PARQUET)
     keys = pa.array(["stranger", *table["key"].to_pylist()[1:]])
     forged = table.set_column(0, table.schema.field("key"), keys)
@@ -264,7 +264,7 @@ def test_no_run_here(tmp_path: Path) -> None:
             verb(str(tmp_path))
 
 
-# ---------------------------------------------------------------------------------------------------- computing again
+# -------------------------------------------------------------------------------------------------------- recomputing
 
 
 def attempt_of(out: Path, unit: int) -> list[Path]:
@@ -411,7 +411,7 @@ def test_gc_wants_records_it_can_read(out: Path) -> None:
 
 
 def test_the_same_on_s3(out: Path, s3: Server) -> None:
-    """A run is moved by copying it: verify, repair and gc of the copy go by where it is now."""
+    """A run is moved by copying it: verify, repair and gc use the present location of the copy."""
     url = f"s3://{s3.bucket()}/run"
     s3.upload(out, f"{url}/")
     manifest = of_output(url, {"endpoint": s3.endpoint, "region": "us-east-1"})

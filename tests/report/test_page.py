@@ -1,4 +1,4 @@
-"""`report.html`: what it shows, that foreign text stays text, and what a real browser makes of it."""
+"""`report.html`: its content, the escaping of foreign text, and its behaviour in a real browser."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def test_before_is_the_source_as_it_was_fitted_and_after_is_the_result(tmp_path:
     result = pixels.decode(picture(1000))
     assert (before.shape, after.shape) == (fitted.shape, result.shape)
     for found, expected in ((before, fitted), (after, result)):
-        assert np.abs(found.astype(int) - expected).mean() < 12  # webp at 80 %, blocks of flat colour
+        assert np.abs(found.astype(int) - expected).mean() < 12  # WebP at quality 80, blocks of flat colour
 
 
 def test_a_source_that_is_gone_is_said_to_be_gone(tmp_path: Path) -> None:
@@ -159,7 +159,7 @@ def test_a_moment_is_short() -> None:
 
 
 def in_browser(html: str, folder: Path) -> tuple[Page, str]:
-    """The document as Chromium leaves it, on a narrow window, and its console."""
+    """The document after Chromium has run it in a narrow window, and the messages of its console."""
     assert CHROMIUM is not None
     file = folder / "page.html"
     file.write_text(html, encoding="utf-8")
@@ -185,7 +185,7 @@ def test_a_browser_runs_our_script_and_no_other(tmp_path: Path) -> None:
     found, console = in_browser(html, tmp_path)
     assert found.attributes("html", "class") == ["js"]
     assert console == ""
-    # Were escaping to fail one day, the policy would still hold.
+    # If escaping failed, the content security policy would still block the script.
     broken = html.replace("</header>", f"</header>{HOSTILE}")
     found, console = in_browser(broken, tmp_path)
     assert "made-up: report" in found.text

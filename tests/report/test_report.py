@@ -1,4 +1,4 @@
-"""The report of a finished run: its numbers, the case of no numbers, and its files."""
+"""The report of a finished run: its numbers, the requests for them, its files, and runs that get no report."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def test_numbers_are_plain_data(tmp_path: Path) -> None:
 
 
 def requests(faults: Faults) -> Counter[str]:
-    """The number of calls of the store since the last call of this, by folder."""
+    """The number of requests since the previous call, by folder."""
     asked = Counter(urlsplit(request.path).path.split("/", 3)[-1].rpartition("/")[0] for request in faults.requests)
     faults.requests.clear()
     return asked
@@ -103,7 +103,7 @@ def requests(faults: Faults) -> Counter[str]:
 
 @pytest.fixture
 def remote(tmp_path: Path, s3: Server) -> Iterator[Callable[[int], tuple[Store, Faults]]]:
-    """Runs of so many shards on S3, whose requests are counted."""
+    """A factory of runs with a given number of shards on S3, and the proxy that records their requests."""
     with ExitStack() as stack:
 
         def made(shards: int) -> tuple[Store, Faults]:
@@ -137,21 +137,21 @@ def test_a_shard_more_costs_two_requests_and_nothing_when_nothing_is_to_do(
         summarize(Run.open(store))
         cost.setdefault("nothing to do, asked by itself", []).append(requests(faults).total())
     assert {name: (many - few) / 4 for name, (few, many) in cost.items()} == {
-        "counting": 2,  # its record, its rows
+        "counting": 2,  # the shard's record and its rows
         "nothing to do": 0,
-        "nothing to do, asked by itself": 1,  # its record, several at a time
+        "nothing to do, asked by itself": 1,  # the shard's record, several at a time
     }
     assert cost["nothing to do"][0] < 10
 
 
-# --------------------------------------------------------------------------------------------- numbers that were kept
+# ----------------------------------------------------------------------------------------------------- stored numbers
 
 
 def test_the_numbers_are_kept_in_the_index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = make_run(tmp_path, MIXED)
     counted = summarize(Run.open(store))
     assert write_report(Run.open(store)) == counted
-    monkeypatch.setattr(report_module, "_count", None)  # whoever counts fails
+    monkeypatch.setattr(report_module, "_count", None)  # counting again would fail
     assert summarize(Run.open(store)) == counted
 
 
@@ -188,7 +188,7 @@ def test_numbers_of_an_older_generation_are_counted_anew(tmp_path: Path) -> None
     assert summarize(Run.open(store)).failed == 2
 
 
-# ------------------------------------------------------------------------------------------------ what has no report
+# ----------------------------------------------------------------------------------------------- runs without report
 
 
 def test_no_run_no_report(tmp_path: Path) -> None:
@@ -286,7 +286,7 @@ def test_the_cards_programs_load_the_run(tmp_path: Path, outcomes: list[Outcome]
     write_report(Run.open(store))
     programs = re.findall(r"```python\n(.*?)```", store.read("README.md").decode(), re.DOTALL)
     by_webdataset, by_datasets, by_pyarrow = programs
-    compile(by_datasets, "README.md", "exec")  # a large package to install for one line
+    compile(by_datasets, "README.md", "exec")  # not run: a large package for one line
     loop = by_webdataset + "    print(sample['__key__'], picture.size, caption)\n"
     found = subprocess.run(
         [sys.executable, "-c", f"{loop}\n{by_pyarrow}\nprint(rows.num_rows)"],

@@ -1,4 +1,4 @@
-"""A worker that dies, for tests of the pool: it kills its own process, as the kernel's memory killer would."""
+"""Workers for tests of the pool that kill their own process, as the kernel's out-of-memory killer would."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from smsbatch.workers.worker import Worker
 
 
 class DeadlyWorker(Worker):
-    """Dies whenever it reads a sample named `killer...`, and once, in the whole test, when it reads `flaky`."""
+    """Kills itself at every sample named `killer...`, and at the sample `flaky` once in a test."""
 
     def _read(self, reader: Reader, entry: Entry) -> Sample | Outcome:
         died_before = Path(self.manifest.output.path).with_name("died-before")
@@ -23,7 +23,7 @@ class DeadlyWorker(Worker):
 
 
 class StillbornWorker(Worker):
-    """Dies while it loads its models."""
+    """Kills itself while it loads its models."""
 
     def setup(self, driver_version: str = "") -> None:
         os.kill(os.getpid(), signal.SIGKILL)

@@ -1,8 +1,8 @@
-"""Lives of a run that end by SIGKILL, and what must be true of its output after each of them.
+"""Processes of a run that end by SIGKILL, and checks of the run's output after each of them.
 
-A life is a real process that runs `smsbatch run`, in a session of its own, so that it can be killed with all its
-children. It comes out of a server that has imported torch already, so that a test affords many of them; `fresh` ones
-import everything themselves. When to kill is decided by what the output has come to, and by a seed.
+A `Life` is a real process that runs `smsbatch run` in a session of its own, so that it can be killed with all its
+children. It is forked from a server that has already imported torch, so that a test can afford many of them; `fresh`
+ones import everything themselves. The number of objects in the output and a seed decide when to kill.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ import smsbatch as sb
 
 __all__ = ["Bucket", "Disk", "Life", "Output", "check_end", "check_whole", "descendants", "disturb", "facts", "until"]
 
-PATIENCE_S = 300.0  # for what takes seconds: only a machine that hangs has it end
+PATIENCE_S = 300.0  # for events within seconds: only a hang exceeds it
 PRELOAD = [
     "smsbatch.cli.app",
     "smsbatch.commands.run",
@@ -43,7 +43,7 @@ PRELOAD = [
     "transformers.models.clip.tokenization_clip",
     "s3fs",
 ]
-OF_CHANCE = {"seconds", "batch_size", "attempt", "attempts", "worker"}  # columns of the way and not of the result
+OF_CHANCE = {"seconds", "batch_size", "attempt", "attempts", "worker"}  # columns that may differ if results are equal
 
 
 def until(happened: Callable[[], bool]) -> None:
@@ -54,7 +54,7 @@ def until(happened: Callable[[], bool]) -> None:
 
 
 class Life:
-    """A process that runs `smsbatch run JOB OPTIONS...`; what it prints is in `said`."""
+    """A process that runs `smsbatch run JOB OPTIONS...`; `said` is its output so far."""
 
     _lives: ClassVar[list[Life]] = []
 
@@ -67,7 +67,7 @@ class Life:
             context.set_forkserver_preload(PRELOAD)
         scratch = job.parent / "scratch"
         scratch.mkdir(exist_ok=True)
-        short = tempfile.gettempdir()  # of Ray's sockets, whose paths must not be long
+        short = tempfile.gettempdir()  # for Ray's sockets, whose paths must be short
         environment = dict(os.environ) | {"TMPDIR": str(scratch), "RAY_TMPDIR": short} | dict(env or {})
         self._process = context.Process(target=_live, args=(["run", str(job), *options], said, environment))
         self._process.start()
@@ -83,15 +83,15 @@ class Life:
         return self._said.read_text()
 
     def wait(self) -> int:
-        """Its exit code; negative: the signal it died of."""
+        """Wait until it ends; returns its exit code, or minus the number of the signal that killed it."""
         self._process.join(PATIENCE_S)
         code: int | None = self._process.exitcode
         assert code is not None, f"it does not end: {self.said}"
         return code
 
     def kill(self, children: bool = True) -> bool:
-        """SIGKILL; False if it had ended by itself, which it may do only with exit code 0."""
-        with suppress(ProcessLookupError):  # it had
+        """Kill it with SIGKILL; False if it had already ended, which is allowed only with exit code 0."""
+        with suppress(ProcessLookupError):  # it has ended already
             (os.killpg if children else os.kill)(self.pid, signal.SIGKILL)
         code = self.wait()
         assert code in (0, -signal.SIGKILL), self.said
@@ -99,7 +99,7 @@ class Life:
 
     @classmethod
     def end_all(cls) -> None:
-        """For the end of a test that has failed: nothing it started goes on."""
+        """Kill all lives that are still running, at the end of a test that may have failed."""
         while cls._lives:
             life = cls._lives.pop()
             if not life.ended:
@@ -115,7 +115,7 @@ def _live(arguments: list[str], said: str, environment: dict[str, str]) -> None:
     sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)  # noqa: SIM115
     os.environ.clear()
     os.environ.update(environment)
-    tempfile.tempdir = None  # found anew, from the environment
+    tempfile.tempdir = None  # to be read again from the environment
 
     from smsbatch.cli.app import app
 
@@ -123,16 +123,16 @@ def _live(arguments: list[str], said: str, environment: dict[str, str]) -> None:
 
 
 class Output(Protocol):
-    """Where a run writes to."""
+    """The output of a run, on disk or in a bucket."""
 
     @property
     def url(self) -> str: ...
 
     def names(self) -> set[str]:
-        """All objects but those that come and go."""
+        """The names of all objects except temporary ones and heartbeats."""
 
     def local(self, folder: Path) -> Path:
-        """The whole output as a folder, a copy in `folder` if need be."""
+        """The whole output as a local folder; of a bucket, a copy below `folder`."""
 
 
 class Disk:
@@ -173,9 +173,9 @@ def disturb(
     check: Callable[[], None],
     kill: Callable[[Life], bool] = Life.kill,
 ) -> int:
-    """Start and kill so often, each time when up to `stride` more objects are there, then let it end well.
+    """Start and kill a run `deaths` times, each after 1 to `stride` more objects, then start it and let it finish.
 
-    `check` is asked after every death. Returns how many lives were killed: one may be done before its death is due.
+    `check` is called after every kill. Returns the number of kills: fewer if the run finishes before.
     """
     chance, killed = random.Random(seed), 0
     for _ in range(deaths):
@@ -194,7 +194,7 @@ def disturb(
 
 
 def check_whole(out: Path) -> None:
-    """Assert that all committed and published files exist and are whole; this holds at any instant, after any death."""
+    """Assert that all committed and published files exist and are whole; this holds at any time, after any kill."""
     for name, commit in commits(out).items():
         stem = out / "_smsbatch" / "attempts" / name.partition(".")[0] / commit["attempt"]
         for kind, proof in commit["files"].items():
@@ -211,13 +211,13 @@ def _prove(file: Path, proof: Mapping[str, Any]) -> None:
 
 
 def facts(out: Path, without: Sequence[str] = ()) -> dict[str, dict[str, Any]]:
-    """The rows by key, without what chance decides."""
+    """The rows by key, without the columns that may differ if results are equal."""
     left_out = OF_CHANCE | set(without)
     return {key: {name: value for name, value in row.items() if name not in left_out} for key, row in rows(out).items()}
 
 
 def check_end(out: Path, undisturbed: Path, without: Sequence[str] = ()) -> None:
-    """A run that has ended: the same tars, byte for byte, and rows as one that nobody disturbed, and all in order."""
+    """Assert that a run is finished and intact, with the rows and, byte for byte, the tars of an undisturbed run."""
     assert (out / "_SUCCESS").exists()
     assert tars(out) == tars(undisturbed)
     assert facts(out, without) == facts(undisturbed, without)
@@ -234,13 +234,13 @@ def check_end(out: Path, undisturbed: Path, without: Sequence[str] = ()) -> None
 
 
 def descendants(pid: int) -> Iterator[tuple[int, str]]:
-    """(pid, command) of all that a process has started, and theirs; from Linux' /proc."""
+    """(pid, command) of all descendants of a process, from Linux' /proc."""
     parents, commands = {}, {}
     for folder in Path("/proc").glob("[0-9]*"):
         try:
             parents[int(folder.name)] = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
             commands[int(folder.name)] = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
-        except (FileNotFoundError, ProcessLookupError):  # it has ended while we looked
+        except (FileNotFoundError, ProcessLookupError):  # it has ended meanwhile
             continue
     waiting = [pid]
     while waiting:

@@ -1,6 +1,6 @@
-"""Golden files: what a test pins, kept as text in tests/golden; `pytest --regenerate-golden` writes it anew.
+"""Golden files: expected texts in tests/golden; `pytest --regenerate-golden` writes them again.
 
-Look at the difference before committing it: it is what the change does to every user's results.
+Look at the difference before committing it: it shows how the change affects every user's results.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.fixture
 def golden(request: pytest.FixtureRequest) -> Callable[[str, str], str]:
-    """`golden(name, found)` is the text pinned under a name; regenerating, what was found becomes that text."""
+    """`golden(name, found)` returns the text stored under a name; with --regenerate-golden it first stores `found`."""
 
     def pinned(name: str, found: str) -> str:
         file = FOLDER / name

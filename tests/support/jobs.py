@@ -1,4 +1,4 @@
-"""Small jobs on a model of random weights, and what to look at when they are done."""
+"""Small jobs on a model of random weights, and functions that read their output."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ KEYS = [f"photo-{number}" for number in range(6)]
 
 
 def make_photos(folder: Path, keys: list[str] | None = None, size: tuple[int, int] = (48, 32)) -> Path:
-    """Smooth coloured pictures [height 32, width 48], all different, every second one with a caption."""
+    """Write smooth, different pictures of (width, height) `size` to a folder, every second one with a caption."""
     folder.mkdir(parents=True, exist_ok=True)
     for number, key in enumerate(KEYS if keys is None else keys):
         x, y = np.meshgrid(np.linspace(0, 1, size[0]), np.linspace(0, 1, size[1]))
@@ -33,7 +33,7 @@ def make_photos(folder: Path, keys: list[str] | None = None, size: tuple[int, in
 
 
 def write_manifest(folder: Path, model: Path, lora: Path, photos: Path, **sections: dict[str, Any]) -> Path:
-    """A manifest of two steps on 32 pixels, units of two, shards of four, png; `sections` are merged over it."""
+    """Write a manifest: two steps at 32 pixels, units of two, shards of four, PNG; `sections` override its keys."""
     manifest: dict[str, Any] = {
         "task": "optimize",
         "name": "test",
@@ -53,7 +53,7 @@ def write_manifest(folder: Path, model: Path, lora: Path, photos: Path, **sectio
 
 
 def make_generator(folder: Path, seed: int = 0) -> Path:
-    """A small generator of random weights, in a style of its own."""
+    """Save a small generator with random weights and an invented style."""
     torch.manual_seed(seed)
     about = {"name": "waves", "style": "wavy style", "lora": ["waves.safetensors"], "model": "tiny"}
     Generator(8, 1, about=about).save(folder)
@@ -61,7 +61,7 @@ def make_generator(folder: Path, seed: int = 0) -> Path:
 
 
 def write_stylize(folder: Path, generator: Path | str, photos: Path, **sections: Any) -> Path:
-    """A manifest as `write_manifest`'s, of one pass of a generator."""
+    """Write a manifest like that of `write_manifest`, for `task: stylize`."""
     manifest: dict[str, Any] = {
         "task": "stylize",
         "name": "test",
@@ -79,7 +79,7 @@ def write_stylize(folder: Path, generator: Path | str, photos: Path, **sections:
 
 
 def rows(out: Path) -> dict[str, dict[str, Any]]:
-    """All rows of a run by key; a key that stands twice is an error."""
+    """All rows of a run by key; a duplicate key is an error."""
     found: dict[str, dict[str, Any]] = {}
     for file in sorted((out / "metrics").glob("*.parquet")):
         for row in pq.read_table(file).to_pylist():

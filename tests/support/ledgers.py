@@ -1,4 +1,4 @@
-"""An attempt and its commit in one call, as a worker makes them."""
+"""A helper that stores an attempt and commits it, as a worker does."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def commit_unit(
     generation: int = 0,
     attempt: str | None = None,
 ) -> Commit:
-    """Attempt and decide, unless the unit has a commit of that generation already; returns the one that stands."""
+    """Commit an attempt unless the unit already has a commit of that generation; returns the commit that counts."""
     standing = ledger.committed(unit.id)
     if standing is not None and standing.generation >= generation:
         return standing

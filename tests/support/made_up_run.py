@@ -30,7 +30,7 @@ def picture(seed: int, height: int = 48, width: int = 64) -> bytes:
 
 
 def stylized(number: int, **changes: Any) -> Outcome:
-    """Sample `number` of a made-up run, a success."""
+    """The successful outcome of sample `number` of a made-up run."""
     made = Outcome(
         key=f"p{number:03d}",
         url=f"p{number:03d}.png",

@@ -1,4 +1,4 @@
-"""Makers of the data tests' input: tars with any headers, pictures, indexed sources, outcomes."""
+"""Inputs of the data tests: tars with any headers, pictures, indexed sources and outcomes."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def source_of(format: str, *urls: object, **options: Any) -> Source:
 
 
 def indexed(source: Source, storage: Storage = STORAGE) -> tuple[list[Entry], list[str]]:
-    """All a run would plan of a source, through the index file, and the notices."""
+    """The entries that a run would plan for a source, read back from an index file, and the notices."""
     scans = [scan(part, source, storage) for part in parts(source, storage)]
     notices = [notice for scanned in scans for notice in scanned.notices]
     with tempfile.TemporaryDirectory() as folder:
@@ -44,12 +44,12 @@ def loaded(entry: Entry, source: Source, storage: Storage = STORAGE) -> Sample:
 
 
 def expand(pattern: str, storage: Storage) -> list[str]:
-    """The names alone."""
+    """The URLs that match a pattern, without their `Stat`."""
     return [url for url, _ in objects.expand(pattern, storage)]
 
 
 def stat(url: str, storage: Storage) -> Stat | None:
-    """The entry of the object with exactly that name."""
+    """The `Stat` of the object with exactly that URL; None if there is none."""
     return dict(objects.expand(url, storage)).get(url)
 
 
@@ -80,7 +80,7 @@ def make_files(root: Path, files: dict[str, bytes]) -> Path:
 
 
 def pattern(height: int = 40, width: int = 60) -> pixels.Pixels:
-    """Four corners of four colours: red, green / blue, white."""
+    """A picture with quadrants in four colours: red, green / blue, white."""
     picture = np.zeros((height, width, 3), np.uint8)
     picture[: height // 2, : width // 2] = 255, 0, 0
     picture[: height // 2, width // 2 :] = 0, 255, 0
@@ -109,6 +109,6 @@ def leftovers(store: Store) -> list[str]:
 
 
 def read_range(store: Store, path: str, start: int, stop: int) -> bytes:
-    """Bytes [start, stop) of an object, by its backend."""
+    """Bytes [start, stop) of an object, read through its backend."""
     backend, full = resolve(store.locate(path), store.storage)
     return backend.get(full, start, stop).data

@@ -1,6 +1,7 @@
-"""Latent diffusion models of random weights, as folders in diffusers' pipeline format and as checkpoints in one file,
-and a style LoRA for them: for tests of the mathematics and of the machinery, which must not depend on what the embedded
-model has learned."""
+"""Latent diffusion models of random weights, as diffusers folders and as single files, and a style LoRA for them.
+
+Tests of the mathematics and of the machinery use them, because they must not depend on the embedded model's training.
+"""
 
 from __future__ import annotations
 
@@ -15,11 +16,11 @@ PROMPTS = ["a red fox in the snow", "a lake", "", "boats in a harbour at night"]
 
 
 def save_model(folder: Path, *, second: bool = False) -> Path:
-    """A Stable Diffusion 1.x in small: 4 latent channels at a quarter of the side, cross-attention at two levels.
+    """Save a small Stable Diffusion 1.x: 4 latent channels at a quarter of the side, cross-attention at two levels.
 
     Args:
-        second: a 2.x instead, as the 768-pixel ones are: predicts v, linear projections around the attention, heads by
-            the level, OpenCLIP's activation and padding.
+        second: save a 2.x like those for 768 pixels: v-prediction, linear projections around the attention, heads
+            that depend on the level, OpenCLIP's activation and padding.
     """
     from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
@@ -89,7 +90,7 @@ def save_model(folder: Path, *, second: bool = False) -> Path:
 
 
 def save_lora(file: Path, model: Path, rank: int = 2) -> Path:
-    """A kohya file: LoRA on every attention linear, LoCon on every first 3x3 convolution of a ResNet block."""
+    """Save a kohya file: LoRA on every attention linear, LoCon on every first 3x3 convolution of a ResNet block."""
     from smsbatch.diffusion.priors.stable_diffusion import Prior
 
     generator = torch.Generator().manual_seed(1)
@@ -108,8 +109,7 @@ def save_lora(file: Path, model: Path, rank: int = 2) -> Path:
 
 
 def save_single_file(file: Path, folder: Path) -> Path:
-    """A folder of `save_model` as one checkpoint, its parameters named as the original code of Stable Diffusion has
-    them."""
+    """Save a folder of `save_model` as one checkpoint with the parameter names of Stable Diffusion's original code."""
     unet, vae, text = (
         load_file(folder / part / name)
         for part, name in (
@@ -151,7 +151,7 @@ _OUTSIDE = {
 
 
 def _ldm_unet(key: str) -> str:
-    """The original has three lists of blocks: going down, in the middle, going up; here with one layer a level."""
+    """A parameter's name in the original, whose blocks are three lists (down, middle, up); for one layer a level."""
     path, _, kind = key.rpartition(".")
     if path in _OUTSIDE:
         return f"{_OUTSIDE[path]}.{kind}"
@@ -185,12 +185,12 @@ def _ldm_vae(key: str) -> str:
 
 
 def _as_convolution(key: str, value: torch.Tensor) -> torch.Tensor:
-    """The original's attention in the VAE is made of convolutions."""
+    """A parameter of the VAE in the original, where its attention layers are 1x1 convolutions."""
     return value[:, :, None, None] if "attentions" in key and value.ndim == 2 else value
 
 
 def _open_clip(text: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """CLIP's text tower in OpenCLIP's words: query, key and value are one matrix."""
+    """CLIP's text tower with OpenCLIP's names; query, key and value are one matrix."""
     width = len(text["final_layer_norm.weight"])
     tensors = {
         "positional_embedding": text["embeddings.position_embedding.weight"],

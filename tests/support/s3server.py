@@ -1,8 +1,8 @@
-"""An S3 server on loopback for tests (moto), and `Faults`: a proxy in front of it that fails on purpose.
+"""An S3 server on loopback for tests (moto), and `Faults`, a proxy in front of it that injects faults.
 
-Both live in the process of the tests, so that other processes can be killed while the server stays. Credentials are in
-the environment for the whole session, for child processes too, and by `environment.py` nothing outside loopback can be
-asked for others.
+Both run in the process of the tests, so that other processes can be killed while the server keeps running. The
+environment has credentials for the whole session, also for child processes; `environment.py` prevents a search for
+other credentials outside loopback.
 """
 
 from __future__ import annotations
@@ -34,18 +34,18 @@ from smsbatch.manifest import Storage
 __all__ = ["ANSWERS", "SEEDED", "Faults", "Request", "Server", "s3"]
 
 REGION = "us-east-1"
-ANSWERS = {  # what S3 itself would answer, by the name of the fault
+ANSWERS = {  # S3's own error responses, by the name of the fault
     "403": (403, "AccessDenied"),
     "409": (409, "ConditionalRequestConflict"),
     "500": (500, "InternalError"),
     "501": (501, "NotImplemented"),
     "503": (503, "SlowDown"),
 }
-SEEDED = ("500", "503", "reset_before", "reset_after", "stall", "cut")  # what a retry must outlive
+SEEDED = ("500", "503", "reset_before", "reset_after", "stall", "cut")  # faults that retries must overcome
 
 
 class Server:
-    """An S3 server. `endpoint`: its URL; `storage`: the manifest section that reaches it; `client`: boto3's."""
+    """An S3 server: its URL `endpoint`, the manifest section `storage` that reaches it, and a boto3 `client`."""
 
     def __init__(self, endpoint: str) -> None:
         self.endpoint = endpoint
@@ -55,31 +55,31 @@ class Server:
         )
 
     def bucket(self) -> str:
-        """The name of a new, empty bucket."""
+        """Create an empty bucket and return its name."""
         name = f"bucket-{uuid.uuid4().hex[:12]}"
         self.client.create_bucket(Bucket=name)
         return name
 
     def upload(self, folder: Path, url: str) -> None:
-        """All files below a folder, to `s3://bucket/prefix`."""
+        """Upload all files below a folder to `s3://bucket/prefix`."""
         bucket, prefix = _split(url)
         for file in sorted(folder.rglob("*")):
             if file.is_file():
                 self.client.upload_file(str(file), bucket, f"{prefix}{file.relative_to(folder).as_posix()}")
 
     def names(self, url: str) -> set[str]:
-        """The rests of all keys below `s3://bucket/prefix`."""
+        """The keys of all objects below `s3://bucket/prefix`, without the prefix."""
         bucket, prefix = _split(url)
         pages = self.client.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix)
         return {item["Key"].removeprefix(prefix) for page in pages for item in page.get("Contents", ())}
 
     def objects(self, url: str) -> dict[str, bytes]:
-        """Everything below `s3://bucket/prefix`: content by the rest of the key."""
+        """The content of all objects below `s3://bucket/prefix`, by key without the prefix."""
         bucket, prefix = _split(url)
         return {name: self._read(bucket, prefix + name) for name in sorted(self.names(url))}
 
     def download(self, url: str, folder: Path) -> Path:
-        """Everything below `s3://bucket/prefix`, as files."""
+        """Download all objects below `s3://bucket/prefix` to a folder."""
         for name, content in self.objects(url).items():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             (folder / name).write_bytes(content)
@@ -107,7 +107,7 @@ def s3() -> Iterator[Server]:
         wsgi: Any = moto._server
         wsgi.app = _one_writer(wsgi.app)
         wsgi.RequestHandlerClass.log_request = lambda *args: None
-        wsgi.RequestHandlerClass.protocol_version = "HTTP/1.1"  # connections that stay, as S3's
+        wsgi.RequestHandlerClass.protocol_version = "HTTP/1.1"  # persistent connections, as with S3
         server = Server("http://{}:{}".format(*moto.get_host_and_port()))
         yield server
         server.client.close()
@@ -116,13 +116,13 @@ def s3() -> Iterator[Server]:
 
 
 def _one_writer(app: Callable[..., Any]) -> Callable[..., Any]:
-    """moto looks for `If-None-Match` first and stores then; S3 does both at once, and so does moto one by one."""
+    """Process writes one at a time: moto checks `If-None-Match` before it stores, and S3 does both atomically."""
     lock = threading.Lock()
 
     def guarded(environ: dict[str, Any], start_response: Any) -> Any:
         if environ["REQUEST_METHOD"] in ("GET", "HEAD"):
             return app(environ, start_response)
-        # All that was sent is read before the lock is taken: a client that was killed must not hold it.
+        # The whole request is read before the lock is taken, so that a client that was killed cannot hold it.
         sent = environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))
         with lock:
             return app(environ | {"wsgi.input": io.BytesIO(sent)}, start_response)
@@ -132,7 +132,7 @@ def _one_writer(app: Callable[..., Any]) -> Callable[..., Any]:
 
 @dataclass(frozen=True)
 class Request:
-    """One request that the proxy saw: `path` is bucket and key with the query, `fault` what was done to it."""
+    """A request that the proxy received: `path` is bucket and key with the query, `fault` the fault that it got."""
 
     method: str
     path: str
@@ -143,15 +143,15 @@ class Request:
 class Faults:
     """A proxy in front of an S3 server that injects faults; a context manager.
 
-    Faults are a key of `ANSWERS` (the request is not passed on), or
-        reset_before: the connection is reset before the request was passed on;
-        reset_after: it is reset after, so that a write has happened and its answer is lost;
-        stall: no answer at all, until the client gives up (then the request was not passed on);
-        cut: the head of the answer and half its body; of answers without a body, `reset_after`.
+    A fault is a key of `ANSWERS` (the request is not forwarded) or one of
+        reset_before: the connection is reset and the request is not forwarded;
+        reset_after: the connection is reset after the request was forwarded: a write takes effect, its answer is lost;
+        stall: there is no answer until the client gives up, and the request is not forwarded;
+        cut: the answer ends after its headers and half its body; the same as `reset_after` if it has no body.
 
-    `rate` of all requests meet one of `kinds`, by a schedule that depends on `seed`, the method, the path and how often
-    that was asked for, and not on the order in which threads come. `inject` adds faults for certain requests; these go
-    first. `requests` is what was seen.
+    A share `rate` of all requests gets one of `kinds`. The choice depends on `seed`, the method, the path and how often
+    that was requested, and not on the order of threads. `inject` adds faults for certain requests, which take
+    precedence. `requests` are the requests so far.
     """
 
     def __init__(
@@ -189,7 +189,7 @@ class Faults:
             daemon_threads = True
 
             def handle_error(self, request: Any, client_address: Any) -> None:
-                pass  # a client that went away is what these tests are about
+                pass  # these tests expect clients that disconnect
 
         self._proxy = Proxy(("127.0.0.1", 0), Handler)
         self._thread = threading.Thread(target=self._proxy.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
@@ -200,7 +200,7 @@ class Faults:
 
     @property
     def injected(self) -> Counter[str]:
-        """The number of requests so far by fault."""
+        """The number of injected faults so far, by fault."""
         return Counter(request.fault for request in self.requests if request.fault)
 
     def inject(
@@ -213,9 +213,9 @@ class Faults:
         skip: int = 0,
         conditional: bool = False,
     ) -> None:
-        """`fault` for the next `times` requests of `method` with `part` in their path, after the first `skip` ones.
+        """Inject `fault` into the next `times` requests of `method` with `part` in their path, after the first `skip`.
 
-        With `conditional` only for those with `If-None-Match`.
+        With `conditional`, only requests with `If-None-Match` count.
         """
         if fault not in (*ANSWERS, *SEEDED):
             raise ValueError(fault)
@@ -277,7 +277,7 @@ class Faults:
     def _ask(
         self, client: http.server.BaseHTTPRequestHandler, sent: bytes
     ) -> tuple[int, list[tuple[str, str]], int, bytes]:
-        """The server's answer: status, headers, the length it names, and the content."""
+        """The server's answer: status, headers, Content-Length and body."""
         upstream = http.client.HTTPConnection(self._target.hostname or "", self._target.port, timeout=60)
         dropped = {"connection", "expect", "transfer-encoding", "content-length"}
         try:
@@ -294,7 +294,7 @@ class Faults:
     def _wait_until_gone(self, connection: socket.socket) -> None:
         deadline = time.monotonic() + self._stall_s
         while time.monotonic() < deadline and not self._closing.is_set():
-            if select.select([connection], [], [], 0.05)[0]:  # nothing is due from the client but its end
+            if select.select([connection], [], [], 0.05)[0]:  # the client sends nothing more, so it has disconnected
                 return
 
 
@@ -331,7 +331,7 @@ def _answer(
 
 
 def _reset(client: http.server.BaseHTTPRequestHandler) -> None:
-    """RST instead of FIN: the client sees "connection reset by peer"."""
+    """Close with RST instead of FIN: the client gets "connection reset by peer"."""
     client.close_connection = True
     client.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     client.connection.close()

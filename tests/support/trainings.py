@@ -1,4 +1,4 @@
-"""Small trainings on a model of random weights, workers of one in processes, and what to look at when they are done."""
+"""Small trainings on a model of random weights, also by several processes, and functions that read their output."""
 
 from __future__ import annotations
 
@@ -15,8 +15,10 @@ from support.jobs import make_photos
 
 
 def write_training(folder: Path, model: Path, lora: Path, **sections: dict[str, Any]) -> Path:
-    """A manifest of twelve steps, two of them warm-up, with four pictures of 32 pixels each out of ten; `sections` are
-    merged over it."""
+    """Write a manifest of a training of twelve steps, two of them warm-up; `sections` override its keys.
+
+    Every step has four pictures of 32 pixels out of ten.
+    """
     manifest: dict[str, Any] = {
         "task": "distill",
         "name": "test",
@@ -49,7 +51,7 @@ def write_training(folder: Path, model: Path, lora: Path, **sections: dict[str, 
 
 
 def parameters(out: Path) -> dict[str, torch.Tensor]:
-    """The parameters of the generator that a run has made."""
+    """The parameters of a run's generator."""
     return load_file(out / "generator/generator.safetensors")
 
 
@@ -58,7 +60,7 @@ def log(out: Path) -> list[dict[str, Any]]:
 
 
 def steps(out: Path) -> list[int]:
-    """Those of the log, in its order."""
+    """The steps of the log, in its order."""
     return [line["step"] for line in log(out)]
 
 
@@ -67,8 +69,10 @@ def checkpoints(out: Path) -> list[int]:
 
 
 def train_together(job: Path, workers: int, folder: Path) -> None:
-    """The job's planned training by so many processes that gloo holds together; worker 0 leaves in the folder what was
-    averaged, a file of safetensors named by the number of the call."""
+    """Run the job's planned training in `workers` processes that gloo connects.
+
+    Worker 0 saves the averaged tensors in `folder`: one safetensors file for each call, named by its number.
+    """
     context: Any = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOAD)
     folder.mkdir()
