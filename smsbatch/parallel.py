@@ -1,4 +1,4 @@
-"""Start work ahead of its consumer."""
+"""Run work in threads ahead of its consumer."""
 
 from __future__ import annotations
 

@@ -51,6 +51,11 @@ def one_line(error: BaseException) -> str:
     return " ".join(str(error).split())[:200]
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, or its class if it has none."""
+    return (str(error).strip() or repr(error)).splitlines()[0]
+
+
 def flat(section: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """The values of nested mappings by their dotted keys."""
     found: dict[str, Any] = {}
@@ -74,7 +79,11 @@ def code_span(text: str) -> str:
 
 def render_template(name: str, filters: Mapping[str, Callable[..., Any]] | None = None, **values: Any) -> str:
     """A Jinja template of the package, with the words of this module as filters; HTML is escaped."""
-    from jinja2 import Environment, PackageLoader, StrictUndefined  # only for who writes a report
+    from jinja2 import (  # slow to import, and needed only for reports and cards
+        Environment,
+        PackageLoader,
+        StrictUndefined,
+    )
 
     environment = Environment(
         loader=PackageLoader("smsbatch", ""),

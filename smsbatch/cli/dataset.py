@@ -134,7 +134,7 @@ def verification(found: Verification, where: str) -> Iterator[str]:
     if found.problems:
         yield f"{count(len(found.problems), 'problem')}; repair with: smsbatch repair{full} {where}"
     elif found.full:
-        yield "No problem: every byte that is there is as it was written."
+        yield "No problem: every stored byte is unchanged."
     else:
         yield "No problem by names, sizes and counts; --full reads every byte."
 

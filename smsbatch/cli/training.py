@@ -45,7 +45,7 @@ def status_line(now: TrainingStatus) -> str:
 
 def summary(done: Distilled, worked: bool) -> Iterator[str]:
     """The generator, its location, and the next step."""
-    if done.resumed_from is None:  # else it trained, though perhaps for no step
+    if done.resumed_from is None:  # else it trained, possibly for no step
         yield "Nothing to do: the generator is there already."
     rows = [
         ("run", done.name),
@@ -82,7 +82,7 @@ def exported(written: Exported) -> Iterator[str]:
     if written.largest is None:
         yield "It was not tested: onnxruntime is not installed (pip install onnxruntime)."
     else:
-        yield f"onnxruntime gives what torch gives, within {written.largest:.2g}."
+        yield f"onnxruntime and torch agree within {written.largest:.2g}."
 
 
 def _rates(now: TrainingStatus) -> list[str]:

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 from smsbatch.errors import RequestError
 from smsbatch.manifest import Compute
+from smsbatch.text import first_line
 
 
 class Sizing(NamedTuple):
@@ -72,7 +73,7 @@ def _start(compute: Compute) -> None:
             ray.init(**options, log_to_driver=False, logging_level=logging.ERROR)
     except (OSError, RuntimeError, ValueError) as error:
         raise RequestError(
-            f"compute.address: no Ray cluster at {address or 'this machine'} ({str(error).splitlines()[0]}); "
+            f"compute.address: no Ray cluster at {address or 'this machine'} ({first_line(error)}); "
             "check `ray status`, RAY_AUTH_MODE=token if the cluster asks for one, or --set compute.pool=local"
         ) from error
     if threading.current_thread() is threading.main_thread():

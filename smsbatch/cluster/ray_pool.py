@@ -20,16 +20,17 @@ from smsbatch.runs.plan import Estimate
 from smsbatch.runs.records import Commit
 from smsbatch.runs.run import Run
 from smsbatch.runs.status import Progress
+from smsbatch.text import first_line
 from smsbatch.workers.pool import TICK_S, LocalPool, Pool
 from smsbatch.workers.worker import Worker, WorkItem
 
 _FEW = 64  # so few items are not worth starting a cluster for
-_LOOK_S = 10.0  # interval of the check that the cluster still exists
+_CHECK_S = 10.0  # interval of the check that the cluster still exists
 
 
 @dataclass(eq=False)
 class _Actor:
-    """A Ray actor and the jobs that it is working on."""
+    """A Ray actor and the units that it is working on."""
 
     handle: Any
     name: str
@@ -105,7 +106,7 @@ class RayPool(Pool):
                 raise error.cause from None
             raise
         except ray.exceptions.RayError as error:
-            reason = str(error).strip().splitlines()[0]
+            reason = first_line(error)
             raise RunError(
                 f"a worker died before the work began ({reason}); look at the memory of the nodes"
             ) from error
@@ -117,8 +118,8 @@ class RayPool(Pool):
 
         queue = deque(UnitRetry(item) for item in items)
         unrecoverable: list[str] = []
-        next_look = monotonic() + _LOOK_S
-        calls: dict[Any, tuple[_Actor, UnitRetry | None]] = {}  # a call without a job is an actor's setup
+        next_check = monotonic() + _CHECK_S
+        calls: dict[Any, tuple[_Actor, UnitRetry | None]] = {}  # a call without a unit is an actor's setup
         polls = {actor.handle.progress.remote(): actor for actor in self._actors}  # the actor of a probe, if any
         while True:
             outstanding = len(queue) + sum(len(actor.retries) for actor in self._actors)
@@ -156,15 +157,15 @@ class RayPool(Pool):
                 else:
                     yield result
             polls = self._poll(polls)
-            if not finished and monotonic() >= next_look:
+            if not finished and monotonic() >= next_check:
                 if not any(node["Alive"] for node in ray.nodes()):  # then Ray never reports the deaths of its actors
                     raise RunError("the Ray cluster is gone: no node is alive; look at its logs, then run again")
-                next_look = monotonic() + _LOOK_S
+                next_check = monotonic() + _CHECK_S
             yield None
         if unrecoverable:
             lost = sorted(unrecoverable)
             raise RunError(
-                f"units {', '.join(lost)} kill their workers even without the samples that do so alone; "
+                f"units {', '.join(lost)} kill their workers even without the samples that were found to do so; "
                 "look at the memory and the drivers of the workers, then run again"
             )
 
@@ -189,12 +190,12 @@ class RayPool(Pool):
         return actor
 
     def _deal(self, actor: _Actor, queue: deque[UnitRetry], calls: dict[Any, tuple[_Actor, UnitRetry | None]]) -> None:
-        """Give an actor jobs up to its limit; a unit that saw a death runs alone, so that the next has one suspect."""
+        """Give an actor units up to its limit. A unit whose worker died runs alone, so a next death has one suspect."""
         while actor.ready and queue and len(actor.retries) < self.units_in_flight:
             idle = sum(not other.retries for other in self._actors)
             had_deaths = queue[0].deaths or any(retry.deaths for retry in actor.retries)
             if actor.retries and (had_deaths or len(queue) <= idle):
-                return  # the last units go to actors without a job, including those that are still loading
+                return  # the last units go to idle actors, including those that are still loading
             retry = queue.popleft()
             actor.retries.append(retry)
             if retry.suspects:
@@ -203,7 +204,7 @@ class RayPool(Pool):
                 calls[actor.handle.process.remote(retry.item, tuple(retry.lost), retry.deaths)] = actor, retry
 
     def _remove_dead(self, actor: _Actor, queue: deque[UnitRetry], error: Exception) -> list[str]:
-        """Remove a dead actor and requeue its jobs; returns the names of units with nothing left to try."""
+        """Remove a dead actor and requeue its units; returns the names of units with nothing left to try."""
         import ray
 
         ray.kill(actor.handle)
@@ -213,7 +214,7 @@ class RayPool(Pool):
             self._startup_deaths += 1
             if self._startup_deaths >= self._MAX_STARTUP_DEATHS:
                 if not any(other.ready for other in self._actors):
-                    reason = str(error).strip().splitlines()[0]
+                    reason = first_line(error)
                     raise RunError(
                         f"{self._startup_deaths} workers in a row died while loading the models ({reason}); is their "
                         "memory too small? `--set compute.pool=local` shows what happens in this process"
@@ -237,7 +238,7 @@ class RayPool(Pool):
         again = {call: polls[call] for call in waiting}
         for call in answered:
             actor = polls[call]
-            with suppress(ray.exceptions.RayError):  # the actor died, which `work` learns from its job
+            with suppress(ray.exceptions.RayError):  # the actor died, which `work` learns from its call
                 self._seen[actor.name] = ray.get(call)
                 again[actor.handle.progress.remote()] = actor
         return again

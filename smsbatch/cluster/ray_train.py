@@ -24,10 +24,11 @@ from smsbatch.errors import RunError, SmsbatchError, StorageError
 from smsbatch.manifest import Distill
 from smsbatch.runs.run import store_of
 from smsbatch.storage.store import Store
+from smsbatch.text import first_line
 from smsbatch.training.log import TrainingProgress, read_progress
 from smsbatch.workers.worker import require_version
 
-_LOOK_S = 1.0  # interval at which the driver reads the progress, and worker 0 looks for the stop file
+_POLL_S = 1.0  # interval at which the driver reads the progress, and worker 0 looks for the stop file
 
 
 def train_on_ray(
@@ -53,7 +54,7 @@ def train_on_ray(
             stop_sent, shown, ended = False, read_progress(store), False
             try:
                 while not ended:
-                    ended = fit.wait(_LOOK_S)
+                    ended = fit.wait(_POLL_S)
                     with suppress(StorageError):  # only a display; the workers use the same store and raise its errors
                         now = read_progress(store)
                         if now is not None and now != shown:
@@ -144,7 +145,7 @@ def _result(outcome: Any, retries: int) -> bool:
         for error in failures:
             death = getattr(error, "health_check_failure", error)
             if isinstance(death, ray.exceptions.RayError):
-                reason = str(death).strip().splitlines()[0]
+                reason = first_line(death)
                 raise RunError(
                     f"workers died {retries + 1} times ({reason}); look at the memory of the nodes, then run again: it "
                     "goes on from the last checkpoint"
@@ -191,8 +192,8 @@ def _work(config: dict[str, Any]) -> bool | SmsbatchError:
 def _listen(manifest: Distill, stop_file: str, asked: threading.Event, left: threading.Event) -> None:
     """Set `asked` when the stop file exists."""
     store = store_of(manifest)
-    while not left.wait(_LOOK_S):
-        with suppress(StorageError):  # tried again after _LOOK_S
+    while not left.wait(_POLL_S):
+        with suppress(StorageError):  # tried again after _POLL_S
             if store.exists(stop_file):
                 asked.set()
                 return

@@ -155,10 +155,10 @@ def _output(where: str | Manifest) -> Iterator[Check]:
             return
         if name == "clock":
             off_s = (datetime.now(UTC) - answers[name]).total_seconds()
-    stands = "no run yet" if run is None else f"the run {run.name}"
+    found = "no run yet" if run is None else f"the run {run.name}"
     done = ", ".join(name for name in answers if name != "clock")
     took_ms = 1000 * (perf_counter() - started)
-    yield Check("output", "ok", f"{store.url}: {done} in {took_ms:.0f} ms; {stands}")
+    yield Check("output", "ok", f"{store.url}: {done} in {took_ms:.0f} ms; {found}")
     yield _clock(off_s)
     yield _create_only(store)
 

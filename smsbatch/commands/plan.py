@@ -233,7 +233,7 @@ class DatasetPlanner:
         planned = run.about["planned"]
         return list(cut(planned["samples"], planned["samples_per_unit"], manifest.output.samples_per_shard))
 
-    def record(self, planned: Any) -> dict[str, Any]:
+    def planned_section(self, planned: Any) -> dict[str, Any]:
         """The section `planned` of `run.json`."""
         return {
             "samples": planned.samples,
@@ -281,13 +281,13 @@ class TrainingPlanner:
         """The plan of an existing run, with its progress."""
         planned, checkpoint, steps = run.about["planned"], latest(run.store), manifest.distill.all_steps
         done = checkpoint.step if checkpoint else 0
-        far = f"{run.store.url} has this run already: it goes on from step {done:,} of {steps:,}"
+        far = f"{run.store.url} has this run already: it continues from step {done:,} of {steps:,}"
         return TrainingPlan(manifest, planned["samples"], (*run.about["notices"], far), planned["bytes"], done)
 
     def units(self, manifest: Any, run: Run) -> list[Unit]:
         return []
 
-    def record(self, planned: Any) -> dict[str, Any]:
+    def planned_section(self, planned: Any) -> dict[str, Any]:
         return {"samples": planned.samples, "units": 0, "shards": 0, "bytes": planned.bytes_in}
 
     def generator(self, manifest: Any) -> None:
@@ -336,13 +336,13 @@ def _indexed(
     with tempfile.TemporaryDirectory(prefix="smsbatch-plan-") as folder:
         index = Path(folder, "samples.parquet")
         with closing(pool.map(partial(scan, source=source, storage=storage), listed)) as scanned:
-            built = build_index(index, (part.table for part in _heard(scanned, notices)), limit, skip)
+            built = build_index(index, (part.table for part in _collect_notices(scanned, notices)), limit, skip)
         if built.samples == 0:
             raise nothing_found(source, notices)
         yield listed, index, built
 
 
-def _heard(scanned: Iterable[Scanned], notices: list[str]) -> Iterator[Scanned]:
+def _collect_notices(scanned: Iterable[Scanned], notices: list[str]) -> Iterator[Scanned]:
     for part in scanned:
         notices += part.notices
         yield part
@@ -366,7 +366,7 @@ def _run_json(draft: _Draft, weights: Mapping[str, str], commits: str) -> dict[s
         "weights": dict(weights),
         **({} if generator is None else {"generator": generator}),
         "index_sha256": draft.built.sha256,
-        "planned": planner.record(plan),
+        "planned": planner.planned_section(plan),
         "commits": commits,  # by workers, or only by the driver if the store has no create-only put
         "notices": list(plan.notices),
         "versions": {"python": platform.python_version()} | _versions(),

@@ -13,7 +13,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from smsbatch.commands.plan import PLANNERS
-from smsbatch.commands.run import run as drive
+from smsbatch.commands.run import run as run_manifest
 from smsbatch.commands.verify import Verification, Verifier
 from smsbatch.manifest import Errors, Manifest
 from smsbatch.report.write import write_report
@@ -152,7 +152,7 @@ def _do(
         succeeded, finished = store.exists(SUCCESS), len(verifier.commits) == len(verifier.units)
         # The failures of a finished run have been judged before, so they must not stop its repair.
         errors = Errors(max_failed_fraction=1, max_failed_fraction_per_unit=1) if finished else manifest.errors
-        drive(manifest.model_copy(update={"errors": errors}), progress, allow_drift=allow_drift)
+        run_manifest(manifest.model_copy(update={"errors": errors}), progress, allow_drift=allow_drift)
         if finished and not succeeded:
             store.delete(SUCCESS)
     elif verifier.reported or work.report:

@@ -79,7 +79,7 @@ def replay(where: str | Manifest, key: str, target: str | Path | None = None) ->
     run = Run.open(where)
     store, manifest = run.store, run.dataset
     if not run.is_planned:
-        raise RequestError(f"{store.url}: the run here has no plan yet; `smsbatch run` goes on")
+        raise RequestError(f"{store.url}: the run here has no plan yet; `smsbatch run` continues it")
     compute = where.compute if isinstance(where, Manifest) else manifest.compute
     manifest = manifest.model_copy(update={"compute": compute, "storage": run.storage})
     row = find_key(run.index, key)

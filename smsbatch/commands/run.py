@@ -89,7 +89,7 @@ def make_dataset(
                 report = write_report(run, tally.commits, published)
         else:
             published = _publish(run, tally)
-            # An allowed drift may be new, and the report lists it.
+            # With --allow-drift there may be a new note, which the report must list.
             reported = published is not None and is_reported(store) and not allow_drift
             report = (summarize if reported else write_report)(run, tally.commits, published)
     progress(tally.status(finished=True))

@@ -44,7 +44,7 @@ def train(
     with Heartbeat(store) as heartbeat, _asked_to_stop() as stop:
         for other in other_drivers(store, heartbeat):
             refuse(store, other, "two trainings would write one generator; stop it")
-        first_step, notices = _to_go_on_from(store)
+        first_step, notices = _resume_point(store)
         progress(TrainingProgress(first_step, training.all_steps, training.phase(first_step), time=time.time()))
         if manifest.compute.pool == "local":
             from smsbatch.training.loop import train_here  # loads torch, which no other branch needs
@@ -59,7 +59,7 @@ def train(
     return Distilled.of(run, first_step, notices)
 
 
-def _to_go_on_from(store: Store) -> tuple[int, list[str]]:
+def _resume_point(store: Store) -> tuple[int, list[str]]:
     """The step of the checkpoint that the workers will take, and notices about damaged newer ones.
 
     The checkpoint is read here only to check its digest, because its length does not show all damage.

@@ -80,7 +80,7 @@ def _note(snapshot: Snapshot, now: Status) -> str:
     if not now.units:
         return "it has no plan yet; if no driver is planning it, run `smsbatch run`"
     if now.units_done < now.units:
-        return "no driver is at work on it; `smsbatch run` goes on"
+        return "no driver is at work on it; `smsbatch run` continues it"
     return "no driver is at work on it, and shards or the report are missing; `smsbatch run` writes them"
 
 
@@ -160,7 +160,7 @@ def training_status(snapshot: Snapshot) -> TrainingStatus:
     elif now is None and checkpoint is None:
         note = "no driver is at work on it; `smsbatch run` begins"
     else:
-        note = f"no driver is at work on it; `smsbatch run` goes on from step {saved:,}"
+        note = f"no driver is at work on it; `smsbatch run` continues it from step {saved:,}"
     return TrainingStatus(
         name=run.name,
         step=step,

@@ -120,7 +120,7 @@ class Verifier(StrictSnapshot):
     ) -> Verification:
         """Like the function `verify`; checks `only` some shards, if given."""
         planned, numbers = self.run.about["planned"], list(self.shards if only is None else only)
-        problems = list(self.damaged.values()) + self._strangers()
+        problems = list(self.damaged.values()) + self._foreign()
         all_found: dict[int, _Findings] = {}
         checked = map_ahead(lambda shard: self.check_shard(shard, full), numbers, THREADS)
         for shard, found in zip(numbers, checked, strict=True):
@@ -182,7 +182,7 @@ class Verifier(StrictSnapshot):
             succeeded, failed = sum(commit.succeeded for commit in commits), sum(commit.failed for commit in commits)
             made_of = (succeeded + failed, succeeded, failed)
         if record.samples != planned or counts[0] != counts[1] + counts[2] or made_of != counts:
-            what = f"counts {counts[0]} samples ({counts[1]} stylized, {counts[2]} failed), planned are {planned}"
+            what = f"counts {counts[0]} samples ({counts[1]} stylized, {counts[2]} failed), but {planned} are planned"
             yield Problem(published_file(record.shard), what, "publish", shard=record.shard)
         for path, expected in ((record.tar, record.files["tar"]), (record.parquet, record.files["parquet"])):
             size = self.sizes.get(path)
@@ -192,7 +192,7 @@ class Verifier(StrictSnapshot):
             found.files += 1
             found.bytes += size
             if size != expected.bytes:
-                what = f"has {size:,} bytes, published were {expected.bytes:,}"
+                what = f"has {size:,} bytes, published with {expected.bytes:,}"
                 yield Problem(path, what, "publish", shard=record.shard)
             elif path == record.parquet:
                 try:
@@ -202,7 +202,7 @@ class Verifier(StrictSnapshot):
                     yield Problem(path, f"cannot be read ({one_line(error)})", "publish", shard=record.shard)
                     continue
                 if found.rows != planned:
-                    what = f"has {found.rows} rows, planned are {planned}"
+                    what = f"has {found.rows} rows, but {planned} are planned"
                     yield Problem(path, what, "publish", shard=record.shard)
 
     def _attempt(self, commit: Commit, shard: int, needed: bool, full: bool, found: _Findings) -> Iterator[Problem]:
@@ -216,9 +216,9 @@ class Verifier(StrictSnapshot):
             if sizes[kind] is None:
                 what = "is gone, and its shard is not published whole" if needed else ""
             elif sizes[kind] != expected.bytes:
-                what = f"has {sizes[kind]:,} bytes, committed were {expected.bytes:,}"
+                what = f"has {sizes[kind]:,} bytes, committed with {expected.bytes:,}"
             elif full and self._digest(path) != expected.sha256:
-                what = "is not what was committed: its sha256 is another"
+                what = "is not what was committed: its SHA-256 differs"
             if what:
                 yield Problem(path, what, "recompute" if needed else "aside", commit.unit, shard)
 
@@ -239,7 +239,7 @@ class Verifier(StrictSnapshot):
             }
             wrong = self._compare(record.shard, tar, parquet)
             for kind, place in (("tar", record.tar), ("parquet", record.parquet)):
-                said = ([] if proven[kind] else ["is not what was published: its sha256 is another"]) + wrong[kind]
+                said = ([] if proven[kind] else ["is not what was published: its SHA-256 differs"]) + wrong[kind]
                 if said:
                     # If both digests match, the shard was published with the fault, and publishing again would keep it.
                     told = "; ".join(said[:_TOLD]) + (f"; and {len(said) - _TOLD} more" if len(said) > _TOLD else "")
@@ -274,7 +274,7 @@ class Verifier(StrictSnapshot):
                 if image is None:
                     wrong["tar"].append(f"{key} has no .{extension}")
                 elif key in stylized and hashlib.sha256(image).hexdigest() != stylized[key]:
-                    wrong["tar"].append(f"{key}.{extension} is not the picture of its row: its sha256 is another")
+                    wrong["tar"].append(f"{key}.{extension} is not the picture of its row: its SHA-256 differs")
                 else:
                     try:
                         pixels.decode(image, min_side=1)
@@ -282,7 +282,7 @@ class Verifier(StrictSnapshot):
                         wrong["tar"].append(f"{key}.{extension} does not decode: {error}")
         return wrong
 
-    def _strangers(self) -> list[Problem]:
+    def _foreign(self) -> list[Problem]:
         """Files in `shards/` and `metrics/` that belong to no shard of the plan."""
         if not self.units:
             return []
@@ -306,7 +306,7 @@ class Verifier(StrictSnapshot):
                 for kind in KINDS
             }
         except PARSE_ERRORS:
-            return [Problem(INDEX, "is not as it was written", "report")]
+            return [Problem(INDEX, "is damaged", "report")]
         known = {
             path: record.files[kind]
             for record in self.records.values()
@@ -356,7 +356,7 @@ def _first_difference(found: Sequence[str], wanted: Sequence[str], where: str) -
         return []
     missing, more = set(wanted) - set(found), set(found) - set(wanted)
     if missing:
-        return [f"{min(missing)} is missing, which is {where}" + _more(len(missing) - 1)]
+        return [f"{min(missing)} is {where}, but missing" + _more(len(missing) - 1)]
     if more:
         return [f"{min(more)} is not {where}" + _more(len(more) - 1)]
     return ["its samples are in another order" if len(found) == len(wanted) else "a sample occurs twice"]

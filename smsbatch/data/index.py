@@ -26,6 +26,7 @@ from smsbatch.data.reader import public
 from smsbatch.data.sample import Entry, Span, Unit
 from smsbatch.errors import SourceError, StorageError
 from smsbatch.storage.store import Store, storage_errors
+from smsbatch.text import first_line
 
 SAMPLES = "plan/samples.parquet"
 OBJECTS = "plan/objects.parquet"
@@ -203,17 +204,13 @@ def digest_index(path: Path) -> str:
     return digest.hexdigest()
 
 
-def move_index(planned: StoredFile | Path, found: Path, target: Path) -> tuple[int, int]:
+def move_index(planned: StoredFile | Path, found: Path, target: Path) -> None:
     """Write the planned index to `target` with the byte ranges of `found`, an index of the source as it is now.
 
     Rows whose key is gone stay unchanged and fail when they are read. Memory holds all rows of `found`.
-
-    Returns:
-        Number of keys that are gone, and of new keys that are left out.
     """
     with _opened(found) as file:
         now = file.read(use_threads=False)
-    gone = 0
     with _opened(planned) as file, storage_errors("write", target), _writer(target) as writer:
         keys = file.read(columns=["key"], use_threads=False)["key"]
         rows = pc.index_in(keys, value_set=now["key"])
@@ -221,15 +218,13 @@ def move_index(planned: StoredFile | Path, found: Path, target: Path) -> tuple[i
             old = file.read_row_group(group, use_threads=False)
             stays = pa.array(np.arange(len(now), len(now) + count), pa.int64())
             moved = rows.slice(first, count)
-            gone += moved.null_count
             places = pc.coalesce(moved.cast(pa.int64()), stays)
             writer.write_table(pa.concat_tables([now, old]).take(places), row_group_size=ROWS_PER_GROUP)
-    return gone, len(now) - (len(keys) - gone)
 
 
 def write_moved(store: Store, number: int, path: Path, parts: Sequence[Part]) -> None:
     """Store the file of `move_index` and the objects it was made from, as number `number` beside the planned ones."""
-    store.put(numbered(SAMPLES, number), path)  # first, over what a driver left that died before the second
+    store.put(numbered(SAMPLES, number), path)  # first; replaces the file of a driver that died before the second
     store.create(numbered(OBJECTS, number), _parquet(parts, _OBJECT_SCHEMA))
 
 
@@ -342,7 +337,7 @@ def _opened(source: StoredFile | Path) -> Iterator[pq.ParquetFile]:
         try:
             parquet = pq.ParquetFile(file, pre_buffer=False)
         except (pa.ArrowException, EOFError) as error:
-            reason = str(error).splitlines()[0]
+            reason = first_line(error)
             raise StorageError(f"{where} is empty, cut or no Parquet ({reason}); run `smsbatch repair`") from error
         yield parquet
 

@@ -53,7 +53,7 @@ class Description:
 
 
 class Engine(ABC, Generic[ManifestT]):
-    """A style on one device.
+    """Stylizes pictures by one method, in one style, on one device.
 
     Attributes:
         units_in_flight: units that a worker holds at once: one that it computes, others that it reads or commits.

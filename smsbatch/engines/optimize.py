@@ -8,20 +8,11 @@ from typing import TYPE_CHECKING, Any
 from smsbatch.diffusion.lora_files import check_style
 from smsbatch.diffusion.priors.files import model_digests
 from smsbatch.engines.base import Description, Engine, Rendered, Weights, finite
-from smsbatch.manifest import Optimize, Style, Styled
+from smsbatch.manifest import PAPERS, Optimize, Style, Styled
 from smsbatch.text import code_span, count
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-_OBJECTIVES = {  # name, and its paper on arXiv
-    "sms": ("Style Matching Score", "2503.07601"),
-    "vsd": ("Variational Score Distillation", "2305.16213"),
-    "sds": ("Score Distillation Sampling", "2209.14988"),
-    "dds": ("Delta Denoising Score", "2304.07090"),
-    "pds": ("Posterior Distillation Sampling", "2311.13831"),
-    "cds": ("Contrastive Denoising Score", "2311.18608"),
-}
 
 
 class OptimizeEngine(Engine[Optimize]):
@@ -57,7 +48,7 @@ class OptimizeEngine(Engine[Optimize]):
     def describe(settings: Mapping[str, Any], about: Mapping[str, Any] | None) -> Description:
         model, objective = settings["model"], settings["objective"]
         style = Style.model_validate(settings["style"])
-        name, paper = _OBJECTIVES[objective["name"]]
+        name, paper = PAPERS[objective["name"]]
         steps = count(objective["steps"], "step")
         parts = [code_span(style.prompt)]
         parts += [f"LoRA {code_span(path)} at scale {scale:g}" for path, scale in style.loras]

@@ -1,4 +1,4 @@
-"""`generator.json`: its format, and what is refused. Without torch."""
+"""`generator.json`: its format and its validation. Without torch."""
 
 from __future__ import annotations
 

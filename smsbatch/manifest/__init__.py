@@ -4,7 +4,7 @@ A manifest is frozen, with all defaults filled in: two equal manifests request t
 """
 
 from smsbatch.manifest.base import SECRET
-from smsbatch.manifest.objective import PRESETS, Fake, Objective, Prompts, ScoreObjective
+from smsbatch.manifest.objective import PAPERS, PRESETS, Fake, Objective, Prompts, ScoreObjective
 from smsbatch.manifest.sections import (
     HOUSEKEEPING,
     Compute,

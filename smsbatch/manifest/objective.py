@@ -28,6 +28,14 @@ _DDS = _BARE | {
     "warmup": 0.0,
     "horizon": None,
 }
+PAPERS = {  # full name, and paper on arXiv
+    "sms": ("Style Matching Score", "2503.07601"),
+    "vsd": ("Variational Score Distillation", "2305.16213"),
+    "sds": ("Score Distillation Sampling", "2209.14988"),
+    "dds": ("Delta Denoising Score", "2304.07090"),
+    "pds": ("Posterior Distillation Sampling", "2311.13831"),
+    "cds": ("Contrastive Denoising Score", "2311.18608"),
+}
 PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     "sms": {
         "released": {},  # the defaults of the fields below
@@ -193,7 +201,7 @@ class ScoreObjective(Section):
         if preset not in {key for presets in PRESETS.values() for key in presets}:
             return data
         if preset not in PRESETS[name]:
-            raise ValueError(f"preset {preset} is of sms, not of {name}; leave it out")
+            raise ValueError(f"preset {preset} exists only for sms, not for {name}; leave it out")
         constants = {key: value for key, value in PRESETS[name][preset].items() if key in cls.model_fields}
         merged = constants | dict(data)
         given = data.get("fake", {})

@@ -171,7 +171,7 @@ class Crops(Pictures):
 
 
 class Tiles(Section):
-    """How a picture is stylized that is far larger than what the generator was trained on."""
+    """Tiling of pictures that are far larger than those the generator was trained on."""
 
     size: int = Field(1024, ge=64, multiple_of=4)
     """Side of a tile in pixels. A picture with a longer side passes through the generator in tiles that use the

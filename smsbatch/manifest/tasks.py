@@ -158,7 +158,7 @@ class Distill(Styled):
     @classmethod
     def _of_a_training(cls, value: ScoreObjective) -> ScoreObjective:
         if value.preset == "fast":
-            raise ValueError("preset: fast is of optimize; a training is made cheaper by relevance_grid: 1")
+            raise ValueError("preset: fast exists only for optimize; a training is made cheaper by relevance_grid: 1")
         return value
 
     @model_validator(mode="after")

@@ -143,7 +143,7 @@ def fid(features: Tensor, reference: Tensor) -> float:
     matrix of the size of the samples and not of their dimension.
     """
     if min(len(features), len(reference)) < 2:
-        raise RequestError("FID needs two images on either side")
+        raise RequestError("FID needs at least two images in each of the two sets")
     x, y = (sample.double().cpu() for sample in (features, reference))
     mean_x, mean_y = x.mean(0), y.mean(0)
     x, y = ((sample - sample.mean(0)) / (len(sample) - 1) ** 0.5 for sample in (x, y))

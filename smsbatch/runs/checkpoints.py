@@ -66,13 +66,13 @@ def write(store: Store, step: int, data: bytes, about: Mapping[str, Any] | None 
     if store.create(record, content):
         return ours
     try:
-        standing = _parse(store, record)
-        read(store, standing)
+        existing = _parse(store, record)
+        read(store, existing)
     except StorageError:
         store.put(record, content)
         return ours
     store.delete(name)
-    return standing
+    return existing
 
 
 def latest(store: Store) -> Checkpoint | None:

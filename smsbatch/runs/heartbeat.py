@@ -73,7 +73,7 @@ class Driver:
     """A driver whose last heartbeat is `age_s` seconds old.
 
     Attributes:
-        processes: its process table, as `process_table` names it; '' if unknown.
+        processes: the value of `process_table()` in the driver; '' if unknown.
     """
 
     name: str

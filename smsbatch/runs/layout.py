@@ -16,7 +16,7 @@ PUBLISHED = "_smsbatch/published"
 GENERATIONS = "_smsbatch/generations"  # publications that a later generation has replaced
 
 SUPERSEDED = "_smsbatch/superseded"  # records that `repair` has moved aside
-FOREIGN = "_smsbatch/foreign"  # files of nobody that `repair` has moved aside
+FOREIGN = "_smsbatch/foreign"  # files that belong to no shard, moved aside by `repair`
 CHECKPOINTS = "_smsbatch/checkpoints"  # of a training
 
 

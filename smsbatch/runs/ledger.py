@@ -13,7 +13,7 @@
 A run resumes from the list of commits and from nothing else. A process may die between any two steps, several may work
 on the same unit, and one that was thought dead may wake up and finish.
 
-So a record in `_smsbatch/published/` whose attempts are those of the newest commits has its own files or none. A
+So if a record in `_smsbatch/published/` names the newest attempts, its files are those it describes, or missing. A
 publisher that wakes up after a newer one finds its names taken. If it dies right then, it can at most have deleted one
 file or record of the newer one: the shard is then not published, and the next run publishes it again. Bytes that
 something else changed, in files of the same length, are found only by reading them: `verify --full`.
@@ -110,9 +110,9 @@ class Ledger:
         Raises:
             StorageError: the attempt's files or the commit of the previous generation are gone.
         """
-        standing = self.committed(commit.unit) if commit.generation else None
-        while standing is None or standing.generation < commit.generation:
-            if commit.generation > (0 if standing is None else standing.generation + 1):
+        newest = self.committed(commit.unit) if commit.generation else None
+        while newest is None or newest.generation < commit.generation:
+            if commit.generation > (0 if newest is None else newest.generation + 1):
                 before = self.store.locate(commit_file(commit.unit, commit.generation - 1))
                 raise StorageError(f"{before} is gone; run again to recompute the unit")
             lost = [
@@ -125,10 +125,10 @@ class Ledger:
                 for unit in list(self._own)[:-_OWN]:  # of shards that other workers publish
                     self._own.pop(unit, None)
                 return commit
-            standing = self.committed(commit.unit)
-            if lost and (standing is None or standing.generation < commit.generation):
+            newest = self.committed(commit.unit)
+            if lost and (newest is None or newest.generation < commit.generation):
                 raise StorageError(f"{self.store.locate(lost[0])} is gone or cut; run again to recompute the unit")
-        return standing
+        return newest
 
     # --- what is committed ---
 
@@ -244,16 +244,16 @@ class Ledger:
         record = published_file(new.shard)
         if old is not None and old.generation != new.generation and not self._keep(old, folder, overtaken):
             return False
-        standing = self.store.read_all([record])
-        if standing and standing[record] != new.to_json():
+        existing = self.store.read_all([record])
+        if existing and existing[record] != new.to_json():
             if overtaken():
                 return False
             self.store.delete(record)  # before its files, so that no record names missing files
-        return all(self._settle(name, built[kind], folder, overtaken) for kind, name in new.paths.items()) and (
-            self._settle(record, new.to_json(), folder, overtaken)
+        return all(self._store_exactly(name, built[kind], folder, overtaken) for kind, name in new.paths.items()) and (
+            self._store_exactly(record, new.to_json(), folder, overtaken)
         )
 
-    def _settle(self, name: str, source: bytes | Path, folder: Path, overtaken: Callable[[], bool]) -> bool:
+    def _store_exactly(self, name: str, source: bytes | Path, folder: Path, overtaken: Callable[[], bool]) -> bool:
         """Store exactly these bytes under a final name, replacing others; False if newer commits have come in."""
         while not (self.store.create(name, source) or self._holds(name, FileDigest.of(source), folder / "there")):
             if overtaken():
@@ -276,8 +276,8 @@ class Ledger:
             return True
         if not all(self._holds(name, old.files[kind], kept[name]) for kind, name in old.paths.items()):
             return True
-        return all(self._settle(f"{aside}/{name}", path, folder, overtaken) for name, path in kept.items()) and (
-            self._settle(record, old.to_json(), folder, overtaken)
+        return all(self._store_exactly(f"{aside}/{name}", path, folder, overtaken) for name, path in kept.items()) and (
+            self._store_exactly(record, old.to_json(), folder, overtaken)
         )
 
     def published(self, shard: int) -> Published | None:

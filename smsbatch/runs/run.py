@@ -31,7 +31,7 @@ class Run:
 
     Each property is read from the store on first use, and kept, because none of these files ever changes. New files of
     the plan may appear after a run was opened, for a first plan or for changed inputs; `renew` has them read again.
-    A worker keeps the index that it has opened: samples that are located again meanwhile fail in it and can be retried.
+    A worker keeps the index that it has opened: samples that were located again since may fail, and can be retried.
 
     Attributes:
         about: the content of `run.json`.
@@ -215,12 +215,12 @@ def find_or_require_empty(store: Store) -> Run | None:
         RequestError: the store has files, but no run.
         StorageError: `run.json` is not one of smsbatch.
     """
-    strangers = [name for name in store.entries() if name != "_smsbatch"]
-    if RUN in strangers:
+    foreign = [name for name in store.entries() if name != "_smsbatch"]
+    if RUN in foreign:
         return Run.find(store)
-    if strangers:
+    if foreign:
         raise RequestError(
-            f"output.path: {store.url} is no run and not empty (it has {strangers[0]}); choose a new folder"
+            f"output.path: {store.url} is no run and not empty (it has {foreign[0]}); choose a new folder"
         )
     return None
 

@@ -202,7 +202,7 @@ class StrictSnapshot:
             self._note(place, f"cannot be read ({one_line(error)})", "plan")
             return []
         if (len(units), samples) != (planned["units"], planned["samples"]):
-            told = f"planned were {planned['units']} and {planned['samples']}"
+            told = f"but {planned['units']} and {planned['samples']} are planned"
             self._note(UNITS, f"{len(units)} units and {samples} samples, {told}", "plan")
             return []
         return units
@@ -254,5 +254,5 @@ def _miscounted(commit: Commit, unit: Unit, generation: int) -> str:
     if (commit.unit, commit.generation) != (unit.id, generation):
         return f"is the commit of unit {commit.unit:06d}, generation {commit.generation}"
     if commit.samples != len(unit) or commit.samples != commit.succeeded + commit.failed:
-        return f"counts {commit.succeeded} + {commit.failed} samples, planned are {len(unit)}"
+        return f"counts {commit.succeeded} + {commit.failed} samples, but {len(unit)} are planned"
     return ""

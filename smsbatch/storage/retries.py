@@ -38,9 +38,9 @@ class RemoteError(OSError):
 
 
 def with_retries(action: Callable[[], T], retries: int, translate: Callable[[Exception], Exception]) -> T:
-    """Call `action`, and again up to `retries` times while `translate` makes a RemoteError of `again` of its error.
+    """Call `action`; repeat it up to `retries` times while `translate` gives a RemoteError with `again` for its error.
 
-    Raises what `translate` gives; a bug of ours as it is.
+    Raises the error that `translate` gives; errors that show a bug are not translated.
     """
 
     def once() -> T:

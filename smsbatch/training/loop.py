@@ -62,7 +62,7 @@ def train_loop(
         True if the training is finished, False if it was stopped.
 
     Raises:
-        SmsbatchError: in all workers, except that one which runs out of memory raises alone.
+        SmsbatchError: in all workers; out of memory is raised only in the worker that met it.
     """
     run, training = run or Run.open(manifest), manifest.distill
     store = run.store
@@ -247,7 +247,7 @@ def _advice(saved: int) -> str:
 def _too_many(failed: int, taken: int, batch: Batch, step: int, manifest: Distill) -> RunError:
     example = f" ({batch.failed[-1][0]}: {batch.failed[-1][1]}: {batch.failed[-1][2]})" if batch.failed else ""
     return RunError(
-        f"samples failed {failed} times{example}, more than errors.max_failed_fraction "
-        f"({manifest.errors.max_failed_fraction:g}) of {taken} allows; stopped at step {step}; fix the source and run "
+        f"{failed} of {taken} samples failed{example}, more than errors.max_failed_fraction "
+        f"({manifest.errors.max_failed_fraction:g}) allows; stopped at step {step}; fix the source and run "
         "with --allow-drift inputs, or raise the limit"
     )

@@ -29,7 +29,7 @@ _THREADS = 16  # more than cores, because `map` mostly waits for storage
 
 
 class Pool(AbstractContextManager["Pool"], ABC):
-    """Made before the run is planned, so that an impossible pool is refused first."""
+    """Gives work items to workers. It is made before the run is planned, so that an unusable pool is refused first."""
 
     def __init__(self, manifest: Manifest) -> None:
         self.manifest = manifest

@@ -110,12 +110,12 @@ class Worker:
         """
         unit, run = item.unit, self._run
         # In generation 0 a unit is rarely committed already, and one request shows that.
-        stands = run.ledger.committed(unit.id) if item.generation or run.ledger.is_committed(unit.id) else None
-        if stands is not None and stands.generation >= item.generation:
-            return stands
+        newest = run.ledger.committed(unit.id) if item.generation or run.ledger.is_committed(unit.id) else None
+        if newest is not None and newest.generation >= item.generation:
+            return newest
         started = perf_counter()
         outcomes = self._outcomes(item, range(unit.start, unit.stop), lost, deaths)
-        seconds = perf_counter() - started + (stands.seconds if stands is not None else 0.0)  # of all generations
+        seconds = perf_counter() - started + (newest.seconds if newest is not None else 0.0)  # of all generations
         commit = run.ledger.attempt(unit, outcomes, worker=self.name, seconds=seconds, generation=item.generation)
         if not run.store.has_create_only_put:
             return commit
@@ -168,10 +168,10 @@ class Worker:
     def _known(self, item: WorkItem) -> dict[int, Outcome]:
         """The outcomes of a unit in the previous generation, by row; none in generation 0."""
         ledger = self._run.ledger
-        stands = ledger.committed(item.unit.id) if item.generation else None
-        if stands is None:
+        newest = ledger.committed(item.unit.id) if item.generation else None
+        if newest is None:
             return {}
-        return dict(zip(range(item.unit.start, item.unit.stop), ledger.outcomes(stands), strict=True))
+        return dict(zip(range(item.unit.start, item.unit.stop), ledger.outcomes(newest), strict=True))
 
     def _stylize(self, item: WorkItem | None, read: Sequence[Sample | Outcome]) -> list[Outcome]:
         samples = [one for one in read if isinstance(one, Sample)]

@@ -139,7 +139,7 @@ def test_status_watched_is_left_quietly(job: Path, tmp_path: Path) -> None:
         assert watching.stdout is not None
         assert (
             watching.stdout.readline()
-            == "test: 4/6 images, 2/3 units, no driver is at work on it; `smsbatch run` goes on\n"
+            == "test: 4/6 images, 2/3 units, no driver is at work on it; `smsbatch run` continues it\n"
         )
         assert watching.stdout.readline()
         watching.send_signal(signal.SIGINT)

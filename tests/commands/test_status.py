@@ -113,7 +113,7 @@ def test_what_was_kept_of_a_unit_tried_again_says_nothing_about_the_rate(
 
 def test_it_says_that_nobody_is_at_work(tmp_path: Path) -> None:
     store = make_run(tmp_path, MIXED, commit=False, **LENIENT)
-    assert sb.status(store.url).note == "no driver is at work on it; `smsbatch run` goes on"
+    assert sb.status(store.url).note == "no driver is at work on it; `smsbatch run` continues it"
     beat(store)
     assert sb.status(store.url).note == ""
     beat(store, time=time.time() - 1000)

@@ -116,20 +116,20 @@ def torn(path: Path) -> None:
 
 HURTS: dict[str, tuple[str, Callable[[Path], None], str, bool]] = {
     "tar gone": (TAR, Path.unlink, "is gone", False),
-    "tar cut": (TAR, cut_in_half, "bytes, published were", False),
-    "tar cut at a member": (TAR, cut_at_a_member, "bytes, published were", False),
-    "tar flipped": (TAR, flip, "its sha256 is another", True),
+    "tar cut": (TAR, cut_in_half, "bytes, published with", False),
+    "tar cut at a member": (TAR, cut_at_a_member, "bytes, published with", False),
+    "tar flipped": (TAR, flip, "its SHA-256 differs", True),
     "image replaced": (TAR, replace_an_image, "is not the picture of its row", True),
-    "end of tar overwritten": (TAR, lambda path: flip(path, 0.99999), "its sha256 is another", True),
+    "end of tar overwritten": (TAR, lambda path: flip(path, 0.99999), "its SHA-256 differs", True),
     "parquet gone": (PARQUET, Path.unlink, "is gone", False),
-    "parquet cut": (PARQUET, cut_in_half, "bytes, published were", False),
-    "parquet flipped": (PARQUET, lambda path: flip(path, 0.1), "its sha256 is another", True),
+    "parquet cut": (PARQUET, cut_in_half, "bytes, published with", False),
+    "parquet flipped": (PARQUET, lambda path: flip(path, 0.1), "its SHA-256 differs", True),
     "parquet without footer": (PARQUET, lambda path: flip(path, 0.9999), "cannot be read", False),
-    "row gone": (PARQUET, drop_a_row, "bytes, published were", False),
+    "row gone": (PARQUET, drop_a_row, "bytes, published with", False),
     "record gone": (RECORD, Path.unlink, "is gone", False),
     "record torn": (RECORD, torn, "is no record of this version", False),
     "record forged": (RECORD, forge_the_record, "counts 7 samples", False),
-    "index.json forged": ("index.json", torn, "is not as it was written", False),
+    "index.json forged": ("index.json", torn, "is damaged", False),
     "stranger among the shards": (
         "shards/other.tar",
         lambda path: path.write_bytes(b"x") and None,
@@ -183,7 +183,7 @@ def test_a_footer_of_too_few_rows(out: Path) -> None:
     record = json.loads((out / RECORD).read_text())
     record["files"]["parquet"]["bytes"] = (out / PARQUET).stat().st_size
     (out / RECORD).write_text(json.dumps(record))
-    assert "metrics/000000.parquet: has 7 rows, planned are 8; repair publishes its shard again" in map(
+    assert "metrics/000000.parquet: has 7 rows, but 8 are planned; repair publishes its shard again" in map(
         str, verify(str(out)).problems
     )
     assert repair(str(out)).ok
@@ -203,8 +203,8 @@ def test_rows_of_other_samples_are_named(out: Path) -> None:
     (out / RECORD).write_text(json.dumps(record))
     (out / "index.json").unlink()
     found = {problem.place: problem for problem in verify(str(out), full=True).problems}
-    assert "p000 is missing, which is planned" in found[PARQUET].what
-    assert "stranger is missing, which is among the rows" in found[TAR].what
+    assert "p000 is planned, but missing" in found[PARQUET].what
+    assert "stranger is among the rows, but missing" in found[TAR].what
     assert found.pop("index.json").remedy == "report"
     assert {problem.remedy for problem in found.values()} == {"recompute"}
 

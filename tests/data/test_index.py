@@ -10,8 +10,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from smsbatch.data import index
 from smsbatch.data.index import OBJECTS, SAMPLES, Part, StoredFile, build_index, from_table, read_index, to_table

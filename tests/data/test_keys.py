@@ -9,8 +9,7 @@ from pathlib import PurePosixPath
 from unicodedata import category
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from webdataset.tariterators import base_plus_ext
 
 from smsbatch.data.keys import LONGEST_NAME, is_extension, map_key

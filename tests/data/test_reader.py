@@ -22,8 +22,7 @@ from smsbatch.data.reader import GAP, Reader, Stat, absolute, list_files, open_u
 from smsbatch.data.sample import Span
 from smsbatch.errors import RequestError, SampleError
 from smsbatch.manifest import Storage
-from smsbatch.storage import backend as remote
-from smsbatch.storage import retries
+from smsbatch.storage import backend as remote, retries
 from smsbatch.storage.store import Store
 
 HERE = Storage()

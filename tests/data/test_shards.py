@@ -10,8 +10,7 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from support.making import make_tar, outcome, outcomes_of
 from webdataset.tariterators import group_by_keys, tar_file_iterator
 

@@ -13,8 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 from support.making import STORAGE, indexed, loaded, make_files, make_tar, source_of, special
 from support.s3server import Server
 from webdataset.tariterators import base_plus_ext, group_by_keys, tar_file_iterator

@@ -8,8 +8,7 @@ import numpy as np
 import oracles
 import pytest
 import torch
-from hypothesis import example, given
-from hypothesis import strategies as st
+from hypothesis import example, given, strategies as st
 
 from smsbatch.diffusion.spectrum import SpectralPenalty, dct_matrix, low_pass
 

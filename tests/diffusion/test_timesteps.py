@@ -8,8 +8,7 @@ import numpy as np
 import oracles
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from smsbatch.diffusion.schedule import Schedule
 from smsbatch.diffusion.timesteps import allowed, draw

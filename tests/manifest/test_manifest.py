@@ -9,15 +9,26 @@ import json
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import jsonschema
 import pytest
 import yaml
 
 import smsbatch as sb
-from smsbatch.manifest import PRESETS, Distill, Fake, Model, Objective, Optimize, Stylize
-from smsbatch.manifest import schema as of_manifests
+from smsbatch.diffusion.objectives import OBJECTIVES
+from smsbatch.manifest import (
+    PAPERS,
+    PRESETS,
+    Distill,
+    Fake,
+    Model,
+    Objective,
+    Optimize,
+    ScoreObjective,
+    Stylize,
+    schema as of_manifests,
+)
 from smsbatch.storage.retries import redact
 
 GOOD = """\
@@ -67,6 +78,11 @@ def test_presets_are_what_they_were(golden: Callable[[str, str], str]) -> None:
     text = json.dumps(found, indent=1) + "\n"
     print(text)
     assert json.loads(text) == json.loads(golden("presets.json", text)), "if it should be: pytest --regenerate-golden"
+
+
+def test_every_objective_has_presets_a_paper_and_a_class() -> None:
+    names = set(get_args(ScoreObjective.model_fields["name"].annotation))
+    assert names == PRESETS.keys() == PAPERS.keys() == OBJECTIVES.keys()
 
 
 @pytest.mark.parametrize(
@@ -164,8 +180,8 @@ def test_errors_name_file_line_and_key(file: Path, before: str, after: str, mess
         ("objective.prompt='{foo} {style}'", "unknown {foo}"),
         ("objective.source_prompt='{foo}'", "unknown {foo}"),
         ("objective.name=ism", "input should be 'sms', 'vsd', 'sds', 'dds', 'pds' or 'cds', not 'ism'"),
-        ("objective={name: dds, preset: paper}", "preset paper is of sms, not of dds; leave it out"),
-        ("objective={name: vsd, preset: fast}", "preset fast is of sms, not of vsd; leave it out"),
+        ("objective={name: dds, preset: paper}", "preset paper exists only for sms, not for dds; leave it out"),
+        ("objective={name: vsd, preset: fast}", "preset fast exists only for sms, not for vsd; leave it out"),
         ("objective={name: dds, fake: {trains_on: forward}}", "dds asks no fake score; leave fake.trains_on out"),
         ("objective.fake={t_min: 600}", "fake.t_min (600) must be below fake.t_max (500)"),
         ("objective.spectral_cutoff=1.5", "--set objective.spectral_cutoff: is a fraction of the frequencies, 0 to 1"),
@@ -472,7 +488,7 @@ def test_the_defaults_of_a_training_are_the_paper_s(distill: Path) -> None:
     [
         ("objective.learning_rate=0.1", "objective.learning_rate: is no key of task distill"),
         ("objective.steps=10", "objective.steps: is no key of task distill"),
-        ("objective.preset=fast", "objective: preset: fast is of optimize; a training is made cheaper by"),
+        ("objective.preset=fast", "objective: preset: fast exists only for optimize; a training is made cheaper by"),
         ("metrics=[lpips]", "metrics: is no key of task distill"),
         ("output.format=png", "output.format: is no key of task distill"),
         ("image.fit=bucket", "image.fit: is no key of task distill"),

@@ -15,8 +15,7 @@ from urllib.parse import urlsplit
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from support.ledgers import commit_unit
 from support.made_up_run import HOSTILE, MIXED, failed, make_run, stylized
 from support.s3server import Faults, Server

@@ -21,8 +21,7 @@ from smsbatch.data.sample import Span
 from smsbatch.data.sources import parts, scan
 from smsbatch.errors import SampleError, StorageError
 from smsbatch.manifest import Storage
-from smsbatch.storage import retries
-from smsbatch.storage import s3 as s3_door
+from smsbatch.storage import retries, s3 as s3_door
 from smsbatch.storage.store import Store
 
 CALLS = ["create", "put", "read", "read_range", "size", "list", "copy", "delete", "open_read"]

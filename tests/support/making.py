@@ -11,8 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from smsbatch.data import pixels
-from smsbatch.data import reader as objects
+from smsbatch.data import pixels, reader as objects
 from smsbatch.data.index import build_index, read_index
 from smsbatch.data.reader import Reader, Stat
 from smsbatch.data.sample import Entry, Outcome, Sample, Unit

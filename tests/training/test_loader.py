@@ -15,8 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import example, given, settings
-from hypothesis import strategies as st
+from hypothesis import example, given, settings, strategies as st
 from PIL import Image
 from support.jobs import make_photos
 from support.s3server import Server
@@ -363,7 +362,7 @@ def test_reading_is_ahead_by_a_few_pictures_and_ends_when_it_is_left(
     assert not go_on.is_set()  # the loader was left while a thread hung
     go_on.set()
     for thread in threading.enumerate():
-        if thread.name.startswith("smsbatch-feed"):
+        if thread.name.startswith("smsbatch-loader"):
             thread.join(20)
             assert not thread.is_alive()
     assert count["begun"] == 11 * 4 + module.AHEAD  # no substitutes were loaded

@@ -134,7 +134,7 @@ def test_killed_interrupted_and_gone_on_with_it_is_the_same_generator(job: Path,
     assert saved < left < 12
     told = json.loads((out / "_smsbatch/training/progress.json").read_text())
     assert told["step"] == left, "it ends with a checkpoint"
-    assert f"goes on from step {left}" in smsbatch("status", str(out)).stdout
+    assert f"continues it from step {left}" in smsbatch("status", str(out)).stdout
 
     done = sb.run(sb.load(job))
     assert done.resumed_from == left
@@ -235,7 +235,7 @@ def test_a_run_that_was_planned_otherwise(job: Path) -> None:
 def test_samples_that_cannot_be_had(job: Path) -> None:
     for number in (1, 2, 3):
         (job.parent / f"photos/photo-{number:02}.png").write_bytes(b"no picture")
-    with pytest.raises(sb.RunError, match=r"samples failed \d+ times \(photo-0[123]: decode_error: .*max_failed"):
+    with pytest.raises(sb.RunError, match=r"\d+ of \d+ samples failed \(photo-0[123]: decode_error: .*max_failed"):
         sb.run(sb.load(job))
 
 
@@ -269,7 +269,7 @@ class TestTheCommandLine:
         assert "parameters: width 8, 1 blocks" in shown
         assert "every image 6 times, with 2 noises each time" in shown
         assert "--limit 8" in shown
-        assert "goes on from step 12 of 12" in smsbatch("plan", str(whole[0])).stdout
+        assert "continues from step 12 of 12" in smsbatch("plan", str(whole[0])).stdout
         refused = smsbatch("plan", str(whole[0]), "--probe", "2")
         assert (refused.exit_code, refused.stderr.count("\n")) == (2, 1)
 

@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from smsbatch import tiny
 from smsbatch.errors import WeightsError
 from smsbatch.manifest import Model, Styled
+from smsbatch.text import first_line
 
 # The files read from a pipeline folder, which determine results: no pickles, variants or safety checkers.
 _CONFIG = (
@@ -199,7 +200,7 @@ def _download(name: str, revision: str | None, key: str, files: tuple[str, ...])
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=list(files)))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
-        reason = (str(error).strip() or repr(error)).splitlines()[0]
+        reason = first_line(error)
         raise WeightsError(f"{key}.path: {name} is no local folder, and the hub download failed: {reason}") from error
 
 

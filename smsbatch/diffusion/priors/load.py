@@ -38,7 +38,7 @@ def load_models(manifest: Styled, device: str) -> tuple[Prior, Prior]:
 
 
 def _check_family(prior: Prior, style: Prior, path: str, style_path: str) -> None:
-    """One latent is looked at by both models: it must mean the same to them, and a timestep the same noise."""
+    """Raise WeightsError unless both models have the same latents and noise schedule, since both score one latent."""
     other = [
         f"{name} {its} instead of {ours}"
         for name, its, ours in (

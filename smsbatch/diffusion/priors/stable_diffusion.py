@@ -23,6 +23,7 @@ from smsbatch.diffusion.priors.files import locate_config, locate_model, variant
 from smsbatch.diffusion.schedule import Schedule
 from smsbatch.errors import WeightsError
 from smsbatch.manifest import Model
+from smsbatch.text import first_line
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -119,7 +120,7 @@ class Prior:
                 else:
                     unet, vae, text_encoder = _read_file(path, config, tokenizer, scheduler, dtype)
         except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-            reason = (str(error) or repr(error)).splitlines()[0]
+            reason = first_line(error)
             raise WeightsError(
                 f"{key}.path: cannot load {model.path}: {reason}; fetch or save the model again"
             ) from error
