@@ -31,6 +31,7 @@ from smsbatch.runs.records import (
     attempt_file,
     commit_file,
     published_file,
+    result_file,
 )
 from smsbatch.runs.run import Run
 from smsbatch.runs.snapshot import Problem, StrictSnapshot
@@ -286,8 +287,7 @@ class Verifier(StrictSnapshot):
         """Files in `shards/` and `metrics/` that belong to no shard of the plan."""
         if not self.units:
             return []
-        ours = {f"shards/{shard:06d}.tar" for shard in self.shards}
-        ours |= {f"metrics/{shard:06d}.parquet" for shard in self.shards}
+        ours = {result_file(shard, kind) for shard in self.shards for kind in KINDS}
         return [
             Problem(path, "is no file of this run", "aside")
             for path in self.sizes

@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Iterable
+from typing import TypeGuard
 
 # Bytes of a USTAR name without its prefix field, which some readers ignore.
 LONGEST_NAME = 100
@@ -57,3 +58,8 @@ def is_extension(name: str) -> bool:
 def shown(text: str) -> str:
     """The text with escapes for what UTF-8 cannot encode (from names of tars and disks in other encodings)."""
     return text.encode("utf-8", "backslashreplace").decode()
+
+
+def is_text(value: object) -> TypeGuard[str]:
+    """True for a string without lone surrogates, which JSON can escape but no file can hold."""
+    return isinstance(value, str) and not any("\ud800" <= letter <= "\udfff" for letter in value)

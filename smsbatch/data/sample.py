@@ -189,3 +189,8 @@ def row_schema(metrics: Sequence[str] = ()) -> pa.Schema:
         if name in ROW_SCHEMA.names:
             raise ValueError(f"a metric cannot be named like the column {name}")
     return pa.schema([*ROW_SCHEMA, *(pa.field(name, pa.float32()) for name in metrics)])
+
+
+def hashed_seed(name: str) -> int:
+    """The first 63 bits of the SHA-256 of a name."""
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") >> 1

@@ -26,7 +26,7 @@ from typing import NamedTuple
 import pyarrow as pa
 
 from smsbatch.data.index import INDEX_SCHEMA, Part, to_table
-from smsbatch.data.keys import is_extension, map_key
+from smsbatch.data.keys import is_extension, is_text, map_key
 from smsbatch.data.reader import Listed, Reader, absolute, expand, list_files, open_url, public
 from smsbatch.data.sample import Entry, Sample, Span
 from smsbatch.data.tables import read_table
@@ -140,7 +140,7 @@ def _webdataset(part: Part, source: Source, storage: Storage, notices: list[str]
 def _folder(part: Part, source: Source, storage: Storage, notices: list[str]) -> Iterator[Entry]:
     """Every picture below the folder except hidden ones. Two pictures with one stem become two entries, which clash."""
     listed = [file for file in _list(part.url, storage) if not _hidden(file.path)]
-    files = {file.path: Span(file.url, 0, file.size, file.etag) for file in listed if _is_utf8(file.url)}
+    files = {file.path: Span(file.url, 0, file.size, file.etag) for file in listed if is_text(file.url)}
     if len(files) < len(listed):
         notices.append(f"{part.url}: files whose names are not UTF-8 left out: {len(listed) - len(files)}; rename them")
     split = {path: path.rpartition(".") for path in files}
@@ -234,8 +234,7 @@ def caption_of(fields: Mapping[str, bytes], rules: Sequence[str]) -> str:
             raise SampleError("bad_caption", f"its .{name} is not a JSON object")
         if value.get(key) is None:
             continue
-        # JSON can escape a lone surrogate, which is no character and cannot be encoded.
-        if not isinstance(value[key], str) or not _is_utf8(value[key]):
+        if not is_text(value[key]):
             raise SampleError("bad_caption", f"{key!r} in its .{name} is not a text")
         return _short_enough(value[key].strip(), f"{key!r} in its .{name}")
     return ""
@@ -261,7 +260,7 @@ def _expand(name: str, source: Source, storage: Storage) -> list[Part]:
         raise _missing(name, storage)
     expanded = []
     for url, known in found:
-        if not _is_utf8(url):
+        if not is_text(url):
             raise SourceError(f"{url!r}: its name is not UTF-8; rename it")
         expanded.append(Part(source.format, url, known.size, known.etag))
     return expanded
@@ -316,7 +315,3 @@ def _choices(inside: str) -> list[str]:
 
 def _hidden(path: str) -> bool:
     return any(part.startswith(".") for part in path.split("/"))
-
-
-def _is_utf8(text: str) -> bool:
-    return not any("\ud800" <= letter <= "\udfff" for letter in text)

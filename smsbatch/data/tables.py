@@ -22,7 +22,7 @@ from urllib.parse import urljoin
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from smsbatch.data.keys import map_key, sanitize
+from smsbatch.data.keys import is_text, map_key, sanitize
 from smsbatch.data.sample import Entry, Span
 from smsbatch.errors import SourceError
 from smsbatch.manifest import Source
@@ -46,7 +46,7 @@ def read_table(file: IO[bytes], url: str, source: Source) -> Iterator[Entry]:
     columns = source.columns
     rows = _READERS[suffix.lower()](file, url, (columns.image, columns.caption, columns.key))
     for number, (where, (picture, caption, key)) in enumerate(rows):
-        if _is_text(picture) and picture.strip() and "\0" not in picture:
+        if is_text(picture) and picture.strip() and "\0" not in picture:
             at = _resolve(url, picture.strip())
             extension = _extension(at, source.images)
             image, fields = extension, {extension: Span(at)}
@@ -54,7 +54,7 @@ def read_table(file: IO[bytes], url: str, source: Source) -> Iterator[Entry]:
             image, fields = "", {suffix.lower(): Span(url)}
         wish = f"{stem}-{number:09d}" if columns.key is None else _key(key, url, where)
         name, original = map_key(wish, fields)
-        text = "" if caption is None else caption.strip() if _is_text(caption) else None
+        text = "" if caption is None else caption.strip() if is_text(caption) else None
         yield Entry(name, image, fields, text, original)
 
 
@@ -145,11 +145,6 @@ def _key(value: object, url: str, where: str) -> str:
     if isinstance(value, int) and not isinstance(value, bool):
         return str(value)
     raise SourceError(f"{url}: {where}: {short(value)} is no key; expected a text or a whole number")
-
-
-def _is_text(value: object) -> bool:
-    """True for a string without lone surrogates, which JSON can escape but no file can hold."""
-    return isinstance(value, str) and not any("\ud800" <= letter <= "\udfff" for letter in value)
 
 
 def _resolve(table: str, place: str) -> str:

@@ -21,6 +21,7 @@ from smsbatch.errors import SampleError
 from smsbatch.manifest import Image, Source
 from smsbatch.parallel import map_ahead
 from smsbatch.report.model import SHOW_ALL, SHOW_SAMPLE, Report, RowTally, has_value
+from smsbatch.runs.records import result_file
 from smsbatch.runs.run import Run
 from smsbatch.storage.store import Store, storage_errors
 
@@ -75,7 +76,7 @@ def _results(store: Store, rows: Iterable[Mapping[str, Any]], extension: str) ->
         wanted[row["shard"]][f"{row['key']}.{extension}"] = row["key"]
 
     def of_shard(shard: int) -> dict[str, bytes]:
-        tar, keys = f"shards/{shard:06d}.tar", wanted[shard]
+        tar, keys = result_file(shard, "tar"), wanted[shard]
         with storage_errors("read", store.locate(tar)), store.open_read(tar) as file:
             return {keys[name]: data for name, data in find_members(file, keys).items()}
 

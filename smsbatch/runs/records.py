@@ -106,11 +106,11 @@ class Published(_Record):
 
     @property
     def tar(self) -> str:
-        return f"shards/{self.shard:06d}.tar"
+        return result_file(self.shard, "tar")
 
     @property
     def parquet(self) -> str:
-        return f"metrics/{self.shard:06d}.parquet"
+        return result_file(self.shard, "parquet")
 
     @property
     def paths(self) -> dict[str, str]:
@@ -123,6 +123,10 @@ class Published(_Record):
     def made_of(self, commits: Iterable[Commit]) -> bool:
         """True if the shard was assembled from these commits, which are in plan order."""
         return list(self.attempts) == [commit.attempt for commit in commits]
+
+
+def result_file(shard: int, kind: str) -> str:
+    return f"{'shards' if kind == 'tar' else 'metrics'}/{shard:06d}.{kind}"
 
 
 def attempt_file(unit: int, attempt: str, kind: str) -> str:

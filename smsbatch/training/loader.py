@@ -7,7 +7,6 @@ workers nor on the first step. Each worker reads and decodes only its own positi
 
 from __future__ import annotations
 
-import hashlib
 import threading
 from collections import deque
 from collections.abc import Iterator
@@ -22,7 +21,7 @@ from numpy.typing import NDArray
 from smsbatch.data import pixels
 from smsbatch.data.index import StoredFile, from_table, read_index_table
 from smsbatch.data.reader import Reader
-from smsbatch.data.sample import Entry
+from smsbatch.data.sample import Entry, hashed_seed
 from smsbatch.data.sources import load_sample
 from smsbatch.errors import RunError, SampleError
 from smsbatch.manifest import Distill
@@ -39,11 +38,7 @@ AHEAD = 16  # decoded pictures to hold ready, at least; and at least two steps
 
 def position_seed(run_seed: int, position: int) -> int:
     """The seed of everything random at a position: 63 bits of SHA-256 over the run's seed and the position."""
-    return _hashed(f"{run_seed}:position:{position}")
-
-
-def _hashed(name: str) -> int:
-    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") >> 1
+    return hashed_seed(f"{run_seed}:position:{position}")
 
 
 def _draws(seed: int, number: int) -> NDArray[np.uint64]:
@@ -106,7 +101,7 @@ class SampleOrder:
         )
 
     def _permutation(self, name: str, length: int) -> NDArray[np.int64]:
-        return np.argsort(_draws(_hashed(f"{self.seed}:{name}"), length), kind="stable")
+        return np.argsort(_draws(hashed_seed(f"{self.seed}:{name}"), length), kind="stable")
 
 
 @dataclass(frozen=True)
@@ -219,7 +214,7 @@ class TrainingLoader:
         while len(failed) < TRIES:
             if self._closed.is_set():
                 raise CancelledError
-            substitute = _hashed(f"{seed}:substitute:{len(failed)}") % len(rows)
+            substitute = hashed_seed(f"{seed}:substitute:{len(failed)}") % len(rows)
             row = int(rows[substitute if failed else position - start])
             entry = opened.entry(row)
             try:

@@ -6,7 +6,6 @@ Concurrent calls take turns on the device; each prepares its first batch before 
 
 from __future__ import annotations
 
-import hashlib
 import os
 import threading
 from collections import deque
@@ -26,7 +25,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from smsbatch.data import pixels
-from smsbatch.data.sample import Outcome, Sample, Unit
+from smsbatch.data.sample import Outcome, Sample, Unit, hashed_seed
 from smsbatch.engines.memory import BatchFitter
 from smsbatch.engines.table import ENGINES
 from smsbatch.errors import RequestError, SampleError
@@ -44,7 +43,7 @@ _BEHIND = 4  # batches that are encoded while the device continues
 
 def sample_seed(run_seed: int, key: str) -> int:
     """The seed of one sample, 63 bits of SHA-256 over run seed and key: the same in any unit, batch or worker."""
-    return int.from_bytes(hashlib.sha256(f"{run_seed}:{key}".encode()).digest()[:8], "big") >> 1
+    return hashed_seed(f"{run_seed}:{key}")
 
 
 @dataclass(frozen=True)

@@ -253,7 +253,7 @@ def die_at_every_step(root: Path) -> None:
 def test_a_process_killed_at_any_step_costs_nothing_but_its_attempt(tmp_path: Path) -> None:
     parent = multiprocessing.get_context("spawn").Process(target=die_at_every_step, args=(tmp_path,))  # has no threads
     parent.start()
-    parent.join(120)
+    parent.join(300)
     assert parent.exitcode == 0
     roots = sorted(tmp_path.iterdir(), key=lambda root: int(root.name))
     committed, published = 0, 0
