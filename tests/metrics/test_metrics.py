@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from importlib import resources
+from typing import get_args
 
 import lpips
 import pytest
@@ -12,8 +13,13 @@ import torch.nn.functional as F
 from safetensors.torch import load
 from torch import Tensor
 
+from smsbatch.manifest import Dataset
 from smsbatch.metrics import METRICS, Lpips, Metric
 from smsbatch.metrics.lpips import MIN_SIDE
+
+
+def test_a_manifest_can_name_every_metric() -> None:
+    assert tuple(METRICS) == get_args(get_args(Dataset.model_fields["metrics"].annotation)[0])
 
 
 @pytest.fixture(scope="module", params=sorted(METRICS))
