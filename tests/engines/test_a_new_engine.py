@@ -1,7 +1,7 @@
 """Tests of a new engine, which takes one file (here this one) and one entry in each table (see `registered`).
 
-In the package its manifest class is in `manifest/tasks.py` and overrides `absolute`, because actors have another working
-folder; its module imports torch inside of methods.
+In the package its manifest class is in `manifest/tasks.py`, and overrides `absolute` because actors have another
+working folder; its module imports torch inside of methods.
 """
 
 from __future__ import annotations
