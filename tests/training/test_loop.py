@@ -305,7 +305,7 @@ class TestTheCommandLine:
             asked.append(arguments)
             return Exported(tmp_path / "style.onnx", 32_451, 130_000, 2e-6)
 
-        monkeypatch.setattr("smsbatch.commands.export.export", export)
+        monkeypatch.setattr(sb, "export", export)
         shown = smsbatch("export", whole[1].generator, "--to", str(tmp_path / "style.onnx")).stdout
         assert asked == [(whole[1].generator, tmp_path / "style.onnx")]
         assert shown.startswith(f"{tmp_path}/style.onnx is written: 32,451 parameters, 130 kB.")
