@@ -123,7 +123,7 @@ def test_a_driver_that_is_killed_again_and_again(
 
 
 def test_a_driver_that_is_interrupted_leaves_in_order(job: Callable[..., Path], tmp_path: Path) -> None:
-    """SIGINT with the local pool; `test_deaths.py` tests both pools and both signals in a fresh process."""
+    """SIGINT with the local pool; `tests/cluster/test_deaths.py` tests fresh processes, both pools and both signals."""
     out, driver = tmp_path / "out", Life(job())
     until(lambda: driver.ended or bool(commits(out)))
     os.killpg(driver.pid, signal.SIGINT)  # like Ctrl-C in a terminal

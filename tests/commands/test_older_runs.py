@@ -1,7 +1,8 @@
 """A run that version 0.1.0 began, before the package `runs` existed, can be resumed.
 
-`tests/golden/interrupted-0.1.0` is the output of a run of four pictures, one a unit and two a shard, that was killed
-(SIGKILL) in its last unit. Its weights are those of the embedded model: if they change, make such a run again.
+`tests/golden/interrupted-0.1.0` is the output of a run of four pictures, one a unit and two a shard, that the code of
+commit 38844b4 began and that was killed (SIGKILL) in its last unit. Its weights are those of the
+embedded model: if they change, make such a run again.
 """
 
 from __future__ import annotations

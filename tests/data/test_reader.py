@@ -1,4 +1,7 @@
-"""Source objects: how names are resolved, which reads are refused, and web servers with every kind of fault."""
+"""Source objects: how names are resolved, which reads are refused, and web servers with every kind of fault.
+
+The file exceeds 400 lines because it has a web server with faults of its own beside the tests of spans and names.
+"""
 
 from __future__ import annotations
 

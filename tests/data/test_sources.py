@@ -1,4 +1,7 @@
-"""Every source format with valid and unusual input; hostile input is in test_hostile.py."""
+"""Every source format with valid and unusual input; hostile input is in `test_hostile.py`.
+
+The file exceeds 400 lines because it has the tests of tars, folders, keys and captions, on disk and on S3.
+"""
 
 from __future__ import annotations
 
