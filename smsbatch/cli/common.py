@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import shlex
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -47,7 +48,14 @@ def same_again(where: str, set_: list[str] | None) -> str:
 
 @contextmanager
 def reporting(as_json: bool = False, interrupted: str = "") -> Iterator[None]:
-    """Turn every SmsbatchError into lines and an exit code; any other exception is a bug and keeps its traceback."""
+    """Turn every SmsbatchError into lines and an exit code; any other exception is a bug and keeps its traceback.
+
+    Meanwhile the messages of the logger `smsbatch` are lines on stderr.
+    """
+    logger, handler = logging.getLogger("smsbatch"), _Lines(as_json)
+    level = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
     try:
         yield
     except SmsbatchError as error:
@@ -56,6 +64,21 @@ def reporting(as_json: bool = False, interrupted: str = "") -> Iterator[None]:
         fail(str(error), error.exit_code)
     except KeyboardInterrupt:
         fail(f"interrupted{'; ' if interrupted else ''}{interrupted}", 130)
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
+
+
+class _Lines(logging.Handler):
+    """Prints each message as a line, or as JSON, on what stderr is at the moment: a live display replaces it."""
+
+    def __init__(self, as_json: bool) -> None:
+        super().__init__()
+        self._as_json = as_json
+
+    def emit(self, record: logging.LogRecord) -> None:
+        message = record.getMessage()
+        typer.echo(json.dumps({"message": message}) if self._as_json else f"smsbatch: {message}", err=True)
 
 
 def fail(message: str, code: int) -> None:

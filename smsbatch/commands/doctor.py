@@ -1,6 +1,6 @@
 """`doctor`: check this machine and the storage before a run needs them.
 
-Every check ends: requests to storage have short timeouts and few retries, and of a cluster only the port is tried. The
+Every check ends: requests to storage have short timeouts and few retries, and a cluster is only asked for its name. The
 only file written to the output is a probe of a few bytes, which is deleted again.
 """
 
@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import platform
 import shutil
-import socket
 import tempfile
 import uuid
 from collections.abc import Callable, Iterator
@@ -19,19 +18,19 @@ from importlib.metadata import PackageNotFoundError, version
 from time import perf_counter
 from typing import Any, Literal
 
+from smsbatch.cluster.connect import check_answers, cluster_address
 from smsbatch.commands.plan import PLANNERS
 from smsbatch.data.reader import Reader, list_files, open_url, public
 from smsbatch.data.sources import parts
 from smsbatch.data.tables import read_table
 from smsbatch.errors import RequestError, SmsbatchError
-from smsbatch.manifest import Manifest, Storage
+from smsbatch.manifest import Compute, Manifest, Storage
 from smsbatch.runs.run import find_or_require_empty
 from smsbatch.storage.store import TEMPORARY, Store
 
 _SCRATCH_FAILS, _SCRATCH_WARNS = 1e9, 10e9  # free bytes; the former hold one or two shards
 _CLOCK_WARNS_S, _CLOCK_FAILS_S = 60, 600  # S3 refuses a clock that is 15 minutes off
 _TIMEOUT_S, _RETRIES = 5.0, 1
-_PORT = 6379  # of a Ray cluster if its address names no port
 
 
 @dataclass(frozen=True)
@@ -109,19 +108,13 @@ def _ray(manifest: Manifest | None) -> Check:
     except PackageNotFoundError:
         advice = "pip install 'smsbatch[ray]', or set compute.pool to local"
         return Check("ray", "fail" if needed else "ok", "not installed", advice if needed else "")
-    address = manifest.compute.address if manifest is not None and needed else "auto"
-    address = os.environ.get("RAY_ADDRESS", "") if address == "auto" else address
-    if address in ("", "local"):
-        return Check("ray", "ok", f"{installed}, no cluster address: each run starts a cluster here")
-    if address == "auto":
-        return Check("ray", "ok", f"{installed}, joins the cluster of this machine")
-    host, _, port = address.rpartition("://")[2].partition(":")
     try:
-        number = int(port or _PORT)
-        socket.create_connection((host, number), timeout=_TIMEOUT_S).close()
-    except (OSError, ValueError) as error:
-        advice = "start the cluster, or set RAY_ADDRESS or compute.address to where it is"
-        return Check("ray", "fail", f"{installed}, no cluster answers at {address}: {error}", advice)
+        address = cluster_address(manifest.compute if manifest is not None and needed else Compute())
+        if address is None:
+            return Check("ray", "ok", f"{installed}, no cluster address: each run starts a cluster here")
+        check_answers(address)
+    except RequestError as error:
+        return _failed("ray", error)
     return Check("ray", "ok", f"{installed}, a cluster answers at {address}")
 
 
