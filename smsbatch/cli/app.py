@@ -15,7 +15,7 @@ from typing import Annotated
 
 import typer
 
-from smsbatch.cli.common import echo, echo_json, fail, located, overrides, reporting, same_again, show
+from smsbatch.cli.common import echo, echo_json, fail, located, overrides, reporting, same_again, say, show
 from smsbatch.errors import RequestError
 from smsbatch.text import count
 
@@ -170,11 +170,11 @@ def errors(
         shown = 0
         for row in sb.failures(snapshot, code, limit):
             if as_json:
-                typer.echo(json.dumps(row, ensure_ascii=False))
+                say(json.dumps(row, ensure_ascii=False))
             else:
                 if not shown:
-                    typer.echo(dataset.FAILURE_HEAD)
-                typer.echo(dataset.failure(row))
+                    say(dataset.FAILURE_HEAD)
+                say(dataset.failure(row))
             shown += 1
         if not as_json:
             now = sb.status(snapshot)
@@ -310,7 +310,8 @@ def schema(as_json: AsJson = True) -> None:
     from smsbatch.manifest import schema as of_manifests
 
     del as_json  # the output is always JSON; the option exists because every verb has it
-    echo_json(of_manifests())
+    with reporting():
+        echo_json(of_manifests())
 
 
 @app.command()
@@ -329,7 +330,7 @@ def init(
             fail(f"{path} exists; choose another name", 2)
         except OSError as error:
             fail(f"{path}: cannot write it: {error.strerror}", 3)
-    show(as_json, lambda: {"written": str(path)}, [f"{path} is written. Edit it, then: smsbatch run {path}"])
+        show(as_json, lambda: {"written": str(path)}, [f"{path} is written. Edit it, then: smsbatch run {path}"])
 
 
 @app.callback(invoke_without_command=True)
@@ -339,5 +340,6 @@ def _main(
     if version:
         from importlib.metadata import version as installed
 
-        typer.echo(f"smsbatch {installed('smsbatch')}")
+        with reporting():
+            say(f"smsbatch {installed('smsbatch')}")
         raise typer.Exit

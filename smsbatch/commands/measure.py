@@ -95,7 +95,7 @@ def measure(where: str | Manifest, reference: str | Path, *, of_sources: bool = 
 def _pairs(where: str | Manifest) -> tuple[list[dict[str, Any]], list[Picture], list[Picture]]:
     """The successful rows of a run, their sources and their results."""
     run = Run.open(where)
-    store, manifest = run.store, run.dataset
+    store, manifest = run.store, run.fill(run.dataset)
     reader = Reader(run.storage, manifest.source.max_bytes)
     entries = {entry.key: entry for entry in read_index(run.index)}
     rows, sources, results = [], [], []
@@ -104,7 +104,7 @@ def _pairs(where: str | Manifest) -> tuple[list[dict[str, Any]], list[Picture], 
             done = {row["key"]: row for row in read_rows(file) if row["status"] == "success"}
         with storage_errors("read", store.locate(shard.tar)), store.open_read(shard.tar) as file:
             for key, fields in read_tar(file):
-                rows.append(done[key])
+                rows.append(done[key] | {"prompt": manifest.fill(done[key]["prompt"])})
                 results.append(pixels.decode(fields[manifest.output.format], min_side=1))
                 original = reader.read(entries[key].fields[entries[key].image])
                 sources.append(pixels.source_picture(original, manifest.image))

@@ -47,6 +47,7 @@ from smsbatch.runs.layout import RUN
 from smsbatch.runs.plan import Estimate, Plan, TrainingPlan
 from smsbatch.runs.run import Run, find_or_require_empty, store_of
 from smsbatch.storage.store import Store
+from smsbatch.text import hidden
 from smsbatch.workers.pool import Pool
 
 # fmt: off
@@ -363,12 +364,13 @@ def _run_json(draft: _Draft, weights: Mapping[str, str], commits: str) -> dict[s
         "name": manifest.name,
         "manifest": manifest.dump(),
         "manifest_sha256": manifest.identity,
-        "weights": dict(weights),
+        "environment": manifest.environment,
+        "weights": {hidden(name): digest for name, digest in weights.items()},
         **({} if generator is None else {"generator": generator}),
         "index_sha256": draft.built.sha256,
         "planned": planner.planned_section(plan),
         "commits": commits,  # by workers, or only by the driver if the store has no create-only put
-        "notices": list(plan.notices),
+        "notices": list(map(hidden, plan.notices)),
         "versions": {"python": platform.python_version()} | _versions(),
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
     }

@@ -99,6 +99,7 @@ def repair(
     require_idle(store, "then repair the run")
     manifest = where if isinstance(where, Manifest) else run.manifest_here
     if work.plan or work.recompute:  # checked first: commits must not be moved aside if their units cannot be computed
+        manifest = run.fill(manifest)
         check_unchanged(run, manifest, PLANNERS[manifest.makes].digests(manifest), allow_drift, note=False)
         if not work.plan:
             inputs_changed(run, manifest, allow_drift, note=False)

@@ -27,9 +27,11 @@ from smsbatch.data.tars import find_members
 from smsbatch.engines.table import ENGINES
 from smsbatch.errors import RequestError, SampleError
 from smsbatch.manifest import Dataset, Manifest
+from smsbatch.runs.drift import check_unchanged
 from smsbatch.runs.records import attempt_file
 from smsbatch.runs.run import Run
 from smsbatch.storage.store import storage_errors
+from smsbatch.text import hidden
 from smsbatch.workers.worker import failed
 
 _COMPARED = 100_000  # the largest plan that is searched for similar keys
@@ -77,7 +79,8 @@ def replay(where: str | Manifest, key: str, target: str | Path | None = None) ->
         StorageError: the run cannot be read, or the file cannot be written.
     """
     run = Run.open(where)
-    store, manifest = run.store, run.dataset
+    store, manifest = run.store, run.fill(run.dataset)
+    check_unchanged(run, manifest, run.about["weights"], note=False)
     if not run.is_planned:
         raise RequestError(f"{store.url}: the run here has no plan yet; `smsbatch run` continues it")
     compute = where.compute if isinstance(where, Manifest) else manifest.compute
@@ -154,7 +157,9 @@ def _changed(run: Mapping[str, Any], manifest: Dataset, before: Mapping[str, Any
     if before.get("source_sha256") != now["source_sha256"]:
         found.append("the source picture has changed")
     weights = ENGINES[manifest.task].digests(manifest)
-    found += [f"the file {name} has changed" for name in weights if run["weights"].get(name) != weights[name]]
+    found += [
+        f"the file {hidden(name)} has changed" for name in weights if run["weights"].get(hidden(name)) != weights[name]
+    ]
     for name, then in run["versions"].items():
         with suppress(PackageNotFoundError):
             now_installed = platform.python_version() if name == "python" else version(name)

@@ -20,6 +20,7 @@ from smsbatch.manifest import Storage
 from smsbatch.storage.backend import TooLarge
 from smsbatch.storage.resolve import resolve
 from smsbatch.storage.retries import RemoteError, redact
+from smsbatch.text import hidden
 
 GAP = 64 << 10  # bytes; a smaller gap between two spans is read too, which is cheaper than a second request
 EXTRA = 1 << 20  # bytes by which a joint request of several spans may exceed `max_bytes`
@@ -163,8 +164,8 @@ class Reader:
 
 
 def public(url: str) -> str:
-    """A URL without passwords and signature values, for rows and messages."""
-    return redact(url) if "://" in url else url
+    """A URL without passwords, signature values and values of the environment, for rows and messages."""
+    return redact(url) if "://" in url else hidden(url)
 
 
 def _end(span: Span) -> int:

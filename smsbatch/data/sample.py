@@ -14,6 +14,8 @@ from typing import Any, NamedTuple
 
 import pyarrow as pa
 
+from smsbatch.text import hidden
+
 
 class Span(NamedTuple):
     """Bytes [offset, offset + length) of the object at `url`: an absolute path, a URL or a `tiny:` name.
@@ -126,6 +128,7 @@ class Outcome:
     def row(self, unit: Unit, attempt: str, worker: str, metrics: Sequence[str], generation: int = 0) -> dict[str, Any]:
         """The row of `row_schema(metrics)`; a metric that was not measured is null."""
         columns = {name: getattr(self, name) for name in _OF_OUTCOME}
+        columns |= {name: hidden(columns[name]) for name in ("url", "prompt", "error_message") if columns[name]}
         return columns | {
             "status": "success" if self.succeeded else "failed",
             "sha256": None if self.image is None else hashlib.sha256(self.image).hexdigest(),
@@ -145,6 +148,7 @@ class Outcome:
         """
         values = {name: getattr(self, name) for name in _PROVENANCE}
         values |= {"caption": self.caption or "", "original_key": self.original_key or self.key}
+        values["prompt"] = hidden(self.prompt or "")
         return json.dumps(values, ensure_ascii=False, sort_keys=True).encode()
 
 

@@ -323,7 +323,7 @@ class Storage(Section):
     @field_validator("endpoint")
     @classmethod
     def _a_url(cls, value: str | None) -> str | None:
-        if value is not None and not value.startswith(("http://", "https://")):
+        if value is not None and not value.startswith(("http://", "https://", "${")):
             raise ValueError(f"{value} is no URL; put http:// or https:// in front")
         return value
 

@@ -1,9 +1,9 @@
-"""Drift: changes of the manifest, weights or inputs since the plan.
+"""Drift: changes of the manifest, of its values of the environment, weights or inputs since the plan.
 
-The manifest is compared by its hash (`Manifest.identity`), weights by the SHA-256 of their files, inputs by the name,
-size and etag of each object. The etag of a folder is the SHA-256 of its listing, path, size and etag of every file.
-Drift is refused unless the user allows it. An allowed change is noted under `_smsbatch/drift/`, so that later resumes
-need not allow it again.
+The manifest is compared by its hash (`Manifest.identity`), its values of the environment by their digests, weights by
+the SHA-256 of their files, inputs by the name, size and etag of each object. The etag of a folder is the
+SHA-256 of its listing, path, size and etag of every file. Drift is refused unless the user allows it. An allowed change
+is noted under `_smsbatch/drift/`, so that later resumes need not allow it again.
 """
 
 from __future__ import annotations
@@ -26,10 +26,11 @@ from smsbatch.manifest import HOUSEKEEPING, Manifest, Storage
 from smsbatch.runs.layout import CHECKPOINTS, COMMITS
 from smsbatch.runs.run import Run
 from smsbatch.storage.store import Store
-from smsbatch.text import flat
+from smsbatch.text import flat, hidden
 
 DRIFT = "_smsbatch/drift"
 INPUTS = "inputs"
+ENVIRONMENT = "environment"
 # These keys change where and how the run works, but not its results.
 _ELSEWHERE = ("compute.", "errors.", "storage.", "output.path", *(f"distill.{key}" for key in HOUSEKEEPING))
 _NEVER = {"metrics": "rows of one run have the same columns"}
@@ -46,7 +47,7 @@ _ROWS = 65536  # rows of the index in memory at once
 
 @dataclass(frozen=True)
 class Change:
-    """The planned and the present value of a key of the manifest, of `weights.<file>` or of `inputs`."""
+    """The planned and the present value of a key, `weights.<file>`, `inputs` or `environment.<NAME>` (digests)."""
 
     key: str
     then: Any
@@ -76,18 +77,32 @@ def check_unchanged(
         raise DriftError(f"{run.store.url}: {here}; choose another output.path")
     changes, digests = [], run.about["weights"]
     if run.about["manifest_sha256"] != manifest.identity:
-        then, now = flat(run.manifest.dump()), flat(manifest.dump())
+        # Before there was `environment`, manifests were recorded with its values.
+        plain = manifest.dump() if "environment" in run.about else manifest.model_dump(mode="json")
+        then, now = flat(run.manifest.dump()), flat(plain)
         changes += [
             Change.of(key, then.get(key), now.get(key))
             for key in sorted(then.keys() | now.keys())
             if then.get(key) != now.get(key) and (key == "compute.precision" or not key.startswith(_ELSEWHERE))
         ]
+    changes += _environment_changes(run, manifest)
+    weights = {hidden(name): digest for name, digest in weights.items()}
     changes += [
         Change(f"weights.{name}", digests.get(name), weights.get(name), f"weights: the file {name}")
         for name in sorted(digests.keys() | weights.keys())
         if digests.get(name) != weights.get(name)
     ]
     _resolve_drift(run, changes, allow, note)
+
+
+def _environment_changes(run: Run, manifest: Manifest) -> Iterator[Change]:
+    """The names in keys that matter whose values have changed; only digests of values are noted."""
+    then, now = run.about.get("environment", {}), manifest.environment
+    texts = [str(text) for key, text in flat(manifest.dump()).items() if not key.startswith(_ELSEWHERE)]
+    for name in sorted(then.keys() & now.keys()):
+        if then[name] != now[name] and any(f"${{{name}}}" in text for text in texts):
+            key = f"{ENVIRONMENT}.{name}"
+            yield Change(key, then[name], now[name], f"{key} (the value of {name} in the environment)")
 
 
 def inputs_changed(run: Run, manifest: Manifest, allow: Collection[str] = (), note: bool = True) -> bool:
@@ -107,7 +122,9 @@ def inputs_changed(run: Run, manifest: Manifest, allow: Collection[str] = (), no
         told += files or [f"{part.url} was changed"]
     if told:
         some = "; ".join(sorted(told)[:_NAMED]) + ("; and more" if len(told) > _NAMED else "")
-        _resolve_drift(run, [Change(INPUTS, _digest(planned), _digest(present), f"{INPUTS}: {some}")], allow, note)
+        _resolve_drift(
+            run, [Change(INPUTS, _digest(planned), _digest(present), hidden(f"{INPUTS}: {some}"))], allow, note
+        )
     return bool(told)
 
 
@@ -171,7 +188,7 @@ def check_allowed(manifest: Manifest, allow: Collection[str]) -> None:
     Raises:
         RequestError: the message names the unknown key.
     """
-    known = [*flat(manifest.dump()), "weights", INPUTS]
+    known = [*flat(manifest.dump()), "weights", INPUTS, *(f"{ENVIRONMENT}.{name}" for name in manifest.environment)]
     for key in allow:
         if not any(_covered(name, [key]) for name in known) and not key.startswith("weights."):
             raise RequestError(

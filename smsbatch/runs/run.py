@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from itertools import groupby
-from typing import Any
+from typing import Any, TypeVar
 
 from smsbatch.data.index import OBJECTS, SAMPLES, UNITS, StoredFile, newest_number, numbered, read_units
 from smsbatch.data.sample import Unit
 from smsbatch.errors import RequestError, StorageError
-from smsbatch.manifest import TASKS, Dataset, Manifest, Storage
+from smsbatch.manifest import TASKS, Dataset, Manifest, Storage, fill
 from smsbatch.runs.layout import RUN
 from smsbatch.runs.ledger import Ledger
 from smsbatch.storage.store import Store
+
+M = TypeVar("M", bound=Manifest)
 
 _RENAMED = {"objective": {"spectral_weight": "identity_weight"}}  # keys of older versions
 _BEFORE = {"style": {"text_encoder": False}}  # behaviour of versions without the key, where today's default differs
@@ -87,7 +90,10 @@ class Run:
     def storage(self) -> Storage:
         """How the source is reached: by the settings that reach the output now, or else by those recorded."""
         given = self.store.storage
-        return given if given != Storage() else Storage.model_validate(self.about["manifest"].get("storage", {}))
+        plain = self.about["manifest"].get("storage", {})
+        if given != Storage():
+            return given
+        return self.fill(self.manifest).storage if "${" in str(plain) else Storage.model_validate(plain)
 
     @property
     def task(self) -> str:
@@ -120,6 +126,8 @@ class Run:
     def manifest(self) -> Manifest:
         """The manifest that the run was planned with, translated to the keys of this version.
 
+        A text of the environment is `${NAME}`, as it is recorded; `fill` has its value.
+
         Raises:
             RequestError: this version does not know one of its keys.
         """
@@ -142,6 +150,24 @@ class Run:
         manifest = self.manifest
         assert isinstance(manifest, Dataset)
         return manifest
+
+    def fill(self, manifest: M) -> M:
+        """`manifest`, as it is recorded or likewise, with the values of the environment; one that has them is returned.
+
+        Raises:
+            RequestError: the environment has no value for a name.
+        """
+        names = self.about.get("environment", {})
+        if not names or manifest.environment:
+            return manifest
+        missing = [name for name in names if not os.environ.get(name)]
+        if missing:
+            raise RequestError(
+                f"{self.store.url}: its manifest takes {', '.join(missing)} from the environment, which has none now; "
+                f"set {'it' if len(missing) == 1 else 'them'} as for the run"
+            )
+        environment = {name: os.environ[name] for name in names}
+        return type(manifest).filled(manifest, fill(manifest.model_dump(mode="json"), environment), environment)
 
     @property
     def manifest_here(self) -> Manifest:

@@ -7,12 +7,14 @@ in `storage/s3.py`.
 from __future__ import annotations
 
 import errno
+import re
 from collections.abc import Callable
 from typing import TypeVar
 
 from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_random_exponential
 
-from smsbatch.manifest import SECRET
+from smsbatch.manifest import SECRET, is_named
+from smsbatch.text import hidden
 
 T = TypeVar("T")
 
@@ -21,8 +23,15 @@ _BUGS = (TypeError, KeyError, AttributeError, MemoryError, AssertionError)
 
 
 def redact(text: str) -> str:
-    """The text on one line, with `***` for every secret that `manifest.SECRET` matches."""
-    return SECRET.sub(lambda secret: f"{secret['shown'] or ''}***", " ".join(text.split()))
+    """The text on one line, with `***` for every secret that `manifest.SECRET` matches.
+
+    A value that a manifest has from the environment is `${NAME}`.
+    """
+    return SECRET.sub(_covered, " ".join(hidden(text).split()))
+
+
+def _covered(secret: re.Match[str]) -> str:
+    return secret[0] if is_named(secret) else f"{secret['shown'] or ''}***"
 
 
 class RemoteError(OSError):
