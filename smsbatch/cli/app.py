@@ -9,17 +9,38 @@ from __future__ import annotations
 import json
 import shlex
 import signal
+import sys
 import time
 from pathlib import Path
-from typing import Annotated
+from traceback import extract_tb
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
-from smsbatch.cli.common import echo, echo_json, fail, located, overrides, reporting, same_again, say, show
+from smsbatch.cli.common import echo, echo_json, fail, located, overrides, printing, reporting, same_again, say, show
 from smsbatch.errors import RequestError
 from smsbatch.text import count
 
+
+class _Group(TyperGroup):
+    """The commands; a help text that cannot be printed ends with a line, too."""
+
+    def main(self, *args: Any, **options: Any) -> Any:
+        try:
+            return super().main(*args, **options)
+        except OSError as error:
+            if not any(frame.name == "echo" for frame in extract_tb(error.__traceback__)):
+                raise
+            try:
+                with reporting(), printing():
+                    raise
+            except typer.Exit as ended:
+                sys.exit(ended.exit_code)
+
+
 app = typer.Typer(
+    cls=_Group,
     help="Stylize image datasets with Style Matching Score.",
     no_args_is_help=True,
     add_completion=False,
@@ -46,7 +67,8 @@ AllowDrift = Annotated[
     list[str] | None,
     typer.Option(
         "--allow-drift",
-        help="Accept a changed key of the manifest, `weights` or `inputs`; the change is recorded. Repeatable.",
+        help="Accept a changed key of the manifest, `environment`, `weights` or `inputs`; the change is recorded. "
+        "Repeatable.",
         metavar="KEY",
     ),
 ]

@@ -119,8 +119,15 @@ def say(line: str, err: bool = False) -> None:
     Raises:
         StorageError: it cannot be written; whatever is printed from then on is lost.
     """
-    try:
+    with printing(err):
         typer.echo(hidden(line), err=err)
+
+
+@contextmanager
+def printing(err: bool = False) -> Iterator[None]:
+    """Turn the error of a print to stdout or stderr into a StorageError."""
+    try:
+        yield
     except OSError as error:
         if error.errno == errno.EPIPE:
             raise  # the reader has left, as `head` does: Click ends the command

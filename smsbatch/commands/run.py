@@ -43,8 +43,8 @@ def run(
         progress: called a few times a second with a Status, or for a training with a TrainingProgress.
         retry_failed: also retry failed samples, and publish their shards as a new generation.
         codes: retry only samples that failed with one of these error codes.
-        allow_drift: keys of the manifest, `weights` or `inputs` that may have changed since the plan. The change is
-            noted with the run, which still follows its plan.
+        allow_drift: keys of the manifest, `environment`, `weights` or `inputs` that may have changed since the plan.
+            The change is noted with the run, which still follows its plan.
 
     Raises:
         RequestError: the manifest, source, weights or codes are invalid, or differ from those of the run at

@@ -34,6 +34,8 @@ def smsbatch(line: str, folder: Path) -> subprocess.CompletedProcess[str]:
     [
         ("smsbatch schema > /dev/full", 3, "smsbatch: cannot write to stdout: No space left on device; send it"),
         ("smsbatch --version > /dev/full", 3, "smsbatch: cannot write to stdout: No space left on device"),
+        ("smsbatch --help > /dev/full", 3, "smsbatch: cannot write to stdout: No space left on device"),
+        ("smsbatch run --help > /dev/full", 3, "smsbatch: cannot write to stdout: No space left on device"),
         ("smsbatch init --json > /dev/full", 3, "smsbatch: cannot write to stdout: No space left on device"),
         ("smsbatch status none.yaml --json > /dev/full", 2, "smsbatch: none.yaml: cannot read the manifest"),
         ("smsbatch status none.yaml 2> /dev/full", 2, ""),

@@ -236,3 +236,11 @@ class TestARun:
         monkeypatch.setenv("OUT", str(tmp_path / "two"))
         assert sb.run(sb.load(begun, options)).succeeded == 2
         assert json.loads((tmp_path / "two/run.json").read_text())["manifest"]["output"]["path"] == "${OUT}"
+
+    @pytest.mark.slow
+    def test_workers_of_a_cluster_hide_them_too(self, begun: Path, tmp_path: Path) -> None:
+        options = ["errors.max_failed_fraction=1", f"output.path={tmp_path / 'ray'}", "compute.pool=ray"]
+        assert sb.run(sb.load(begun, options)).succeeded == 2
+        assert not any(SECRET in text for text in everything(tmp_path / "ray"))
+        assert rows(tmp_path / "ray")["a"]["url"] == "${PLACE}/photos/a.png"
+        assert "${PLACE}/photos/broken.png" in rows(tmp_path / "ray")["broken"]["url"]
