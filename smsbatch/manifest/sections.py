@@ -266,8 +266,8 @@ class Compute(Section):
     pool: Literal["ray", "local"] = "ray"
     """`ray`: actors on a Ray cluster; `local`: this process."""
     address: str = "auto"
-    """Address of the Ray cluster, `host:6379` or `ray://host:10001`; `auto`: that of RAY_ADDRESS, else as `local`: Ray is
-    started here for the run, closed to everybody else."""
+    """Address of the Ray cluster, `host:6379` or `ray://host:10001`; `auto`: that of RAY_ADDRESS, else as `local`: Ray
+    is started here for the run, closed to everybody else."""
     workers: int | Literal["auto"] = "auto"
     """Number of Ray actors; `auto`: one per GPU of the cluster, or one per machine if it has none."""
     gpus_per_worker: float | Literal["auto"] = "auto"

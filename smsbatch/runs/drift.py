@@ -192,8 +192,8 @@ def check_allowed(manifest: Manifest, allow: Collection[str]) -> None:
     for key in allow:
         if not any(_covered(name, [key]) for name in known) and not key.startswith("weights."):
             raise RequestError(
-                f"--allow-drift {key}: no such key; it takes a key or section of the manifest, {ENVIRONMENT}.NAME, weights "
-                f"or {INPUTS}"
+                f"--allow-drift {key}: no such key; it takes a key or section of the manifest, {ENVIRONMENT}.NAME, "
+                f"weights or {INPUTS}"
             )
 
 

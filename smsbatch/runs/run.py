@@ -155,7 +155,7 @@ class Run:
         """`manifest`, as it is recorded or likewise, with the values of the environment; one that has them is returned.
 
         Raises:
-            RequestError: the environment has no value for a name.
+            RequestError: the environment has no value for a name, or an invalid one.
         """
         names = self.about.get("environment", {})
         if not names or manifest.environment:
@@ -167,7 +167,12 @@ class Run:
                 f"set {'it' if len(missing) == 1 else 'them'} as for the run"
             )
         environment = {name: os.environ[name] for name in names}
-        return type(manifest).filled(manifest, fill(manifest.model_dump(mode="json"), environment), environment)
+        try:
+            return type(manifest).filled(manifest, fill(manifest.model_dump(mode="json"), environment), environment)
+        except ValueError as error:
+            raise RequestError(
+                f"{self.store.url}: its manifest is invalid with {', '.join(names)} as set now"
+            ) from error
 
     @property
     def manifest_here(self) -> Manifest:

@@ -105,6 +105,12 @@ class TestRecorded:
         assert manifest.source.urls == ("a/b",) if environment.get("X") else ("a/d",)
         assert manifest.dump()["source"]["urls"] == urls
 
+    def test_an_empty_value_is_empty(self, job: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("X", "")
+        manifest = sb.load(job, ["source.urls='a/${X}b'"])
+        assert manifest.source.urls == ("a/b",)
+        assert manifest.dump()["source"]["urls"] == ["a/b"]
+
     @pytest.mark.parametrize("value", ["${X-d}", "${X:?no}", "${X:=d}", "${}", "${1X}", "${X", "$${X}", "${A:-${X}}"])
     def test_other_forms_are_told(self, value: str, job: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("X", "b")
@@ -208,6 +214,15 @@ class TestARun:
         sb.run(sb.load(begun, loose))
         assert not any("other words" in text for text in everything(tmp_path / "out"))
         sb.run(manifest.model_copy(update={"errors": sb.load(begun, loose).errors}))
+
+    def test_a_run_that_recorded_values_goes_on(self, begun: Path, tmp_path: Path) -> None:
+        """As version 0.1 did."""
+        file = tmp_path / "out/run.json"
+        about = json.loads(file.read_text())
+        del about["environment"]
+        about["manifest"] = sb.load(begun).model_dump(mode="json")
+        file.write_text(json.dumps(about))
+        assert sb.run(sb.load(begun, ["errors.max_failed_fraction=1"])).succeeded == 2
 
     def test_who_computes_needs_them(self, begun: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         out, words = str(tmp_path / "out"), f"{SECRET} style"
