@@ -59,7 +59,7 @@ DOORS = {
     "yarl": {"storage.http"},
     "pyarrow": {"data"},
     "tensorboard": {"training.log"},
-    "PIL": {"data.pixels"},
+    "PIL": {"data.colours", "data.pixels"},
     "pydantic": {"manifest"},
     "yaml": {"manifest.file"},
     "typer": {"cli"},

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from smsbatch.cluster.ray_pool import pool_of
+from smsbatch.data.colours import COLOURS
 from smsbatch.data.index import (
     SAMPLES,
     Built,
@@ -366,6 +367,7 @@ def _run_json(draft: _Draft, weights: Mapping[str, str], commits: str) -> dict[s
         "weights": dict(weights),
         **({} if generator is None else {"generator": generator}),
         "index_sha256": draft.built.sha256,
+        "colours": COLOURS,
         "planned": planner.planned_section(plan),
         "commits": commits,  # by workers, or only by the driver if the store has no create-only put
         "notices": list(plan.notices),

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from smsbatch.data import pixels
+from smsbatch.data import colours, pixels
 from smsbatch.data.index import find_key, index_size, read_index
 from smsbatch.data.reader import Reader
 from smsbatch.data.sample import Outcome, Unit
@@ -100,7 +100,7 @@ def replay(where: str | Manifest, key: str, target: str | Path | None = None) ->
     if picture == outcome.image:
         return Replayed(key, shown, path, before, same=True, largest=0, mean=0.0)
     largest, mean = _difference(picture, outcome.image)
-    changed = tuple(_changed(run.about, manifest, before or {}, shown))
+    changed = tuple(_changed(run, manifest, before or {}, shown))
     return Replayed(key, shown, path, before, same=False, largest=largest, mean=mean, changed=changed)
 
 
@@ -149,13 +149,15 @@ def _difference(before: bytes, now: bytes) -> tuple[int | None, float | None]:
     return int(difference.max()), float(difference.mean())
 
 
-def _changed(run: Mapping[str, Any], manifest: Dataset, before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+def _changed(run: Run, manifest: Dataset, before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     found = []
     if before.get("source_sha256") != now["source_sha256"]:
         found.append("the source picture has changed")
+    if run.colours != colours.COLOURS:
+        found.append(f"colours were read {run.colours} then, {colours.COLOURS} now")
     weights = ENGINES[manifest.task].digests(manifest)
-    found += [f"the file {name} has changed" for name in weights if run["weights"].get(name) != weights[name]]
-    for name, then in run["versions"].items():
+    found += [f"the file {name} has changed" for name in weights if run.about["weights"].get(name) != weights[name]]
+    for name, then in run.about["versions"].items():
         with suppress(PackageNotFoundError):
             now_installed = platform.python_version() if name == "python" else version(name)
             if now_installed != then:

@@ -1,4 +1,4 @@
-"""Decode, resize and encode pictures; the only module that imports PIL.
+"""Decode, resize and encode pictures; only this module and colours.py import PIL.
 
 A picture is uint8 [H, W, 3], sRGB, upright, opaque. Any input becomes such an array or a SampleError: decode_error (not
 a picture, or damaged anywhere), too_small, too_large (from the header, before memory is allocated), encode_error.
@@ -20,6 +20,7 @@ import numpy.typing as npt
 from PIL import Image, UnidentifiedImageError
 
 from smsbatch import manifest
+from smsbatch.data.colours import opaque
 from smsbatch.errors import SampleError
 
 Pixels = npt.NDArray[np.uint8]
@@ -67,7 +68,7 @@ def decode(data: bytes, *, min_side: int = MIN_SIDE, max_pixels: int = MAX_PIXEL
     """The picture in a file, turned by its EXIF tag; alpha over white, 16 bits to 8, an animation's first frame."""
     with _opened(data, min_side, max_pixels) as image:
         image.load()  # completely: an intact header proves nothing
-        return np.array(_rgb(_upright(image)))
+        return np.array(opaque(_upright(image), data))
 
 
 def size(data: bytes, *, min_side: int = MIN_SIDE, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
@@ -239,16 +240,3 @@ def _orientation(image: Image.Image) -> int:
     except _DAMAGE:  # damaged EXIF beside good pixels: keep the picture, unturned
         return 1
     return orientation if isinstance(orientation, int) else 1
-
-
-def _rgb(image: Image.Image) -> Image.Image:
-    if image.mode == "F":
-        raise ValueError("floating-point pixels have no known range")
-    if image.mode.startswith("I"):  # 16 bits, whatever the container; 65535 / 257 = 255
-        levels = np.asarray(image).astype(np.int64).clip(0, 65535)
-        image = Image.fromarray(((levels + 128) // 257).astype(np.uint8))
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, "white")
-        image = Image.alpha_composite(white, image)
-    return image.convert("RGB")

@@ -1,4 +1,4 @@
-"""Drift: changes of the manifest, weights or inputs since the plan.
+"""Drift: changes of the manifest, weights or inputs since the plan, or of how this version reads colours.
 
 The manifest is compared by its hash (`Manifest.identity`), weights by the SHA-256 of their files, inputs by the name,
 size and etag of each object. The etag of a folder is the SHA-256 of its listing, path, size and etag of every file.
@@ -18,6 +18,7 @@ from itertools import count, islice
 from reprlib import repr
 from typing import Any
 
+from smsbatch.data import colours
 from smsbatch.data.index import Part, read_index, read_objects
 from smsbatch.data.reader import list_files
 from smsbatch.data.sources import parts
@@ -30,6 +31,7 @@ from smsbatch.text import flat
 
 DRIFT = "_smsbatch/drift"
 INPUTS = "inputs"
+COLOURS = "colours"
 # These keys change where and how the run works, but not its results.
 _ELSEWHERE = ("compute.", "errors.", "storage.", "output.path", *(f"distill.{key}" for key in HOUSEKEEPING))
 _NEVER = {"metrics": "rows of one run have the same columns"}
@@ -46,7 +48,7 @@ _ROWS = 65536  # rows of the index in memory at once
 
 @dataclass(frozen=True)
 class Change:
-    """The planned and the present value of a key of the manifest, of `weights.<file>` or of `inputs`."""
+    """The planned and the present value of a key of the manifest, of `weights.<file>`, of `inputs` or of `colours`."""
 
     key: str
     then: Any
@@ -93,9 +95,13 @@ def check_unchanged(
 def inputs_changed(run: Run, manifest: Manifest, allow: Collection[str] = (), note: bool = True) -> bool:
     """True if the source's objects differ from the planned ones in name, size, or etag where the store has etags.
 
+    Called when pictures are about to be read: also checks that this version reads their colours as the run did before.
+
     Raises:
-        DriftError: they differ, and `allow` has no `inputs`; the message names the first few.
+        DriftError: they differ, and `allow` has no `inputs`; the message names the first few. Or the colours do.
     """
+    if run.colours != colours.COLOURS:
+        _resolve_drift(run, [Change.of(COLOURS, run.colours, colours.COLOURS)], allow, note)
     if run.is_new:
         return False
     planned, present = read_objects(run.objects), parts(manifest.source, manifest.storage)
@@ -171,11 +177,12 @@ def check_allowed(manifest: Manifest, allow: Collection[str]) -> None:
     Raises:
         RequestError: the message names the unknown key.
     """
-    known = [*flat(manifest.dump()), "weights", INPUTS]
+    known = [*flat(manifest.dump()), "weights", INPUTS, COLOURS]
     for key in allow:
         if not any(_covered(name, [key]) for name in known) and not key.startswith("weights."):
             raise RequestError(
-                f"--allow-drift {key}: no such key; it takes a key or section of the manifest, weights or {INPUTS}"
+                f"--allow-drift {key}: no such key; it takes a key or section of the manifest, weights, "
+                f"{INPUTS} or {COLOURS}"
             )
 
 

@@ -90,6 +90,11 @@ class Run:
         return given if given != Storage() else Storage.model_validate(self.about["manifest"].get("storage", {}))
 
     @property
+    def colours(self) -> str:
+        """How the run's pictures were decoded (`colours.COLOURS`); older versions did not convert."""
+        return str(self.about.get("colours", "as stored"))
+
+    @property
     def task(self) -> str:
         return str(self.about["manifest"].get("task", "optimize"))  # manifests of older versions name no task
 
