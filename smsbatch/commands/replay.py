@@ -110,7 +110,7 @@ def _again(run: Run, manifest: Dataset, row: int) -> Outcome:
     (entry,) = read_index(run.index, row, row + 1)
     reader = Reader(manifest.storage, manifest.source.max_bytes)
     try:
-        sample = load_sample(entry, manifest.source, reader)
+        sample = load_sample(entry, manifest.source, reader, manifest.seed)
     except SampleError as error:
         return failed(entry, error.code, str(error))
     (outcome,) = Stylizer(manifest).stylize([sample])

@@ -10,16 +10,20 @@ of one sample from that of the store, which would fail all other samples too.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
+from pathlib import Path
 from typing import IO, NamedTuple
 
-from smsbatch.data.sample import Span
+from smsbatch.data.cells import RowGroups
+from smsbatch.data.sample import Span, table_of
 from smsbatch.errors import SampleError, StorageError
 from smsbatch.manifest import Storage
 from smsbatch.storage.backend import TooLarge
 from smsbatch.storage.resolve import resolve
 from smsbatch.storage.retries import RemoteError, redact
+from smsbatch.text import one_line
 
 GAP = 64 << 10  # bytes; a smaller gap between two spans is read too, which is cheaper than a second request
 EXTRA = 1 << 20  # bytes by which a joint request of several spans may exceed `max_bytes`
@@ -76,6 +80,31 @@ def list_files(folder: str, storage: Storage) -> Iterator[Listed]:
         yield Listed(path[start:], f"{prefix}/{path[start:]}", size, "" if _tiny(folder) else etag)
 
 
+def holds(pattern: str, url: str, storage: Storage) -> bool:
+    """True if the folder, or the pattern with `*`, `?`, `[]`, holds the object at `url`, which need not exist."""
+    backend, inside = resolve(pattern, storage)
+    other, path = resolve(url, storage)
+    if type(backend) is not type(other) or backend.scheme != other.scheme:
+        return False
+    if backend.is_local:
+        inside, path = os.path.realpath(inside), os.path.realpath(path)
+    return path.startswith(f"{inside.rstrip('/')}/") or backend.matches(path, inside)
+
+
+def is_local(url: str, storage: Storage) -> bool:
+    """True for a file or folder of this machine."""
+    return resolve(url, storage)[0].is_local
+
+
+def linked_folders(folder: str, storage: Storage) -> list[str]:
+    """The links to folders below a folder of this machine, which `list_files` does not follow; sorted."""
+    backend, root = resolve(folder, storage)
+    if not backend.is_local:
+        return []
+    below = (Path(where, name) for where, names, _ in os.walk(root) for name in names)
+    return sorted(str(path) for path in below if path.is_symlink())
+
+
 def open_url(url: str, storage: Storage) -> IO[bytes]:
     """The object as a seekable file, which the caller closes; a remote one is read ahead by 1 MiB."""
     backend, path = resolve(url, storage)
@@ -87,6 +116,7 @@ class Reader:
 
     def __init__(self, storage: Storage, max_bytes: int, check_etag: bool = True) -> None:
         self.storage, self.max_bytes, self.check_etag = storage, max_bytes, check_etag
+        self._row_groups = RowGroups(storage)
 
     def read(self, span: Span) -> bytes:
         """The bytes of a span.
@@ -133,6 +163,9 @@ class Reader:
             yield run
 
     def _read(self, span: Span, limit: int) -> bytes:
+        found = table_of(span.url)
+        if found is not None:
+            return self._cell(*found, span)
         name = redact(span.url)
         backend, path = resolve(span.url, self.storage)
         stop = None if span.length is None else span.offset + span.length
@@ -156,6 +189,23 @@ class Reader:
                 raise SampleError(
                     "read_error", f"{name}: cut off, {missing} of {span.length} bytes at {span.offset} are missing"
                 )
+        return data
+
+    def _cell(self, column: str, table: str, span: Span) -> bytes:
+        name = f"{redact(table)}, row {span.offset + 1:,}"
+        try:
+            data = self._row_groups.read(column, table, span.offset, span.etag if self.check_etag else "")
+        except OSError as error:
+            reason = redact(str(error.strerror or error))
+            if isinstance(error, RemoteError) and (error.fatal or error.again):
+                raise StorageError(f"cannot read {name}: {reason}; {error.advice}") from error
+            raise SampleError("read_error", f"{name}: {reason}") from error
+        except (ValueError, KeyError) as error:
+            raise SampleError("read_error", f"{name}: {one_line(error)}") from error
+        if data is None:
+            raise SampleError("read_error", f"{name}: no picture in column {column!r}, it is null")
+        if len(data) > self.max_bytes:
+            raise self._too_large(name, len(data))
         return data
 
     def _too_large(self, name: str, size: int) -> SampleError:

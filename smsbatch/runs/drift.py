@@ -108,7 +108,7 @@ def inputs_changed(run: Run, manifest: Manifest, allow: Collection[str] = (), no
     then, now = ({part.url: part for part in listed} for listed in (planned, present))
     told = [f"{url} is gone" for url in then.keys() - now.keys()]
     told += [f"{url} is new" for url in now.keys() - then.keys()]
-    for part in (now[url] for url in then.keys() & now.keys() if then[url] != now[url]):
+    for part in (now[url] for url in then.keys() & now.keys() if then[url].version != now[url].version):
         files = list(islice(_changed_files(run, part, manifest.storage), _NAMED + 1)) if part.format == "folder" else []
         told += files or [f"{part.url} was changed"]
     if told:
@@ -191,4 +191,4 @@ def _covered(key: str, allow: Collection[str]) -> bool:
 
 
 def _digest(listed: Sequence[Part]) -> str:
-    return hashlib.sha256(json.dumps(sorted(listed)).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(sorted(part.version for part in listed)).encode()).hexdigest()

@@ -12,6 +12,7 @@ from __future__ import annotations
 import errno
 import io
 import os
+import re
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
@@ -23,6 +24,7 @@ from typing import IO, Any, NamedTuple, TypeVar
 import fsspec
 import fsspec.asyn
 from fsspec.exceptions import FSTimeoutError
+from fsspec.utils import glob_translate
 
 from smsbatch.manifest import Storage
 from smsbatch.storage.retries import RemoteError, redact, with_retries
@@ -119,6 +121,11 @@ class Backend:
         """The objects that match a pattern with `*`, `?`, `[]`, in no order."""
         paths: dict[str, dict[str, Any]] = self._with_retries(self.fs.glob, pattern, detail=True)
         return [found for path, info in paths.items() if (found := self._found(path, info)) is not None]
+
+    @staticmethod
+    def matches(path: str, pattern: str) -> bool:
+        """True if `glob` would find an object at this path."""
+        return re.fullmatch(glob_translate(pattern), path) is not None
 
     def upload(self, path: str, source: bytes | Path, *, create: bool = False) -> None:
         """Write the whole object. FileExistsError: with `create`, if the object exists."""

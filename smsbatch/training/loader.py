@@ -218,7 +218,7 @@ class TrainingLoader:
             row = int(rows[substitute if failed else position - start])
             entry = opened.entry(row)
             try:
-                sample = load_sample(entry, self._manifest.source, self._reader)
+                sample = load_sample(entry, self._manifest.source, self._reader, self._manifest.seed)
                 return _Picture(self._square(sample.image, seed), sample.caption, entry.key, row, seed, failed)
             except SampleError as error:
                 failed.append((entry.key, error.code, str(error)))

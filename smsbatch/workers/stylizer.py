@@ -205,6 +205,7 @@ class Stylizer:
             url=sample.url,
             error_code="unfinished",
             caption=sample.caption or None,
+            caption_from=sample.caption_from,
             prompt=self.engine.prompt(sample.caption),
             source_sha256=sample.sha256,
             seed=sample_seed(self.manifest.seed, sample.key),

@@ -203,7 +203,7 @@ class Worker:
     def _read(self, reader: Reader, entry: Entry) -> Sample | Outcome:
         self._check()
         try:
-            return load_sample(entry, self.manifest.source, reader)
+            return load_sample(entry, self.manifest.source, reader, self.manifest.seed)
         except SampleError as error:
             return failed(entry, error.code, str(error))
 

@@ -311,7 +311,12 @@ CAPTIONS = [
     Case(
         "JSON of another shape",
         tar(("b.jpg", JPG), ("b.json", b"[]")),
-        {"a": "", "b": "bad_caption: its .json is not a JSON object", "z": ""},
+        {"a": "", "b": "", "z": ""},
+    ),
+    Case(
+        "JSON that is a number",
+        tar(("b.jpg", JPG), ("b.json", b"7")),
+        {"a": "", "b": "bad_caption: its .json is neither a JSON object nor a list", "z": ""},
     ),
     Case(
         "JSON of a deep nest",
@@ -341,7 +346,7 @@ FOLDERS = [
     Case(
         "nothing in it",
         files("folder", ["p"], {"p/notes.md": b""}),
-        refused="{p}: no samples found ({p}: files left out: 1 md",
+        refused="{p}: no samples found (captions: 0 of 0; left aside: 1 .md",
     ),
 ]
 
@@ -376,7 +381,7 @@ TABLES = [
     Case(
         "duplicate keys",
         files("table", ["t.csv"], {"t.csv": b"url,key\na.jpg,1\nb.jpg,1\n"}, columns={"key": "key"}),
-        refused="{b.jpg}: key '1' is also in {a.jpg}",
+        refused="{t.csv}, row 2: key '1' is also in {t.csv}, row 1",
     ),
     Case(
         "duplicate keys at signed addresses",
@@ -386,7 +391,7 @@ TABLES = [
             {"t.csv": b"url,key\nhttps://h/a?X-Goog-Signature=1,1\nhttps://ghp_x@h/b,1\n"},
             columns={"key": "key"},
         ),
-        refused="https://***@h/b: key '1' is also in https://h/a?X-Goog-Signature=***; keys must be",
+        refused="{t.csv}, row 2: key '1' is also in {t.csv}, row 1; keys must be",
     ),
     *[
         Case(
