@@ -107,7 +107,7 @@ def _pairs(where: str | Manifest) -> tuple[list[dict[str, Any]], list[Picture], 
                 rows.append(done[key])
                 results.append(pixels.decode(fields[manifest.output.format], min_side=1))
                 original = reader.read(entries[key].fields[entries[key].image])
-                sources.append(pixels.source_picture(original, manifest.image))
+                sources.append(pixels.source_picture(original, manifest.image)[0])
     return rows, sources, results
 
 

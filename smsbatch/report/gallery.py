@@ -89,7 +89,7 @@ def _picture(
     image = Image.model_validate(report.settings["image"])
     entry = read_index(index, row["position"], row["position"] + 1)[0]
     try:
-        source = pixels.source_picture(reader.read(entry.fields[entry.image]), image)
+        source, _ = pixels.source_picture(reader.read(entry.fields[entry.image]), image)
         before = pixels.thumbnail(source, THUMBNAIL_SIDE)
     except SampleError:
         before = None  # it has disappeared since the run; the page says so

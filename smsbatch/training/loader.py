@@ -228,8 +228,8 @@ class TrainingLoader:
     def _square(self, data: bytes, seed: int) -> pixels.Pixels:
         image = self._manifest.image
         zoom, x, y, flip = (_draws(seed, 4) / 2.0**64).tolist()
-        picture = pixels.decode(data, min_side=image.min_side, max_pixels=image.max_pixels)
-        return pixels.crop(picture, image.resolution, 1 + (image.zoom - 1) * zoom, x, y, image.flip and flip < 0.5)
+        with pixels.decoded(data, min_side=image.min_side, max_pixels=image.max_pixels) as picture:
+            return pixels.crop(picture, image.resolution, 1 + (image.zoom - 1) * zoom, x, y, image.flip and flip < 0.5)
 
 
 def _batch(step: int, begun: list[Future[_Picture]]) -> Batch:
