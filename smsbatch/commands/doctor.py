@@ -195,7 +195,7 @@ def _source(manifest: Manifest) -> Check:
             entry = next(read_table(file, url, source), None) if source.format == "table" else None
         if entry is not None and entry.image:
             url = public(entry.url)
-            Reader(storage, source.max_bytes).read(entry.fields[entry.image])
+            Reader.of(source, storage).read(entry.fields[entry.image])
     except SmsbatchError as error:
         return _failed("source", error)
     except StopIteration:

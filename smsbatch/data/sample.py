@@ -14,6 +14,10 @@ from typing import Any, NamedTuple
 
 import pyarrow as pa
 
+from smsbatch.text import printable, shortened
+
+LONGEST_TEXT = 500  # characters of a URL or message in a row
+
 
 class Span(NamedTuple):
     """Bytes [offset, offset + length) of the object at `url`: an absolute path, a URL or a `tiny:` name.
@@ -124,8 +128,14 @@ class Outcome:
         return self.image is not None
 
     def row(self, unit: Unit, attempt: str, worker: str, metrics: Sequence[str], generation: int = 0) -> dict[str, Any]:
-        """The row of `row_schema(metrics)`; a metric that was not measured is null."""
+        """The row of `row_schema(metrics)`; a metric that was not measured is null.
+
+        URL and message, which come from anywhere, are cleaned of control characters and cut at LONGEST_TEXT.
+        """
         columns = {name: getattr(self, name) for name in _OF_OUTCOME}
+        for name in ("url", "error_message"):
+            if columns[name] is not None:
+                columns[name] = shortened(printable(columns[name]), LONGEST_TEXT)
         return columns | {
             "status": "success" if self.succeeded else "failed",
             "sha256": None if self.image is None else hashlib.sha256(self.image).hexdigest(),

@@ -31,7 +31,7 @@ from smsbatch.data.reader import Listed, Reader, absolute, expand, list_files, o
 from smsbatch.data.sample import Entry, Sample, Span
 from smsbatch.data.tables import read_table
 from smsbatch.data.tars import Members, split_name
-from smsbatch.errors import RequestError, SampleError, SourceError
+from smsbatch.errors import SampleError, SourceError
 from smsbatch.manifest import Source, Storage
 
 LONGEST_CAPTION = 65536
@@ -195,10 +195,7 @@ def load_sample(entry: Entry, source: Source, reader: Reader) -> Sample:
     if length is not None and length > LONGEST_CAPTION:  # without reading it
         raise _too_long(f"its .{rule}", length)
     names = sorted(entry.fields, key=lambda name: name != entry.image)  # the picture's error is raised first
-    try:
-        fields = dict(zip(names, reader.read_all([entry.fields[name] for name in names]), strict=True))
-    except RequestError as error:  # a row may hold any address, also with an unknown scheme
-        raise SampleError("read_error", str(error)) from error
+    fields = dict(zip(names, reader.read_all([entry.fields[name] for name in names]), strict=True))
     image, others = fields.pop(entry.image), fields
     if source.format != "table":
         caption = caption_of(others, source.caption)

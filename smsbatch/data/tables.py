@@ -1,7 +1,8 @@
 """Tables of pictures: one entry per row of a csv, tsv, jsonl or parquet file, read as a stream.
 
-    picture   `columns.image`: a URL, an absolute path, or one relative to the table's folder. Its extension is the
-              path's if `source.images` has it, else the first of those. A row without one is an entry without picture.
+    picture   `columns.image`: a URL, an absolute path, or one relative to the table's folder; storage/addresses.py has
+              what a table may name. Its extension is the path's if `source.images` has it, else the first of those. A
+              row without one is an entry without picture.
     caption   `columns.caption`: a text, or null, which is ''. Any other value is None and fails as `bad_caption`.
     key       `columns.key`: a text or a whole number, by the key rule; else `<table's stem>-<row, nine digits>`.
 
@@ -17,7 +18,6 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from reprlib import repr as short
 from typing import IO, Any
-from urllib.parse import urljoin
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -26,18 +26,16 @@ from smsbatch.data.keys import is_text, map_key, sanitize
 from smsbatch.data.sample import Entry, Span
 from smsbatch.errors import SourceError
 from smsbatch.manifest import Source
+from smsbatch.storage.addresses import is_data, is_web, named
 
 ROWS_AT_ONCE = 8192
 # "line 17", and the cells of picture, caption and key; None if the manifest names no column.
 _Row = tuple[str, Sequence[Any]]
 
-_ABSOLUTE = re.compile(r"[a-z][a-z0-9+.-]*://|tiny:|/", re.IGNORECASE)
-_WEB = re.compile(r"https?://", re.IGNORECASE)
-
 
 def read_table(file: IO[bytes], url: str, source: Source) -> Iterator[Entry]:
     """The entries of the table at `url`, read from `file`."""
-    path = re.split(r"[?#]", url)[0] if _WEB.match(url) else url
+    path = re.split(r"[?#]", url)[0] if is_web(url) else url
     stem, _, suffix = path.rpartition("/")[2].rpartition(".")
     if suffix.lower() not in _READERS:
         raise SourceError(f"{url}: not a table by its name; expected one of .{', .'.join(_READERS)}")
@@ -47,7 +45,7 @@ def read_table(file: IO[bytes], url: str, source: Source) -> Iterator[Entry]:
     rows = _READERS[suffix.lower()](file, url, (columns.image, columns.caption, columns.key))
     for number, (where, (picture, caption, key)) in enumerate(rows):
         if is_text(picture) and picture.strip() and "\0" not in picture:
-            at = _resolve(url, picture.strip())
+            at = named(url, picture.strip())
             extension = _extension(at, source.images)
             image, fields = extension, {extension: Span(at)}
         else:
@@ -147,14 +145,11 @@ def _key(value: object, url: str, where: str) -> str:
     raise SourceError(f"{url}: {where}: {short(value)} is no key; expected a text or a whole number")
 
 
-def _resolve(table: str, place: str) -> str:
-    if _WEB.match(table) and not re.match(r"[a-z0-9+.-]+:", place, re.IGNORECASE):
-        return urljoin(table, place)  # in a table on a server, names are files of the server, never of this machine
-    return place if _ABSOLUTE.match(place) else f"{table.rpartition('/')[0]}/{place}"
-
-
 def _extension(place: str, images: Sequence[str]) -> str:
-    path = re.split(r"[?#]", place)[0] if _WEB.match(place) else place
+    if is_data(place):
+        path = re.split("[;,]", place[:100])[0].replace("/", ".")  # of `data:image/png;base64,`
+    else:
+        path = re.split(r"[?#]", place)[0] if is_web(place) else place
     suffix = path.rpartition("/")[2].rpartition(".")[2].lower()
     return suffix if suffix in images else images[0]
 

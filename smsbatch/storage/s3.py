@@ -64,9 +64,9 @@ _REFUSED = (
 class S3(Backend):
     can_create = True
 
-    def __init__(self, fs: Any, scheme: str, storage: Storage) -> None:
-        super().__init__(fs, scheme, storage)
-        fs.retries = 1
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.fs.retries = 1
 
     @staticmethod
     def options(storage: Storage) -> dict[str, Any]:

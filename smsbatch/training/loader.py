@@ -170,7 +170,7 @@ class TrainingLoader:
             raise ValueError(f"{images} images of a step cannot be divided among {workers} workers")
         self._manifest, self._index, self._first_step = manifest, index, first_step
         self._own = range(rank * images // workers, (rank + 1) * images // workers)
-        self._reader = Reader(manifest.storage, manifest.source.max_bytes)
+        self._reader = Reader.of(manifest.source, manifest.storage, manifest.output.path)
         self._order = SampleOrder(samples, manifest.seed)
         self._opened: _Opened | None = None
         self._closed = threading.Event()
