@@ -130,12 +130,12 @@ class Outcome:
     def row(self, unit: Unit, attempt: str, worker: str, metrics: Sequence[str], generation: int = 0) -> dict[str, Any]:
         """The row of `row_schema(metrics)`; a metric that was not measured is null.
 
-        URL and message, which come from anywhere, are cleaned of control characters and cut at LONGEST_TEXT.
+        URL and message, which come from anywhere, are cleaned.
         """
         columns = {name: getattr(self, name) for name in _OF_OUTCOME}
         for name in ("url", "error_message"):
             if columns[name] is not None:
-                columns[name] = shortened(printable(columns[name]), LONGEST_TEXT)
+                columns[name] = cleaned(columns[name])
         return columns | {
             "status": "success" if self.succeeded else "failed",
             "sha256": None if self.image is None else hashlib.sha256(self.image).hexdigest(),
@@ -199,6 +199,11 @@ def row_schema(metrics: Sequence[str] = ()) -> pa.Schema:
         if name in ROW_SCHEMA.names:
             raise ValueError(f"a metric cannot be named like the column {name}")
     return pa.schema([*ROW_SCHEMA, *(pa.field(name, pa.float32()) for name in metrics)])
+
+
+def cleaned(text: str) -> str:
+    """A URL or message for a row: at most LONGEST_TEXT characters, all of them printable, none moves a cursor."""
+    return shortened(printable(text), LONGEST_TEXT)
 
 
 def hashed_seed(name: str) -> int:

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from smsbatch.data import pixels
 from smsbatch.data.index import StoredFile, from_table, read_index_table
 from smsbatch.data.reader import Reader
-from smsbatch.data.sample import Entry, hashed_seed
+from smsbatch.data.sample import Entry, cleaned, hashed_seed
 from smsbatch.data.sources import load_sample
 from smsbatch.errors import RunError, SampleError
 from smsbatch.manifest import Distill
@@ -221,7 +221,7 @@ class TrainingLoader:
                 sample = load_sample(entry, self._manifest.source, self._reader)
                 return _Picture(self._square(sample.image, seed), sample.caption, entry.key, row, seed, failed)
             except SampleError as error:
-                failed.append((entry.key, error.code, str(error)))
+                failed.append((entry.key, error.code, cleaned(str(error))))
         key, code, message = failed[-1]
         raise RunError(f"{TRIES} samples in a row failed, the last was {key} ({code}: {message}); check source.urls")
 
