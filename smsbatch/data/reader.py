@@ -164,7 +164,7 @@ class Reader:
                 ours = self.rules is None or self.rules.is_own(span.url)
                 if ours and (error.fatal or (error.again and not is_web(span.url))):
                     raise StorageError(f"cannot read {name}: {reason}; {error.advice}") from error
-                reason += f"; {error.advice}" if error.fatal else ""
+                reason += "" if error.again else f"; {error.advice}"
             slow = isinstance(error, TimeoutError)
             raise SampleError("timeout" if slow else "read_error", f"{name}: {reason}") from error
         if self.check_etag and span.etag and etag and etag != span.etag:

@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
+from fsspec.registry import known_implementations
 from support.jobs import make_photos, rows, write_manifest
 from support.making import loaded, source_of
 from support.s3server import Server
@@ -46,6 +47,13 @@ def test_a_refusal_of_what_a_row_names_is_the_rows(url: str, reason: str, monkey
     monkeypatch.delenv("AWS_ACCESS_KEY_ID", raising=False)
     monkeypatch.delenv("AWS_SECRET_ACCESS_KEY", raising=False)
     assert re.search(reason, refusal(url, NOWHERE))
+
+
+@pytest.mark.parametrize("rest", ["x/y.jpg", "", "@", "x::y", "a b\\c?*[", "[::1", "h:x/a"])
+def test_no_address_of_any_driver_ends_a_run(rest: str) -> None:
+    for scheme in known_implementations:
+        if scheme not in {"http", "https"}:
+            refusal(f"{scheme}://{rest}", NOWHERE)
 
 
 def test_an_endpoint_that_does_not_answer_for_a_row_is_the_rows(s3: Server) -> None:
