@@ -24,6 +24,7 @@ from urllib.parse import unquote_to_bytes, urljoin, urlsplit
 
 OBJECT_STORES = {"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "adl", "oci", "ocilake", "oss", "tos", "hf"}
 WEB = {"http", "https"}
+LONGEST_DATA_URL = 250_000  # characters; the index holds the URLs of thousands of rows in memory
 REFUSED = "refused:"  # begins the address of a row that its table may not name, which no backend reads
 
 _LOCAL = {"file", "local", "memory", "tiny"}
@@ -47,6 +48,9 @@ def is_data(address: str) -> bool:
 
 def named(table: str, name: str) -> str:
     """The address that a row of `table` names. If it may not, the address is marked and `resolve` refuses it."""
+    if is_data(name) and len(name) > LONGEST_DATA_URL:
+        told = f"a data: URL of {len(name):,} characters, more than {LONGEST_DATA_URL:,}"
+        return f"{REFUSED}{told}; keep its picture in a file, or as bytes in a Parquet column\n{name[:100]}"
     try:
         address = _absolute(table, name)
     except ValueError as error:  # of urljoin, such as an IPv6 host that is never closed

@@ -24,17 +24,23 @@ from smsbatch.storage.retries import seconds_to_wait
 from smsbatch.workers.worker import failed
 
 
-@pytest.fixture
-def web() -> Iterator[Web]:
-    with Web() as server:
-        yield server
+@pytest.fixture(scope="module")
+def servers() -> Iterator[tuple[Web, Web]]:
+    with Web() as web, Web() as other:
+        yield web, other
 
 
 @pytest.fixture
-def other() -> Iterator[Web]:
+def web(servers: tuple[Web, Web]) -> Web:
+    servers[0].reset()
+    return servers[0]
+
+
+@pytest.fixture
+def other(servers: tuple[Web, Web]) -> Web:
     """Another server, which is as much on loopback."""
-    with Web() as server:
-        yield server
+    servers[1].reset()
+    return servers[1]
 
 
 def read(table: str, storage: Storage = STORAGE, **options: object) -> Sample:
@@ -279,6 +285,7 @@ def test_data_urls_hold_their_pictures(
         ("data:image/png;base64,ä???" + "A" * 600, "read_error", "a data: URL that is not base64"),
         (f"data:image/png;base64,{PICTURE}", "too_large", "3072 bytes or more, source.max_bytes is 1500"),
         ("data:," + "A" * 7000, "too_large", "1501 bytes or more"),
+        ("data:," + "A" * 300_000, "read_error", "a data: URL of 300,006 characters, more than 250,000;"),
     ],
 )
 def test_data_urls_that_are_refused_take_one_line(tmp_path: Path, url: str, code: str, told: str) -> None:

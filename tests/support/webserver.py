@@ -50,6 +50,11 @@ class Web:
         self._thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
         self.url = "http://{}:{}".format(*self._server.server_address)
 
+    def reset(self) -> None:
+        """Forget all files, headers and requests."""
+        for memory in (self.asked, self.agents, self.files, self.headers):
+            memory.clear()
+
     def __enter__(self) -> Web:
         self._thread.start()
         return self
