@@ -21,12 +21,10 @@ from smsbatch.manifest import Source, Storage
 from smsbatch.storage.addresses import Rules, decode_data_url, is_data, is_web, split_refused
 from smsbatch.storage.backend import Fetched, TooLarge
 from smsbatch.storage.resolve import resolve
-from smsbatch.storage.retries import RemoteError, redact
-from smsbatch.text import shortened
+from smsbatch.storage.retries import RemoteError, redact, shown
 
 GAP = 64 << 10  # bytes; a smaller gap between two spans is read too, which is cheaper than a second request
 EXTRA = 1 << 20  # bytes by which a joint request of several spans may exceed `max_bytes`
-SHOWN = 200  # characters of a URL in a message
 
 
 class Stat(NamedTuple):
@@ -110,7 +108,7 @@ class Reader:
             table names is the store itself only if it lies in the bucket of a table or of the output.
         """
         if span.length is not None and span.length > self.max_bytes:
-            raise self._too_large(_shown(span.url), span.length)
+            raise self._too_large(shown(span.url), span.length)
         return self._read(span, self.max_bytes)
 
     def read_all(self, spans: Sequence[Span]) -> list[bytes]:
@@ -148,7 +146,7 @@ class Reader:
             yield run
 
     def _read(self, span: Span, limit: int) -> bytes:
-        name = _shown(span.url)
+        name = shown(span.url)
         stop = None if span.length is None else span.offset + span.length
         try:
             data, size, etag = self._get(span, stop, limit)
@@ -198,11 +196,6 @@ def public(url: str) -> str:
     """A URL without passwords and signature values, for rows and messages."""
     address, _ = split_refused(url)
     return redact(address) if "://" in address else address
-
-
-def _shown(url: str) -> str:
-    """A URL for messages, which have an end too: a `data:` URL may have megabytes."""
-    return shortened(redact(split_refused(url)[0]), SHOWN)
 
 
 def _end(span: Span) -> int:

@@ -33,6 +33,7 @@ from smsbatch.data.tables import read_table
 from smsbatch.data.tars import Members, split_name
 from smsbatch.errors import SampleError, SourceError
 from smsbatch.manifest import Source, Storage
+from smsbatch.storage.retries import RemoteError
 
 LONGEST_CAPTION = 65536
 SIDECARS = ("txt", "json")
@@ -291,7 +292,8 @@ def _list(url: str, storage: Storage) -> Iterator[Listed]:
 
 
 def _refused(url: str, error: OSError) -> SourceError:
-    return SourceError(f"{url}: {error.strerror or error}; check source.urls")
+    advice = error.advice if isinstance(error, RemoteError) else "check source.urls"
+    return SourceError(f"{url}: {error.strerror or error}; {advice}")
 
 
 def _braces(pattern: str) -> list[str]:

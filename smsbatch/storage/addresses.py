@@ -49,15 +49,16 @@ def is_data(address: str) -> bool:
 def named(table: str, name: str) -> str:
     """The address that a row of `table` names. If it may not, the address is marked and `resolve` refuses it."""
     if is_data(name) and len(name) > LONGEST_DATA_URL:
-        told = f"a data: URL of {len(name):,} characters, more than {LONGEST_DATA_URL:,}"
-        return f"{REFUSED}{told}; keep its picture in a file, or as bytes in a Parquet column\n{name[:100]}"
-    try:
-        address = _absolute(table, name)
-    except ValueError as error:  # of urljoin, such as an IPv6 host that is never closed
-        return f"{REFUSED}no URL ({error})\n{name}"
+        size = f"{len(name):,} characters, more than {LONGEST_DATA_URL:,}"
+        address, reason = name[:100], f"a data: URL of {size}; keep its picture in a file or in a Parquet column"
+    else:
+        try:
+            address = _absolute(table, name)
+            reason = _rules(table).refusal(address)
+        except ValueError as error:  # of urljoin, such as an IPv6 host that is never closed
+            address, reason = name, f"no URL ({error})"
     if is_web(address):
         address = _AMPERSAND.sub("&", address)  # as copied from HTML
-    reason = _rules(table).refusal(address)
     return f"{REFUSED}{reason} ({table})\n{address}" if reason else address
 
 

@@ -15,7 +15,7 @@ from smsbatch.manifest import Storage
 from smsbatch.storage.addresses import WEB, Rules, split_refused
 from smsbatch.storage.backend import _LOCK, Backend
 from smsbatch.storage.disk import Disk
-from smsbatch.storage.retries import redact
+from smsbatch.storage.retries import redact, shown
 
 
 def resolve(url: str | Path, storage: Storage, rules: Rules | None = None) -> tuple[Backend, str]:
@@ -28,7 +28,7 @@ def resolve(url: str | Path, storage: Storage, rules: Rules | None = None) -> tu
     """
     text, reason = split_refused(os.fspath(url))
     if reason := reason or (rules.refusal(text) if rules else ""):
-        raise RequestError(f"{redact(text)}: {reason}")
+        raise RequestError(f"{shown(text)}: {redact(reason)}")
     text = tiny.resolve(text)
     scheme, found, _ = text.partition("://")
     scheme = scheme.lower() if found and scheme.lower() != "local" else "file"
@@ -40,7 +40,7 @@ def resolve(url: str | Path, storage: Storage, rules: Rules | None = None) -> tu
     except ImportError as error:
         raise RequestError(f"{scheme}://: its driver is not installed ({redact(str(error))})") from error
     except (TypeError, ValueError, OSError, AttributeError, RuntimeError) as error:
-        raise RequestError(f"{redact(scheme)}://: its driver cannot be used by an address alone") from error
+        raise RequestError(f"{shown(scheme)}://: its driver cannot be used by an address alone") from error
 
 
 @functools.lru_cache(maxsize=64)
@@ -49,7 +49,7 @@ def _backend(scheme: str, pid: int, storage: Storage, rules: Rules | None) -> Ba
     try:
         driver, kind = fsspec.get_filesystem_class(scheme), _kind(scheme)
     except ValueError as error:
-        raise RequestError(f"{redact(scheme)}://: no driver is known for this scheme") from error
+        raise RequestError(f"{shown(scheme)}://: no driver is known for this scheme") from error
     options = {"use_listings_cache": False, "skip_instance_cache": True, **kind.options(storage)}
     inspect.signature(driver.__init__).bind(None, **options)  # a driver whose constructor fails may complain when freed
     return kind(driver(**options), scheme, storage, rules)

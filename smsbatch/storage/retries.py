@@ -17,17 +17,24 @@ from typing import TypeVar
 from tenacity import RetryCallState, Retrying, retry_if_exception, stop_after_attempt, wait_random_exponential
 
 from smsbatch.manifest import SECRET
+from smsbatch.text import shortened
 
 T = TypeVar("T")
 
 WAIT = wait_random_exponential(multiplier=0.5, max=20)  # seconds: at most 0.5, 1, 2, 4 ... 20
 LONGEST_WAIT = 60.0  # seconds; a server that asks for more in `Retry-After` is asked again after these
+SHOWN = 200  # characters of an address in a message
 _BUGS = (TypeError, KeyError, AttributeError, MemoryError, AssertionError)
 
 
 def redact(text: str) -> str:
     """The text on one line, with `***` for every secret that `manifest.SECRET` matches."""
     return SECRET.sub(lambda secret: f"{secret['shown'] or ''}***", " ".join(text.split()))
+
+
+def shown(address: str) -> str:
+    """An address as messages show it: without secrets and not too long, for a `data:` URL may have megabytes."""
+    return shortened(redact(address), SHOWN)
 
 
 class RemoteError(OSError):

@@ -50,6 +50,13 @@ def test_a_table_elsewhere_names_nothing_of_this_machine(table: str, name: str) 
         resolve(name, Storage(), Rules.of([table]))
 
 
+def test_a_refusal_is_short_and_has_no_secret() -> None:
+    name = f"file:///x?token=hunter2&{'y' * 9000}"
+    with pytest.raises(RequestError, match=r"^file:///x\?token=\*\*\*&y+…: a table on the web may name") as caught:
+        resolve(named(WEB, name), Storage())
+    assert len(str(caught.value)) < 400
+
+
 @pytest.mark.parametrize(
     ("table", "name", "address"),
     [

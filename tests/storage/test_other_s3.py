@@ -9,11 +9,12 @@ from pathlib import Path
 
 import pytest
 from botocore.exceptions import ClientError
-from support.making import make_files
+from support.making import make_files, source_of
 from support.s3server import Faults, Server
 from tenacity import wait_none
 
-from smsbatch.errors import StorageError
+from smsbatch.data.sources import parts
+from smsbatch.errors import SourceError, StorageError
 from smsbatch.storage import retries, s3 as s3_door
 from smsbatch.storage.s3 import _refusal
 from smsbatch.storage.store import Store
@@ -169,6 +170,14 @@ def test_a_store_is_asked_again_when_it_wants() -> None:
     error = refusal(503, "SlowDown", **{"retry-after": "9"})
     assert isinstance(error, retries.RemoteError)
     assert (error.again, error.after_s) == (True, 9)
+
+
+def test_a_source_that_is_refused_says_what_to_do(s3: Server) -> None:
+    with Faults(s3.endpoint) as proxy:
+        storage = s3.storage.model_copy(update={"endpoint": proxy.endpoint})
+        proxy.inject("403")
+        with pytest.raises(SourceError, match=r"^s3://bucket/x.tar: .*\(403\); check the permissions; if its readers"):
+            parts(source_of("webdataset", "s3://bucket/x.tar"), storage)
 
 
 @pytest.mark.parametrize("bucket", ["a b", "x" * 300])
