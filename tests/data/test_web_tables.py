@@ -305,7 +305,9 @@ def test_data_urls_that_are_refused_take_one_line(tmp_path: Path, url: str, code
 )
 def test_texts_from_elsewhere_are_short_and_harmless_in_rows(letter: str) -> None:
     text = f"https://host/{letter}[31m" + "x" * 600
-    row = Outcome("a", text, error_code="read_error", error_message=text).row(Unit(0, 0, 0, 1), "", "", ())
+    outcome = Outcome("a", text, error_code="read_error", error_message=text, caption=text)
+    row = outcome.row(Unit(0, 0, 0, 1), "", "", ())
+    assert row["caption"] == text, "captions are data"
     for name in ("url", "error_message"):
         assert row[name] == "https://host/ [31m" + "x" * 481 + "…"
         assert len(row[name]) == 500
