@@ -64,6 +64,11 @@ def flat(section: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return found
 
 
+def shortened(text: str, most: int) -> str:
+    """The text, cut to at most so many characters and then with `…` as the last."""
+    return text if len(text) <= most else text[: most - 1] + "…"
+
+
 def printable(text: str) -> str:
     """The text with a space for each character that is not printable, such as line breaks."""
     return "".join(letter if letter.isprintable() else " " for letter in text)

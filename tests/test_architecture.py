@@ -23,7 +23,8 @@ LAYERS = (
     ("generator", "data"),
     ("diffusion", "storage", "metrics"),
     ("manifest",),
-    ("errors", "text", "parallel", "tiny"),
+    ("parallel", "tiny"),
+    ("errors", "text"),
 )
 # The modules that may import each dependency; a subpackage stands for all of its modules.
 DOORS = {

@@ -196,7 +196,7 @@ def _source(manifest: Manifest) -> Iterator[Check]:
             told_of = "; ".join([f"{part.url}: no pictures in it", *told.notices])
             yield Check("source", "fail", told_of, f"check source.urls and source.images ({', '.join(source.images)})")
             return
-        Reader(storage, source.max_bytes).read(entry.fields[entry.image])
+        Reader.of(source, storage).read(entry.fields[entry.image])
     except SmsbatchError as error:
         yield _failed("source", error)
         return

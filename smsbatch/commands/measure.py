@@ -96,7 +96,7 @@ def _pairs(where: str | Manifest) -> tuple[list[dict[str, Any]], list[Picture], 
     """The successful rows of a run, their sources and their results."""
     run = Run.open(where)
     store, manifest = run.store, run.dataset
-    reader = Reader(run.storage, manifest.source.max_bytes)
+    reader = Reader.of(manifest.source, run.storage)
     entries = {entry.key: entry for entry in read_index(run.index)}
     rows, sources, results = [], [], []
     for _, shard in sorted(run.ledger.publications().items()):

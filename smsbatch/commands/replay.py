@@ -108,7 +108,7 @@ def _again(run: Run, manifest: Dataset, row: int) -> Outcome:
     from smsbatch.workers.stylizer import Stylizer  # loads torch
 
     (entry,) = read_index(run.index, row, row + 1)
-    reader = Reader(manifest.storage, manifest.source.max_bytes)
+    reader = Reader.of(manifest.source, manifest.storage)
     try:
         sample = load_sample(entry, manifest.source, reader, manifest.seed)
     except SampleError as error:

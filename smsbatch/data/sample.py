@@ -16,6 +16,10 @@ from urllib.parse import quote, unquote
 
 import pyarrow as pa
 
+from smsbatch.text import printable, shortened
+
+LONGEST_TEXT = 500  # characters of a URL or message in a row
+
 
 class Span(NamedTuple):
     """Bytes [offset, offset + length) of the object at `url`: an absolute path, a URL or a `tiny:` name.
@@ -143,8 +147,14 @@ class Outcome:
         return self.image is not None
 
     def row(self, unit: Unit, attempt: str, worker: str, metrics: Sequence[str], generation: int = 0) -> dict[str, Any]:
-        """The row of `row_schema(metrics)`; a metric that was not measured is null."""
+        """The row of `row_schema(metrics)`; a metric that was not measured is null.
+
+        URL and message, which come from anywhere, are cleaned.
+        """
         columns = {name: getattr(self, name) for name in _OF_OUTCOME}
+        for name in ("url", "error_message"):
+            if columns[name] is not None:
+                columns[name] = cleaned(columns[name])
         return columns | {
             "status": "success" if self.succeeded else "failed",
             "sha256": None if self.image is None else hashlib.sha256(self.image).hexdigest(),
@@ -209,6 +219,11 @@ def row_schema(metrics: Sequence[str] = ()) -> pa.Schema:
         if name in ROW_SCHEMA.names:
             raise ValueError(f"a metric cannot be named like the column {name}")
     return pa.schema([*ROW_SCHEMA, *(pa.field(name, pa.float32()) for name in metrics)])
+
+
+def cleaned(text: str) -> str:
+    """A URL or message for a row: at most LONGEST_TEXT characters, all of them printable, none moves a cursor."""
+    return shortened(printable(text), LONGEST_TEXT)
 
 
 def hashed_seed(name: str) -> int:

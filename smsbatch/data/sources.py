@@ -42,8 +42,9 @@ from smsbatch.data.reader import Reader, expand, holds, list_files, open_url, pu
 from smsbatch.data.sample import Entry, Sample, Span
 from smsbatch.data.tables import read_table
 from smsbatch.data.tars import Members, split_name
-from smsbatch.errors import RequestError, SampleError, SourceError
+from smsbatch.errors import SampleError, SourceError
 from smsbatch.manifest import Source, Storage
+from smsbatch.storage.retries import RemoteError
 
 ROWS_AT_ONCE = 8192
 # Storage has a high latency and a high throughput.
@@ -274,10 +275,7 @@ def load_sample(entry: Entry, source: Source, reader: Reader, seed: int = 0) -> 
     if length is not None and length > LONGEST_CAPTION:  # without reading it
         raise too_long(f"its .{first}", length)
     names = sorted(entry.fields, key=lambda name: name != entry.image)  # the picture's error is raised first
-    try:
-        fields = dict(zip(names, reader.read_all([entry.fields[name] for name in names]), strict=True))
-    except RequestError as error:  # a row may hold any address, also with an unknown scheme
-        raise SampleError("read_error", str(error)) from error
+    fields = dict(zip(names, reader.read_all([entry.fields[name] for name in names]), strict=True))
     image, others = fields.pop(entry.image), fields
     if source.format != "table":
         caption = find_caption(others, source, entry.image, entry.key, seed, entry.caption)
@@ -314,7 +312,8 @@ def _missing(name: str, storage: Storage) -> SourceError:
 
 
 def _refused(url: str, error: OSError) -> SourceError:
-    return SourceError(f"{url}: {error.strerror or error}; check source.urls")
+    advice = error.advice if isinstance(error, RemoteError) else "check source.urls"
+    return SourceError(f"{url}: {error.strerror or error}; {advice}")
 
 
 def _braces(pattern: str) -> list[str]:

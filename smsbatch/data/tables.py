@@ -1,8 +1,8 @@
 """Tables of pictures: one entry per row of a csv, tsv, jsonl, json or parquet file, read as a stream.
 
-    picture   `columns.image`: a URL, an absolute path, or one relative to the table's folder; in parquet also the bytes
-              themselves (cells.py). Its extension is the path's if `source.images` has it, else the first of those. A
-              row without one is an entry without picture.
+    picture   `columns.image`: a URL, an absolute path, or one relative to the table's folder (storage/addresses.py has
+              what a table may name); in parquet also the bytes themselves (cells.py). Its extension is the path's if
+              `source.images` has it, else the first of those. A row without one is an entry without picture.
     caption   `columns.caption`: a text, a list of texts of which `source.caption_choice` takes one, or null, which is
               ''. In json and parquet it may be a path (`answers.0.text`). Any other value is None: `bad_caption`.
     key       `columns.key`: a text or a whole number, by the key rule; else `<the table's name>-<row, nine digits>`.
@@ -24,7 +24,6 @@ from functools import partial
 from itertools import chain
 from reprlib import repr as short
 from typing import IO, Any, NamedTuple, cast
-from urllib.parse import urljoin
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -36,13 +35,11 @@ from smsbatch.data.keys import distinct_names, is_text, map_key
 from smsbatch.data.sample import Entry, Span, cell
 from smsbatch.errors import SampleError, SourceError
 from smsbatch.manifest import Source
+from smsbatch.storage.addresses import is_data, is_web, named
 from smsbatch.text import count, one_line
 
 ROWS_AT_ONCE = 8192
 LARGE_GROUP = 1 << 29  # bytes of pictures in a row group, which a worker holds in memory, that are worth a notice
-
-_ABSOLUTE = re.compile(r"[a-z][a-z0-9+.-]*://|tiny:|/", re.IGNORECASE)
-_WEB = re.compile(r"https?://", re.IGNORECASE)
 
 
 class _Row(NamedTuple):
@@ -76,7 +73,7 @@ def read_table(file: IO[bytes], part: Part, source: Source, seed: int, notices: 
             extension = _extension(picture if is_text(picture) else "", source.images)
             image, fields = extension, {extension: cell(column, url, number, part.etag)}
         elif is_text(picture) and picture.strip() and "\0" not in picture:
-            at = _resolve(url, picture.strip())
+            at = named(url, picture.strip())
             extension = _extension(at, source.images)
             image, fields = extension, {extension: Span(at)}
         else:
@@ -182,7 +179,7 @@ def _places(url: str, source: Source, header: list[str], delimiter: str) -> list
         for other in (";", "\t", "|", ","):
             if other != delimiter and other in header[0]:
                 hints.append(f"it is one column with {other!r} in it: set source.columns.delimiter to {other!r}")
-    if columns.header is True and _WEB.match("".join(header[:1])):
+    if columns.header is True and is_web("".join(header[:1])):
         hints.append("its first line looks like a row: set source.columns.header to false or to a list of names")
     _check_columns(url, names, header, "; ".join(hints))
     return [None if name is None else header.index(name) for name in names]
@@ -330,7 +327,7 @@ _READERS: dict[str, Callable[[IO[bytes], Part, Source, list[str]], Iterator[_Row
 
 def _suffixes(url: str) -> list[str]:
     """The extensions of a table's name, in lower case: ['csv', 'gz']."""
-    path = re.split(r"[?#]", url)[0] if _WEB.match(url) else url
+    path = re.split(r"[?#]", url)[0] if is_web(url) else url
     return path.rpartition("/")[2].lower().split(".")[1:]
 
 
@@ -350,13 +347,10 @@ def _key(value: object, url: str, where: str) -> str:
     raise SourceError(f"{url}: {where}: {short(value)} is no key; expected a text or a whole number")
 
 
-def _resolve(table: str, place: str) -> str:
-    if _WEB.match(table) and not re.match(r"[a-z0-9+.-]+:", place, re.IGNORECASE):
-        return urljoin(table, place)  # in a table on a server, names are files of the server, never of this machine
-    return place if _ABSOLUTE.match(place) else f"{table.rpartition('/')[0]}/{place}"
-
-
 def _extension(place: str, images: Sequence[str]) -> str:
-    path = re.split(r"[?#]", place)[0] if _WEB.match(place) else place
+    if is_data(place):
+        path = re.split("[;,]", place[:100])[0].replace("/", ".")  # of `data:image/png;base64,`
+    else:
+        path = re.split(r"[?#]", place)[0] if is_web(place) else place
     suffix = path.rpartition("/")[2].rpartition(".")[2].lower()
     return suffix if suffix in images else images[0]

@@ -347,7 +347,34 @@ class Storage(Section):
     timeout_s: float = Field(30.0, gt=0)
     """Seconds to wait for a connection or for more bytes; the total for a picture at an http(s) URL."""
     retries: int = Field(6, ge=0)
-    """Retries after throttling, server and connection errors, with exponential backoff and jitter."""
+    """Retries after throttling, server and connection errors, with exponential backoff and jitter, and not before the
+    time that a server names in `Retry-After`, up to a minute."""
+    requester_pays: bool = False
+    """Pay for the requests to an S3 bucket that demands it (`x-amz-request-payer: requester`)."""
+    user_agent: str | None = Field(
+        None, min_length=1, max_length=500, pattern=r"^[\x21-\x7e]([\x20-\x7e]*[\x21-\x7e])?$"
+    )
+    """What web servers are told of who asks; default: `smsbatch/<version>`. Some sites demand a way to reach you, such
+    as `my-project/1.0 (+https://example.org; me@example.org)`."""
+    user_agent_token: str | None = "smsbatch"
+    """The name by which a server's `X-Robots-Tag` may address this client alone (`smsbatch: noai`)."""
+    disallowed_header_directives: tuple[str, ...] = Field(
+        ("noai", "noimageai", "noindex", "noimageindex"), json_schema_extra=_or_one
+    )
+    """Directives of the header `X-Robots-Tag` with which a server forbids the use of a picture; its row then fails
+    (`read_error`). `[]`: none is obeyed. Only for pictures that tables name."""
+    private_addresses: bool = False
+    """Let tables that lie on the web name pictures at private, loopback and link-local addresses."""
+
+    @field_validator("disallowed_header_directives", mode="before")
+    @classmethod
+    def _one_or_many(cls, value: object) -> object:
+        return (value,) if isinstance(value, str) else value
+
+    @field_validator("disallowed_header_directives")
+    @classmethod
+    def _lower_case(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(directive.strip().lower() for directive in value)
 
     @field_validator("endpoint")
     @classmethod

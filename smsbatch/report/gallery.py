@@ -61,7 +61,7 @@ def gallery(run: Run, report: Report, tally: RowTally, index: StoredFile | Path)
             chosen |= {f"Lowest {name.upper()}": tally.lowest, f"Highest {name.upper()}": tally.highest}
     results = _results(run.store, chain.from_iterable(chosen.values()), report.settings["output"]["format"])
 
-    reader = Reader(run.storage, Source.model_validate(report.settings["source"]).max_bytes)
+    reader = Reader.of(Source.model_validate(report.settings["source"]), run.storage)
 
     def picture(row: Mapping[str, Any]) -> Picture:
         return _picture(index, reader, report, row, results[row["key"]])

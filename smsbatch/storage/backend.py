@@ -27,6 +27,7 @@ from fsspec.exceptions import FSTimeoutError
 from fsspec.utils import glob_translate
 
 from smsbatch.manifest import Storage
+from smsbatch.storage.addresses import Rules
 from smsbatch.storage.retries import RemoteError, redact, with_retries
 
 T = TypeVar("T")
@@ -59,14 +60,17 @@ class Fetched(NamedTuple):
 
 
 class Backend:
-    """Objects of one URL scheme, by paths without the scheme. This class serves any driver of fsspec."""
+    """Objects of one URL scheme, by paths without the scheme. This class serves any driver of fsspec.
+
+    `rules`: the objects are pictures that rows of tables name, for a backend that treats these otherwise.
+    """
 
     is_local = False
     is_web = False
     can_create = False  # True: of two uploads with `create` one fails; False: `create` checks, then writes
 
-    def __init__(self, fs: Any, scheme: str, storage: Storage) -> None:
-        self.fs, self.scheme, self.storage = fs, scheme, storage
+    def __init__(self, fs: Any, scheme: str, storage: Storage, rules: Rules | None = None) -> None:
+        self.fs, self.scheme, self.storage, self.rules = fs, scheme, storage, rules
         self.can_create = self.can_create or scheme == "memory"
 
     @staticmethod

@@ -198,7 +198,7 @@ class Worker:
 
     def _reading(self) -> partial[Sample | Outcome]:
         """A function that reads an entry; all threads share its reader."""
-        return partial(self._read, Reader(self.manifest.storage, self.manifest.source.max_bytes))
+        return partial(self._read, Reader.of(self.manifest.source, self.manifest.storage, self.manifest.output.path))
 
     def _read(self, reader: Reader, entry: Entry) -> Sample | Outcome:
         self._check()

@@ -50,7 +50,7 @@ def indexed(source: Source, storage: Storage = STORAGE) -> tuple[list[Entry], li
 
 
 def loaded(entry: Entry, source: Source, storage: Storage = STORAGE) -> Sample:
-    return load_sample(entry, source, Reader(storage, source.max_bytes))
+    return load_sample(entry, source, Reader.of(source, storage))
 
 
 def expand(pattern: str, storage: Storage) -> list[str]:
