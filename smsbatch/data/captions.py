@@ -100,11 +100,12 @@ def find_caption(
     return Caption()
 
 
-def has_caption(data: bytes, rule: str, source: Source) -> bool:
-    """True if this rule finds a caption in this sidecar."""
+def has_caption(data: bytes, rule: str, what: str, source: Source, broken: list[str]) -> bool:
+    """True if this rule finds a caption in the sidecar `what`; `broken` gets the error if it cannot be read."""
     try:
-        return bool(read_caption(data, rule.partition(":")[2], "it", source, ""))
-    except SampleError:
+        return bool(read_caption(data, rule.partition(":")[2], what, source, ""))
+    except SampleError as error:
+        broken.append(str(error))
         return False
 
 
@@ -151,9 +152,9 @@ def text_at(value: Any, path: str, what: str, source: Source, draw: str) -> str:
                 value = _chosen(value, source, draw)
         else:
             break
-    if value is None:
+    if value is None or left:  # the path leads nowhere
         return ""
-    if left or not is_text(value):
+    if not is_text(value):
         raise SampleError("bad_caption", f"{path!r} in {what} is not a text")
     return short_enough(value.strip(), f"{path!r} in {what}")
 

@@ -69,13 +69,13 @@ def folder_entries(
     """The entries of a folder. Sidecars on this machine are read to count captions, others count unless empty."""
     found = _look(part.url, source, storage)
     captions = _metadata(found, source, storage, seed, notices)
-    local = is_local(part.url, storage)
+    local, broken = is_local(part.url, storage), list[str]()
     for path, image, files in found.pictures:
         fields = {name: Span(file.url, 0, file.size, file.etag) for name, file in files.items()}
         stem = path.rpartition(".")[0]
         wish = stem.replace("/", "__").replace(".", "_")
         key, original = map_key(f"{part.prefix}/{wish}" if part.prefix else wish, fields, stem)
-        rule = _rule(files, image, source, storage, local, path in captions)
+        rule = _rule(files, image, source, storage, local, path in captions, broken)
         yield Entry(key, image, fields, captions.pop(path, None), original, rule)
     left.update(found.left)
     for what, number, first in (
@@ -83,6 +83,7 @@ def folder_entries(
         ("hidden files passed over", found.hidden, ""),
         ("files in folders of thumbnails or of the system passed over", found.system, ""),
         ("linked folders passed over", len(links := linked_folders(part.url, storage)), ", ".join(links[:1])),
+        ("sidecars from which no caption can be read", len(broken), ", ".join(broken[:1])),
         ("rows of metadata that name no picture here", len(captions), ", ".join(list(captions)[:1])),
     ):
         if number:
@@ -132,7 +133,13 @@ def _look(url: str, source: Source, storage: Storage) -> _Folder:
 
 
 def _rule(
-    files: Mapping[str, Listed], image: str, source: Source, storage: Storage, local: bool, has_row: bool
+    files: Mapping[str, Listed],
+    image: str,
+    source: Source,
+    storage: Storage,
+    local: bool,
+    has_row: bool,
+    broken: list[str],
 ) -> str | None:
     """The first rule that finds a caption; a sidecar that is not on this machine has one if it is not empty."""
     for rule in source.caption:
@@ -146,7 +153,7 @@ def _rule(
             if not local or file.size > LONGEST_READ:
                 return rule
             with open_url(file.url, storage) as opened:
-                if has_caption(opened.read(), rule, source):
+                if has_caption(opened.read(), rule, file.path, source, broken):
                     return rule
     return None
 

@@ -53,7 +53,7 @@ def distinct_names(paths: Sequence[str]) -> list[str]:
     Files of one name are told apart by as many of their folders as that takes, `train__0000` and `test__0000`, and in
     one folder by their suffixes. Names that are too long and begin alike end in `~` and a digest of the path.
     """
-    split = [[part for part in _path(path).split("/") if part] or [path] for path in paths]
+    split = [[part for part in _path(path).removesuffix(".gz").split("/") if part] or [path] for path in paths]
     stems = Counter((*parts[:-1], parts[-1].rpartition(".")[0]) for parts in split)
     for parts in split:
         stem = parts[-1].rpartition(".")[0] or parts[-1]

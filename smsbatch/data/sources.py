@@ -170,6 +170,7 @@ def _webdataset(part: Part, source: Source, storage: Storage, seed: int, told: S
     captions: dict[str, int] = {}  # the first of the rules that finds one
     odd: list[str] = []
     nameless: list[str] = []
+    broken: list[str] = []
     system = 0
     key = ""
     with open_url(part.url, storage) as file:
@@ -197,7 +198,9 @@ def _webdataset(part: Part, source: Source, storage: Storage, seed: int, told: S
                     file.seek(offset)
                     data = file.read(length)
                     for number in rules[extension]:
-                        if captions.get(key, number + 1) > number and has_caption(data, source.caption[number], source):
+                        if captions.get(key, number + 1) > number and has_caption(
+                            data, source.caption[number], name, source, broken
+                        ):
                             captions[key] = number
         except tarfile.ReadError as error:
             raise SourceError(
@@ -215,6 +218,7 @@ def _webdataset(part: Part, source: Source, storage: Storage, seed: int, told: S
         ("members with unusable extensions passed over", len(odd), odd[:1]),
         ("hidden members, or without extension", len(nameless), nameless[:1]),
         ("members of thumbnail and system folders passed over", system, ""),
+        ("sidecars from which no caption can be read", len(broken), broken[:1]),
         ("samples without a picture, but with several dotted ones: keys end at the first dot", len(joined), joined[:1]),
     ):
         if number:

@@ -39,6 +39,7 @@ from smsbatch.storage.addresses import is_data, is_web, named
 from smsbatch.text import count, one_line
 
 ROWS_AT_ONCE = 8192
+_ROLES = ("image", "caption", "key")
 LARGE_GROUP = 1 << 29  # bytes of pictures in a row group, which a worker holds in memory, that are worth a notice
 
 
@@ -167,19 +168,19 @@ def _places(url: str, source: Source, header: list[str], delimiter: str) -> list
     columns = source.columns
     names = (columns.image, columns.caption, columns.key)
     hints = []
-    for name in names:
+    for role, name in zip(_ROLES, names, strict=True):
         if name is not None and header.count(name) > 1:
             raise SourceError(f"{url}: column {name!r} is there {header.count(name)} times; name each one differently")
-        stripped = [column for column in header if column.strip() == name]
-        if name is not None and name not in header and stripped:
-            hints.append(f"{stripped[0]!r} has spaces: write it so, in quotes, or take them out of the file")
+        similar = [column for column in header if name and column.strip().casefold() == name.casefold()]
+        if name not in header and similar:
+            hints.append(f"set source.columns.{role} to {similar[0]!r}, as the file writes it")
         if f'"{name}"' in header:
             hints.append("its names are in quotes: set source.columns.quote to '\"'")
     if len(header) == 1:
         for other in (";", "\t", "|", ","):
             if other != delimiter and other in header[0]:
                 hints.append(f"it is one column with {other!r} in it: set source.columns.delimiter to {other!r}")
-    if columns.header is True and is_web("".join(header[:1])):
+    if columns.header is True and any(is_web(cell) or _suffix(cell) in source.images for cell in header):
         hints.append("its first line looks like a row: set source.columns.header to false or to a list of names")
     _check_columns(url, names, header, "; ".join(hints))
     return [None if name is None else header.index(name) for name in names]
@@ -332,7 +333,7 @@ def _suffixes(url: str) -> list[str]:
 
 
 def _check_columns(where: str, names: Sequence[str | None], there: Sequence[str], hint: str = "") -> None:
-    for role, name in zip(("image", "caption", "key"), names, strict=True):
+    for role, name in zip(_ROLES, names, strict=True):
         if name is not None and name not in there:
             found = ", ".join(column if column.strip() == column and column else repr(column) for column in there)
             advice = hint or f"set source.columns.{role} to one it has"
@@ -352,5 +353,8 @@ def _extension(place: str, images: Sequence[str]) -> str:
         path = re.split("[;,]", place[:100])[0].replace("/", ".")  # of `data:image/png;base64,`
     else:
         path = re.split(r"[?#]", place)[0] if is_web(place) else place
-    suffix = path.rpartition("/")[2].rpartition(".")[2].lower()
-    return suffix if suffix in images else images[0]
+    return suffix if (suffix := _suffix(path)) in images else images[0]
+
+
+def _suffix(path: str) -> str:
+    return path.rpartition("/")[2].rpartition(".")[2].lower()

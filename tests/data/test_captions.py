@@ -46,6 +46,8 @@ CASES: dict[str, tuple[list[str] | None, dict[str, bytes], tuple[str, str]]] = {
     "a dotted extension": (["meta.json:c"], {"meta.json": dumped({"c": "x"})}, ("x", "meta.json:c")),
     "beside NaN": (["json:c"], {"json": b'{"c": "x", "similarity": NaN}'}, ("x", "json:c")),
     "none": (None, {"cls": b"3"}, ("", "")),
+    "a path into a text": (["json:a.b", "json:a"], {"json": dumped({"a": "x"})}, ("x", "json:a")),
+    "a key of a list of texts": (["json:a", "json:0"], {"json": dumped(["x", "y"])}, ("x", "json:0")),
     "a wrong path": (["json:a.b"], {"json": dumped({"a": {}})}, ("", "")),
 }
 
@@ -120,7 +122,11 @@ def test_a_rule_that_is_none_is_refused(rule: str) -> None:
 def test_a_caption_in_another_encoding_fails_and_counts_as_none(tmp_path: Path) -> None:
     root = make_files(tmp_path / "p", {"fox.jpg": b"x", "fox.txt": "a fox".encode("utf-16")})
     source = source_of("folder", root)
-    (entry,), _, contents = looked_at(source)
-    assert contents.captions == {}
-    with pytest.raises(SampleError, match=r"its \.txt is not UTF-8"):
-        loaded(entry, source)
+    tar = source_of("webdataset", make_tar(tmp_path / "p.tar", [("fox.jpg", b"x"), ("fox.json", b"{'caption'")]))
+    for one, name, complaint in ((source, "fox.txt", "not UTF-8"), (tar, "fox.json", "not JSON")):
+        (entry,), (notice,), contents = looked_at(one)
+        assert contents.captions == {}
+        assert ": sidecars from which no caption can be read: 1" in notice
+        assert f"{name} is {complaint}" in notice
+        with pytest.raises(SampleError, match=rf"its \.{name[-4:].strip('.')} is {complaint}"):
+            loaded(entry, one)

@@ -518,7 +518,7 @@ def test_dialects(
         ("t.csv", b"url;caption\na.jpg;x\n", "one column with ';' in it: set source.columns.delimiter to ';'"),
         ("t.csv", b"url\tcaption\na.jpg\tx\n", "one column with '\\t' in it: set source.columns.delimiter to '\\t'"),
         ("t.tsv", b"url,caption\na.jpg,x\n", "one column with ',' in it: set source.columns.delimiter to ','"),
-        ("t.csv", b"url, caption\na.jpg, x\n", "no column 'caption'; ' caption' has spaces: write it so, in quotes"),
+        ("t.csv", b"url, caption\na.jpg, x\n", "set source.columns.caption to ' caption', as the file writes it"),
         ("t.csv", b"caption,url,url\nx,a.jpg,b.jpg\n", "column 'url' is there 2 times; name each one differently"),
         ("t.tsv", b'"url"\t"caption"\n"a.jpg"\t"x"\n', "names are in quotes: set source.columns.quote to '\"'"),
         ("t.tsv", b'url\tcaption\na.jpg\t"a\nb"\n', "line 3: 1 cells, the header has 2; if quotes enclose cells"),
@@ -526,6 +526,12 @@ def test_dialects(
         ("t.csv", b'url,caption\na.jpg,"6" pipe\n', "line 2: ',' expected after '\"'; if quotes are part of the text"),
         ("t.csv", b"url,caption\ra.jpg,x\r", "line 1: its lines end in CR alone, as on old Macs; save it with LF"),
         ("t.csv", "url,caption\na.jpg,x\n".encode("utf-16"), "line 1: not UTF-8"),
+        (
+            "t.csv",
+            b"URL,caption\na.jpg,x\n",
+            "no column 'url'; set source.columns.image to 'URL', as the file writes it",
+        ),
+        ("t.tsv", b"a fox\ta.jpg\n", "its first line looks like a row: set source.columns.header to false"),
         ("t.csv", b"https://h/a.jpg,a fox\n", "its first line looks like a row: set source.columns.header to false"),
     ],
 )
@@ -547,6 +553,7 @@ def test_a_dialect_that_does_not_fit_is_refused_with_the_cure(
     [
         (["d/metadata.jsonl"], ["metadata"]),
         (["d/a.csv", "d/b.csv"], ["a", "b"]),
+        (["d/a.csv.gz"], ["a"]),
         (["train/0000.jsonl", "test/0000.jsonl"], ["train__0000", "test__0000"]),
         (["c/train/0000.csv", "c/train/0001.csv", "c/test/0000.csv"], ["train__0000", "0001", "test__0000"]),
         (["a/x/t.csv", "b/x/t.csv", "c/y/t.csv"], ["a__x__t", "b__x__t", "y__t"]),
@@ -561,6 +568,7 @@ def test_a_dialect_that_does_not_fit_is_refused_with_the_cure(
 def test_derived_keys_tell_the_tables_apart(tmp_path: Path, names: list[str], labels: list[str]) -> None:
     for name in names:
         text = b'{"url": "x.jpg"}' if name.endswith("jsonl") else b"url\nx.jpg\n"
+        text = gzip.compress(text) if name.endswith("gz") else text
         make_files(tmp_path, {name: text})
     keys = [entry.key for entry in listed(*(tmp_path / name for name in names))]
     assert len(set(keys)) == len(names)
