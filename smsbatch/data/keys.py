@@ -106,4 +106,4 @@ def shown(text: str) -> str:
 
 def is_text(value: object) -> TypeGuard[str]:
     """True for a string without lone surrogates, which JSON can escape but no file can hold."""
-    return isinstance(value, str) and not any("\ud800" <= letter <= "\udfff" for letter in value)
+    return isinstance(value, str) and (value.isascii() or not any("\ud800" <= letter <= "\udfff" for letter in value))

@@ -269,7 +269,8 @@ def load_sample(entry: Entry, source: Source, reader: Reader, seed: int = 0) -> 
         SampleError: read_error (no picture, or raised by `reader`), timeout, too_large, bad_caption.
     """
     if not entry.image and source.format == "table":
-        raise SampleError("read_error", f"no image in column {source.columns.image!r} of its row in {entry.url}")
+        row = next(iter(entry.fields.values())).offset + 1
+        raise SampleError("read_error", f"no image in column {source.columns.image!r} of {entry.url}, row {row:,}")
     if not entry.image:
         wanted, got = ", ".join(source.images), ", ".join(entry.fields)
         raise SampleError("read_error", f"no image ({wanted}) among its fields: {got}")

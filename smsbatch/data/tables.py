@@ -78,18 +78,18 @@ def read_table(file: IO[bytes], part: Part, source: Source, seed: int, notices: 
             extension = _extension(at, source.images)
             image, fields = extension, {extension: Span(at)}
         else:
-            image, fields = "", {kind: Span(url)}
+            image, fields = "", {kind: Span(url, number)}  # never read
         wish = f"{label}-{number:09d}" if columns.key is None else _key(key, url, where)
         name, original = map_key(f"{part.prefix}/{wish}" if part.prefix else wish, fields, wish)
-        text = _caption(caption, source, f"{seed}:{name}")
+        text = _caption(caption, source, seed, name)
         yield Entry(name, image, fields, text, original, f"column {columns.caption}" if text else None)
 
 
-def _caption(value: Any, source: Source, draw: str) -> str | None:
+def _caption(value: Any, source: Source, seed: int, key: str) -> str | None:
     """The text of a caption's cell, '' for null, None if it is no text."""
     if isinstance(value, list):
         try:
-            return text_at(value, "", "its caption", source, draw)
+            return text_at(value, "", "its caption", source, f"{seed}:{key}")
         except SampleError:
             return None
     return "" if value is None else value.strip() if is_text(value) else None
@@ -103,13 +103,14 @@ def _csv(file: IO[bytes], part: Part, source: Source, notices: list[str], tabs: 
     delimiter = columns.delimiter or ("\t" if tabs else ",")
     quote = columns.quote if columns.quote is not None else "" if tabs else '"'
     lines = _Lines(file, url)
-    start = next(lines, "")
+    texts = iter(lines)
+    start = next(texts, "")
     if sep := re.fullmatch(r"sep=(.)\s*", start):  # Excel's own way to name the delimiter
         delimiter = columns.delimiter or sep[1]
     elif "\r" in start.rstrip("\r\n"):
         raise SourceError(f"{url}: line 1: its lines end in CR alone, as on old Macs; save it with LF")
     # The csv module refuses cells of more than 128 KiB: nearly always a quote that is never closed.
-    unread = lines if sep else chain([start], lines)
+    unread = texts if sep else chain([start], texts)
     rows = csv.reader(
         unread,
         delimiter=delimiter,
@@ -193,18 +194,12 @@ class _Lines:
         self.file, self.url, self.number = file, url, 0
 
     def __iter__(self) -> Iterator[str]:
-        return self
-
-    def __next__(self) -> str:
         try:
-            line = self.file.readline()
+            for line in self.file:
+                self.number += 1
+                yield line.decode("utf-8-sig" if self.number == 1 else "utf-8")
         except (EOFError, gzip.BadGzipFile, zlib.error) as error:
             raise SourceError(f"{self.url}: after line {self.number}: not a sound gzip file ({error})") from error
-        if not line:
-            raise StopIteration
-        self.number += 1
-        try:
-            return line.decode("utf-8-sig" if self.number == 1 else "utf-8")
         except UnicodeDecodeError as error:
             reason = f"line {self.number}: not UTF-8 ({error.reason})"
             raise SourceError(f"{self.url}: {reason}; save the table as UTF-8") from error
@@ -229,7 +224,7 @@ def _jsonl(file: IO[bytes], part: Part, source: Source, notices: list[str]) -> I
 
 def _json(file: IO[bytes], part: Part, source: Source, notices: list[str]) -> Iterator[_Row]:
     """An array of objects, or, as Hugging Face datasets have them too, an object a line."""
-    lines = _Lines(file, part.url)
+    lines = iter(_Lines(file, part.url))
     text = next((line for line in lines if line.strip()), "")
     if not text.lstrip().startswith("["):
         file.seek(0)

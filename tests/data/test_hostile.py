@@ -372,7 +372,7 @@ TABLES = [
             columns={"key": "key"},
         ),
         {
-            "1": "read_error: no image in column 'url' of its row in {t.csv}",
+            "1": "read_error: no image in column 'url' of {t.csv}, row 1",
             "2": "",
             "3": "read_error: {none.jpg}: No such file",
             "4": "read_error: ",
