@@ -24,7 +24,8 @@ from typing import NamedTuple
 import pyarrow as pa
 
 from smsbatch.commands.plan import cut
-from smsbatch.data.index import Part, build_index, to_table, write_index, write_objects, write_units
+from smsbatch.data.index import Part, to_table, write_index, write_objects, write_units
+from smsbatch.data.indexing import build_index
 from smsbatch.data.sample import Entry, Span
 from smsbatch.storage.store import Store
 

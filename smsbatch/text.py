@@ -83,6 +83,11 @@ def hidden(text: str) -> str:
     return re.sub("|".join(map(re.escape, longest_first)), lambda match: _values[match[0]], text)
 
 
+def shortened(text: str, most: int) -> str:
+    """The text, cut to at most so many characters and then with `…` as the last."""
+    return text if len(text) <= most else text[: most - 1] + "…"
+
+
 def printable(text: str) -> str:
     """The text with a space for each character that is not printable, such as line breaks."""
     return "".join(letter if letter.isprintable() else " " for letter in text)

@@ -10,9 +10,9 @@ from __future__ import annotations
 import json
 import platform
 import tempfile
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
@@ -21,21 +21,21 @@ from pathlib import Path
 from typing import Any
 
 from smsbatch.cluster.ray_pool import pool_of
+from smsbatch.data.captions import Contents
+from smsbatch.data.colours import COLOURS
 from smsbatch.data.index import (
     SAMPLES,
-    Built,
     Part,
     StoredFile,
-    build_index,
-    move_index,
     read_index,
     write_index,
     write_moved,
     write_objects,
     write_units,
 )
+from smsbatch.data.indexing import Built, build_index, move_index
 from smsbatch.data.sample import Unit
-from smsbatch.data.sources import Scanned, nothing_found, parts, scan
+from smsbatch.data.sources import Scan, gathered, nothing_found, parts, require_apart, scan
 from smsbatch.engines.base import Weights
 from smsbatch.engines.optimize import OptimizeEngine
 from smsbatch.engines.table import ENGINES
@@ -43,7 +43,7 @@ from smsbatch.errors import DriftError, RequestError
 from smsbatch.manifest import Manifest
 from smsbatch.runs.checkpoints import latest
 from smsbatch.runs.drift import check_allowed, check_unchanged, inputs_changed
-from smsbatch.runs.layout import RUN
+from smsbatch.runs.layout import RUN, WRITTEN
 from smsbatch.runs.plan import Estimate, Plan, TrainingPlan
 from smsbatch.runs.run import Run, find_or_require_empty, store_of
 from smsbatch.storage.store import Store
@@ -92,7 +92,7 @@ def plan(
     check_allowed(manifest, allow_drift)
     planner, store = PLANNERS[manifest.makes], store_of(manifest)
     planner.check_probe(probe, price_per_gpu_hour)
-    run = find_or_require_empty(store)
+    run = _found(manifest, store)
     if run is not None:
         check_unchanged(run, manifest, planner.digests(manifest), allow_drift, note=False)
     planned: Any
@@ -120,7 +120,7 @@ def establish(manifest: Manifest, pool: Pool, allow_drift: Collection[str] = ())
         SourceError, StorageError, WeightsError.
     """
     planner, store = PLANNERS[manifest.makes], store_of(manifest)
-    weights, run = planner.digests(manifest), find_or_require_empty(store)
+    weights, run = planner.digests(manifest), _found(manifest, store)
     if run is not None:
         check_unchanged(run, manifest, weights, allow_drift)
         if run.is_planned:
@@ -139,6 +139,14 @@ def establish(manifest: Manifest, pool: Pool, allow_drift: Collection[str] = ())
             run.plan_is(units)
         else:
             run.renew()
+    return run
+
+
+def _found(manifest: Manifest, store: Store) -> Run | None:
+    """The run at the output, None if one may begin there."""
+    run = find_or_require_empty(store)
+    if run is None:
+        require_apart(manifest.source, manifest.storage, store.url, WRITTEN)
     return run
 
 
@@ -161,7 +169,7 @@ def relocate(manifest: Manifest, run: Run, pool: Pool) -> None:
     Raises:
         SourceError: the source is missing, empty or has clashing keys.
     """
-    with _indexed(manifest, pool, [], chosen=False) as (listed, index, _):
+    with _indexed(manifest, pool, [], chosen=False) as (listed, index, _, _):
         moved = index.with_name("moved.parquet")
         move_index(StoredFile(run.store, SAMPLES), index, moved)
         run.renew()  # the scan takes long, and another driver may have located the samples, too
@@ -190,6 +198,7 @@ class DatasetPlanner:
         pool: Pool,
         index: Path,
         built: Built,
+        contents: Contents,
         notices: Sequence[str],
         probe: int,
         per_unit: int | None,
@@ -210,6 +219,7 @@ class DatasetPlanner:
             units,
             tuple(notices),
             built.bytes,
+            contents,
             samples_per_unit=per_unit,
             steps=steps,
             estimate=estimate,
@@ -225,6 +235,7 @@ class DatasetPlanner:
             tuple(run.units),
             (*run.about["notices"], far),
             planned["bytes"],
+            run.contents,
             samples_done=sum(len(run.by_id[unit]) for unit in done),
             steps=ENGINES[manifest.task].steps_per_image(manifest),
         )
@@ -272,18 +283,20 @@ class TrainingPlanner:
         pool: Pool,
         index: Path,
         built: Built,
+        contents: Contents,
         notices: Sequence[str],
         probe: int,
         per_unit: int | None,
     ) -> TrainingPlan:
-        return TrainingPlan(manifest, built.samples, tuple(notices), built.bytes)
+        return TrainingPlan(manifest, built.samples, tuple(notices), built.bytes, contents)
 
     def begun(self, manifest: Any, run: Run) -> TrainingPlan:
         """The plan of an existing run, with its progress."""
         planned, checkpoint, steps = run.about["planned"], latest(run.store), manifest.distill.all_steps
         done = checkpoint.step if checkpoint else 0
         far = f"{run.store.url} has this run already: it continues from step {done:,} of {steps:,}"
-        return TrainingPlan(manifest, planned["samples"], (*run.about["notices"], far), planned["bytes"], done)
+        notices = (*run.about["notices"], far)
+        return TrainingPlan(manifest, planned["samples"], notices, planned["bytes"], run.contents, done)
 
     def units(self, manifest: Any, run: Run) -> list[Unit]:
         return []
@@ -316,16 +329,16 @@ class _Draft:
 def _drafted(manifest: Manifest, pool: Pool, probe: int = 0, samples_per_unit: int | None = None) -> Iterator[_Draft]:
     planner = PLANNERS[manifest.makes]
     notices = planner.check_weights(manifest).notices
-    with _indexed(manifest, pool, notices, chosen=True) as (listed, index, built):
-        planned = planner.draft(manifest, pool, index, built, notices, probe, samples_per_unit)
+    with _indexed(manifest, pool, notices, chosen=True) as (listed, index, built, contents):
+        planned = planner.draft(manifest, pool, index, built, contents, notices, probe, samples_per_unit)
         yield _Draft(planned, listed, index, built)
 
 
 @contextmanager
 def _indexed(
     manifest: Manifest, pool: Pool, notices: list[str], chosen: bool
-) -> Iterator[tuple[Sequence[Part], Path, Built]]:
-    """The source's objects, and their index in a temporary file; `notices` gets a line for everything skipped.
+) -> Iterator[tuple[Sequence[Part], Path, Built, Contents]]:
+    """The source's objects, their index in a temporary file, and what they hold; `notices` gets what is odd or skipped.
 
     Args:
         chosen: index only the samples that `skip` and `limit` choose. Otherwise all, for a changed source, where one
@@ -336,17 +349,19 @@ def _indexed(
     listed = parts(source, storage)
     with tempfile.TemporaryDirectory(prefix="smsbatch-plan-") as folder:
         index = Path(folder, "samples.parquet")
-        with closing(pool.map(partial(scan, source=source, storage=storage), listed)) as scanned:
-            built = build_index(index, (part.table for part in _collect_notices(scanned, notices)), limit, skip)
+        told = Scan()
+        names = [part.url for part in listed] if source.format == "table" else []
+        task = partial(scan, source=source, storage=storage, seed=manifest.seed)
+        with closing(pool.map(task, listed)) as scanned:
+            built = build_index(index, gathered(scanned, told), limit, skip, names)
+        notices += told.notices
+        contents = Contents(built.samples, built.captions, dict(told.left), dict(told.passed))
         if built.samples == 0:
-            raise nothing_found(source, notices)
-        yield listed, index, built
-
-
-def _collect_notices(scanned: Iterable[Scanned], notices: list[str]) -> Iterator[Scanned]:
-    for part in scanned:
-        notices += part.notices
-        yield part
+            raise nothing_found(source, notices, contents)
+        if "caption" in source.model_fields_set and source.format != "table":
+            unused = (rule for rule in source.caption if rule not in built.captions)
+            notices += [f"source.caption: {rule} gives no sample its caption" for rule in unused]
+        yield listed, index, built, contents
 
 
 def _estimate(pool: Pool, index: StoredFile | Path, samples: int, wanted: int) -> Estimate | None:
@@ -356,8 +371,7 @@ def _estimate(pool: Pool, index: StoredFile | Path, samples: int, wanted: int) -
 
 
 def _run_json(draft: _Draft, weights: Mapping[str, str], commits: str) -> dict[str, Any]:
-    plan, manifest = draft.plan, draft.plan.manifest
-    planner = PLANNERS[manifest.makes]
+    plan, manifest, planner = draft.plan, draft.plan.manifest, PLANNERS[draft.plan.manifest.makes]
     generator = planner.generator(manifest)
     return {
         "smsbatch": version("smsbatch"),
@@ -368,7 +382,9 @@ def _run_json(draft: _Draft, weights: Mapping[str, str], commits: str) -> dict[s
         "weights": {hidden(name): digest for name, digest in weights.items()},
         **({} if generator is None else {"generator": generator}),
         "index_sha256": draft.built.sha256,
+        "colours": COLOURS,
         "planned": planner.planned_section(plan),
+        "contents": asdict(plan.contents),
         "commits": commits,  # by workers, or only by the driver if the store has no create-only put
         "notices": list(map(hidden, plan.notices)),
         "versions": {"python": platform.python_version()} | _versions(),

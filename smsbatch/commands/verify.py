@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from smsbatch.data import pixels, shards
-from smsbatch.data.index import SAMPLES, UNITS, digest_index, read_index
+from smsbatch.data.index import SAMPLES, UNITS, read_index
+from smsbatch.data.indexing import digest_index
 from smsbatch.errors import SampleError, StorageError
 from smsbatch.manifest import Manifest
 from smsbatch.parallel import map_ahead

@@ -1,4 +1,5 @@
-"""Drift: changes of the manifest, of its values of the environment, weights or inputs since the plan.
+"""Drift: changes of the manifest, its values of the environment, weights or inputs since the plan, or of how colours
+are read by this version.
 
 The manifest is compared by its hash (`Manifest.identity`), its values of the environment by their digests, weights by
 the SHA-256 of their files, inputs by the name, size and etag of each object. The etag of a folder is the
@@ -18,6 +19,7 @@ from itertools import count, islice
 from reprlib import repr
 from typing import Any
 
+from smsbatch.data import colours
 from smsbatch.data.index import Part, read_index, read_objects
 from smsbatch.data.reader import list_files
 from smsbatch.data.sources import parts
@@ -31,6 +33,7 @@ from smsbatch.text import flat, hidden
 DRIFT = "_smsbatch/drift"
 INPUTS = "inputs"
 ENVIRONMENT = "environment"
+COLOURS = "colours"
 # These keys change where and how the run works, but not its results.
 _ELSEWHERE = ("compute.", "errors.", "storage.", "output.path", *(f"distill.{key}" for key in HOUSEKEEPING))
 _NEVER = {"metrics": "rows of one run have the same columns"}
@@ -47,7 +50,8 @@ _ROWS = 65536  # rows of the index in memory at once
 
 @dataclass(frozen=True)
 class Change:
-    """The planned and the present value of a key, `weights.<file>`, `inputs` or `environment.<NAME>` (digests)."""
+    """The planned and the present value of a key, `weights.<file>`, `inputs`, `colours` or `environment.<NAME>`
+    (digests)."""
 
     key: str
     then: Any
@@ -95,6 +99,15 @@ def check_unchanged(
     _resolve_drift(run, changes, allow, note)
 
 
+def check_environment(run: Run, manifest: Manifest) -> None:
+    """Check that the environment has the values with which the run was planned, or others that were allowed.
+
+    Raises:
+        DriftError: it has not; the message has their names.
+    """
+    _resolve_drift(run, list(_environment_changes(run, manifest)), (), note=False)
+
+
 def _environment_changes(run: Run, manifest: Manifest) -> Iterator[Change]:
     """The names in keys that matter whose values have changed; only digests of values are noted."""
     then, now = run.about.get("environment", {}), manifest.environment
@@ -108,16 +121,20 @@ def _environment_changes(run: Run, manifest: Manifest) -> Iterator[Change]:
 def inputs_changed(run: Run, manifest: Manifest, allow: Collection[str] = (), note: bool = True) -> bool:
     """True if the source's objects differ from the planned ones in name, size, or etag where the store has etags.
 
+    Called when pictures are about to be read: also checks that this version reads their colours as the run did before.
+
     Raises:
-        DriftError: they differ, and `allow` has no `inputs`; the message names the first few.
+        DriftError: they differ, and `allow` has no `inputs`; the message names the first few. Or the colours do.
     """
+    if run.colours != colours.COLOURS:
+        _resolve_drift(run, [Change.of(COLOURS, run.colours, colours.COLOURS)], allow, note)
     if run.is_new:
         return False
     planned, present = read_objects(run.objects), parts(manifest.source, manifest.storage)
     then, now = ({part.url: part for part in listed} for listed in (planned, present))
     told = [f"{url} is gone" for url in then.keys() - now.keys()]
     told += [f"{url} is new" for url in now.keys() - then.keys()]
-    for part in (now[url] for url in then.keys() & now.keys() if then[url] != now[url]):
+    for part in (now[url] for url in then.keys() & now.keys() if then[url].version != now[url].version):
         files = list(islice(_changed_files(run, part, manifest.storage), _NAMED + 1)) if part.format == "folder" else []
         told += files or [f"{part.url} was changed"]
     if told:
@@ -188,12 +205,13 @@ def check_allowed(manifest: Manifest, allow: Collection[str]) -> None:
     Raises:
         RequestError: the message names the unknown key.
     """
-    known = [*flat(manifest.dump()), "weights", INPUTS, *(f"{ENVIRONMENT}.{name}" for name in manifest.environment)]
+    names = [f"{ENVIRONMENT}.{name}" for name in manifest.environment]
+    known = [*flat(manifest.dump()), *names, "weights", INPUTS, COLOURS]
     for key in allow:
         if not any(_covered(name, [key]) for name in known) and not key.startswith("weights."):
             raise RequestError(
                 f"--allow-drift {key}: no such key; it takes a key or section of the manifest, {ENVIRONMENT}.NAME, "
-                f"weights or {INPUTS}"
+                f"weights, {INPUTS} or {COLOURS}"
             )
 
 
@@ -202,4 +220,4 @@ def _covered(key: str, allow: Collection[str]) -> bool:
 
 
 def _digest(listed: Sequence[Part]) -> str:
-    return hashlib.sha256(json.dumps(sorted(listed)).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(sorted(part.version for part in listed)).encode()).hexdigest()

@@ -9,6 +9,7 @@ from functools import cached_property
 from itertools import groupby
 from typing import Any, TypeVar
 
+from smsbatch.data.captions import Contents
 from smsbatch.data.index import OBJECTS, SAMPLES, UNITS, StoredFile, newest_number, numbered, read_units
 from smsbatch.data.sample import Unit
 from smsbatch.errors import RequestError, StorageError
@@ -94,6 +95,16 @@ class Run:
         if given != Storage():
             return given
         return self.fill(self.manifest).storage if "${" in str(plain) else Storage.model_validate(plain)
+
+    @property
+    def colours(self) -> str:
+        """How the run's pictures were decoded (`colours.COLOURS`); older versions did not convert."""
+        return str(self.about.get("colours", "as stored"))
+
+    @property
+    def contents(self) -> Contents:
+        """What the source held when it was planned; empty in runs of older versions."""
+        return Contents(**self.about.get("contents", {}))
 
     @property
     def task(self) -> str:

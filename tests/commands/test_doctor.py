@@ -50,7 +50,7 @@ def test_a_manifest_that_would_run(file: Path) -> None:
     ("override", "name", "said"),
     [
         ("source.urls=/nowhere", "source", "/nowhere"),
-        ("source.urls={empty}", "source", "no files in it"),
+        ("source.urls={empty}", "source", "no pictures in it"),
         ("style.lora=/nowhere", "weights", "no such file /nowhere"),
         ("model.path=/nowhere", "weights", "neither a folder"),
         ("output.path={file}/out", "output", "cannot"),

@@ -13,7 +13,8 @@ from support.ledgers import commit_unit
 
 from smsbatch.commands.plan import cut
 from smsbatch.data import pixels
-from smsbatch.data.index import build_index, write_index, write_objects, write_units
+from smsbatch.data.index import write_index, write_objects, write_units
+from smsbatch.data.indexing import build_index
 from smsbatch.data.sample import Outcome
 from smsbatch.data.sources import parts, scan
 from smsbatch.manifest import Manifest
