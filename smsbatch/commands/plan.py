@@ -2,12 +2,11 @@
 
 `plan` writes nothing. `establish` writes `run.json` and `plan/`, or, if they exist, checks that manifest and weights
 are unchanged. The order makes a half-written plan harmless: `run.json` comes first and has the digest of the index, so
-a driver that finds it alone can write the same plan again, and no other.
+a driver that finds it alone can write its copy and the same plan again, and no other.
 """
 
 from __future__ import annotations
 
-import json
 import platform
 import tempfile
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
@@ -16,25 +15,24 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
-from itertools import count
 from pathlib import Path
 from typing import Any
 
 from smsbatch.cluster.ray_pool import pool_of
 from smsbatch.data.index import (
+    OBJECTS,
     SAMPLES,
+    UNITS,
     Built,
     Part,
     StoredFile,
     build_index,
+    encode_objects,
+    encode_units,
     move_index,
+    numbered,
     read_index,
-    write_index,
-    write_moved,
-    write_objects,
-    write_units,
 )
-from smsbatch.data.sample import Unit
 from smsbatch.data.sources import Scanned, nothing_found, parts, scan
 from smsbatch.engines.base import Weights
 from smsbatch.engines.optimize import OptimizeEngine
@@ -43,8 +41,10 @@ from smsbatch.errors import DriftError, RequestError
 from smsbatch.manifest import Manifest
 from smsbatch.runs.checkpoints import latest
 from smsbatch.runs.drift import check_allowed, check_unchanged, inputs_changed
-from smsbatch.runs.layout import RUN
+from smsbatch.runs.layout import COPY, RUN
 from smsbatch.runs.plan import Estimate, Plan, TrainingPlan
+from smsbatch.runs.plan_files import DIGESTS, cut, last_number, restore, write_moved, write_plan
+from smsbatch.runs.records import dump_record, load_record
 from smsbatch.runs.run import Run, find_or_require_empty, store_of
 from smsbatch.storage.store import Store
 from smsbatch.workers.pool import Pool
@@ -56,15 +56,6 @@ _RECORDED = (
 )
 # fmt: on
 _PROBED = 8  # samples that are measured to size units by time
-
-
-def cut(samples: int, samples_per_unit: int, samples_per_shard: int) -> Iterator[Unit]:
-    """Divide rows [0, samples) into consecutive units, none of which crosses the boundary of a shard."""
-    number = count()
-    for shard, first in enumerate(range(0, samples, samples_per_shard)):
-        end = min(first + samples_per_shard, samples)
-        for start in range(first, end, samples_per_unit):
-            yield Unit(next(number), shard, start, min(start + samples_per_unit, end))
 
 
 def plan(
@@ -130,11 +121,10 @@ def establish(manifest: Manifest, pool: Pool, allow_drift: Collection[str] = ())
             run = _begin(store, draft, weights)
         if run.about["index_sha256"] != draft.built.sha256:
             raise DriftError(f"{store.url}: the source is not the one this run began with; choose another output.path")
-        written = [write_objects(run.store, draft.parts), write_index(run.store, draft.index)]
-        units = planner.units(manifest, run)
-        if units:
-            written.append(write_units(run.store, units))
-        if all(written):
+        if run.has_digests:
+            run.store.create(COPY, dump_record(run.about))
+        units = run.planned_units
+        if write_plan(run.store, draft.parts, draft.index, units):
             run.plan_is(units)
         else:
             run.renew()
@@ -146,9 +136,9 @@ def _begin(store: Store, draft: _Draft, weights: Mapping[str, str]) -> Run:
     if not store.supports_create():
         store.check_writable()
         store = store.without_create_only_put()
-    about = _run_json(draft, weights, "workers" if store.has_create_only_put else "driver")
-    if store.create(RUN, json.dumps(about, indent=2).encode()):
-        return Run(store, about)
+    data = dump_record(_run_json(draft, weights, "workers" if store.has_create_only_put else "driver"))
+    if store.create(RUN, data):
+        return Run(store, load_record(data))
     run = Run.open(store)
     check_unchanged(run, draft.plan.manifest, weights)
     return run
@@ -163,9 +153,37 @@ def relocate(manifest: Manifest, run: Run, pool: Pool) -> None:
     with _indexed(manifest, pool, [], chosen=False) as (listed, index, _):
         moved = index.with_name("moved.parquet")
         move_index(StoredFile(run.store, SAMPLES), index, moved)
-        run.renew()  # the scan takes long, and another driver may have located the samples, too
-        write_moved(run.store, run.index_number + 1, moved, listed)
+        write_moved(run.store, moved, listed)
         run.renew()
+
+
+def restore_plan(manifest: Manifest, run: Run, damaged: Collection[str]) -> None:
+    """Write the damaged files of the plan again: units and digests from the run itself, the others from the source.
+
+    Raises:
+        DriftError: the source has changed, so that it does not give the planned index again.
+    """
+    for number in {0, last_number(run.plan_files)}:
+        samples, objects, digests = (numbered(name, number) for name in (SAMPLES, OBJECTS, DIGESTS))
+        names = {samples, objects, digests, *([] if number else [UNITS])} & set(damaged)
+        contents: dict[str, bytes | Path] = {UNITS: encode_units(run.planned_units)} if UNITS in names else {}
+        if not {samples, objects} & names:
+            if names:
+                restore(run.store, number, contents, run.planned_units)
+            continue
+        with pool_of(manifest) as pool, _indexed(manifest, pool, [], chosen=not number) as (listed, index, built):
+            if number:
+                moved = index.with_name("moved.parquet")
+                move_index(StoredFile(run.store, SAMPLES), index, moved)
+                index = moved
+            elif run.about["index_sha256"] != built.sha256:
+                told = f"{run.store.locate(min({samples, objects} & names))} cannot be written again"
+                raise DriftError(
+                    f"{told}: the source has changed since the plan; restore it or this file from a backup"
+                )
+            made: dict[str, bytes | Path] = {objects: encode_objects(listed), samples: index}
+            contents |= {name: content for name, content in made.items() if name in names}
+            restore(run.store, number, contents, run.planned_units)
 
 
 # ------------------------------------------------------------------------------------------------------ by the result
@@ -228,11 +246,6 @@ class DatasetPlanner:
             steps=ENGINES[manifest.task].steps_per_image(manifest),
         )
 
-    def units(self, manifest: Any, run: Run) -> list[Unit]:
-        """The units by `run.json`: a faster driver may have measured another unit size."""
-        planned = run.about["planned"]
-        return list(cut(planned["samples"], planned["samples_per_unit"], manifest.output.samples_per_shard))
-
     def planned_section(self, planned: Any) -> dict[str, Any]:
         """The section `planned` of `run.json`."""
         return {
@@ -283,9 +296,6 @@ class TrainingPlanner:
         done = checkpoint.step if checkpoint else 0
         far = f"{run.store.url} has this run already: it continues from step {done:,} of {steps:,}"
         return TrainingPlan(manifest, planned["samples"], (*run.about["notices"], far), planned["bytes"], done)
-
-    def units(self, manifest: Any, run: Run) -> list[Unit]:
-        return []
 
     def planned_section(self, planned: Any) -> dict[str, Any]:
         return {"samples": planned.samples, "units": 0, "shards": 0, "bytes": planned.bytes_in}

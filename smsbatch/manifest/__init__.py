@@ -20,4 +20,4 @@ from smsbatch.manifest.sections import (
     Tiles,
     Training,
 )
-from smsbatch.manifest.tasks import TASKS, Dataset, Distill, Manifest, Optimize, Styled, Stylize, schema
+from smsbatch.manifest.tasks import TASKS, Dataset, Distill, Manifest, Optimize, Styled, Stylize, identity_of, schema

@@ -17,6 +17,8 @@ import uuid
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from datetime import datetime
+from math import isfinite
 from pathlib import Path
 from typing import Any, NoReturn, Self
 
@@ -26,6 +28,7 @@ from smsbatch.storage.store import Store
 HEARTBEATS = "_smsbatch/heartbeats"
 BEAT_S = 10.0
 DEAD_AFTER_S = 6 * BEAT_S
+AHEAD_S = 3600.0  # how far clocks may be apart
 
 
 class Heartbeat:
@@ -115,7 +118,7 @@ def drivers(store: Store, remove_stale: bool = False, without: str = "") -> list
     """The drivers that have a heartbeat, except the driver named `without`."""
     found = []
     for path, beat in read_beats(store, without).items():
-        driver = Driver(driver_name(path), time.time() - beat["time"], beat.get("processes", ""))
+        driver = Driver(driver_name(path), beat["age_s"], str(beat.get("processes", "")))
         if remove_stale and not driver.alive:
             store.delete(path)
         else:
@@ -124,12 +127,30 @@ def drivers(store: Store, remove_stale: bool = False, without: str = "") -> list
 
 
 def read_beats(store: Store, without: str = "") -> dict[str, dict[str, Any]]:
+    """The contents of the heartbeats by path, each with its `age_s`; that of a damaged one has nothing else."""
     beats = {}
     paths = [path for path in store.list(HEARTBEATS) if driver_name(path) != without]
-    for path, beat in store.read_all(paths).items():
-        with suppress(ValueError):  # a torn heartbeat counts as none
-            beats[path] = json.loads(beat)
+    for path, data in store.read_all(paths).items():
+        try:
+            found = json.loads(data)
+        except (ValueError, RecursionError):
+            found = None
+        beat: dict[str, Any] = found if isinstance(found, dict) else {}
+        with suppress(StorageError):  # its driver has just left
+            beats[path] = beat | {"age_s": _age_s(beat.get("time"), store.modified(path))}
     return beats
+
+
+def _age_s(told: object, written: datetime) -> float:
+    """The age of a beat, by its driver's clock or by the store's, whichever is older.
+
+    A beat that is ahead of our clock by more than clocks are apart does not live until then: it counts as old.
+    """
+    now = time.time()
+    ages = [now - written.timestamp()]
+    if isinstance(told, int | float) and isfinite(told):
+        ages.append(now - told)
+    return max(0.0, max(ages)) if max(ages) > -AHEAD_S else -max(ages)
 
 
 def driver_name(path: str) -> str:

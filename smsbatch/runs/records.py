@@ -1,6 +1,7 @@
 """The ledger's records of commits and publications, and the names under which they are stored.
 
-A record is JSON, written and read as a whole; for anything else `from_json` raises one of PARSE_ERRORS.
+A record is JSON that ends with the SHA-256 of the rest, so that any change of its bytes is found wherever it is read:
+`from_json` raises one of PARSE_ERRORS. Records of versions before 0.2 have no digest.
 """
 
 from __future__ import annotations
@@ -12,16 +13,20 @@ import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 from smsbatch.data.shards import digest
 from smsbatch.runs.layout import ATTEMPTS, COMMITS, PUBLISHED
+from smsbatch.storage.store import Store, storage_errors
 
 KINDS = ("tar", "parquet")
 
-PARSE_ERRORS = (ValueError, KeyError, TypeError, AttributeError)
+PARSE_ERRORS = (ValueError, KeyError, TypeError, AttributeError, RecursionError)
+DIGEST = "sha256"  # the last key of a record
 
 _COMMIT_FILE = re.compile(rf"{COMMITS}/(\d{{6,}})(?:\.g([1-9]\d*))?\.json")
+
+_CHUNK = 16 << 20
 
 Content = bytes | Path  # named here because `FileDigest` has a field `bytes`, which hides the type
 
@@ -29,6 +34,27 @@ Content = bytes | Path  # named here because `FileDigest` has a field `bytes`, w
 def new_attempt() -> str:
     """A random unique name: a restarted process cannot know which numbers are taken."""
     return uuid.uuid4().hex[:12]
+
+
+def dump_record(values: Mapping[str, Any]) -> bytes:
+    """JSON of the values and, as its last key, the SHA-256 of the JSON without that key, which may be there already."""
+    plain = {key: value for key, value in values.items() if key != DIGEST}
+    digest = hashlib.sha256(json.dumps(plain).encode()).hexdigest()
+    return json.dumps(plain | {DIGEST: digest}, indent=1).encode()
+
+
+def load_record(data: bytes) -> dict[str, Any]:
+    """The values of a record, with its digest if it has one.
+
+    Raises:
+        ValueError, TypeError, RecursionError: it is no JSON object, or not what `dump_record` wrote.
+    """
+    values = json.loads(data)
+    if not isinstance(values, dict):
+        raise TypeError("it is no JSON object")
+    if DIGEST in values and dump_record(values) != data:
+        raise ValueError("its SHA-256 differs")
+    return values
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +68,16 @@ class FileDigest:
             return cls(hashlib.sha256(source).hexdigest(), len(source))
         return cls(digest(source), source.stat().st_size)
 
+    @classmethod
+    def stored(cls, store: Store, path: str) -> FileDigest:
+        """That of an object, which is read as a stream."""
+        found, size = hashlib.sha256(), 0
+        with store.open_read(path) as file, storage_errors("read", store.locate(path)):
+            while chunk := file.read(_CHUNK):
+                found.update(chunk)
+                size += len(chunk)
+        return cls(found.hexdigest(), size)
+
 
 class _Record:
     """Conversion to and from JSON."""
@@ -49,11 +85,12 @@ class _Record:
     __slots__ = ()
 
     def to_json(self) -> bytes:
-        return json.dumps(asdict(self), indent=1).encode()  # type: ignore[call-overload]
+        return dump_record(asdict(self))  # type: ignore[call-overload]
 
     @classmethod
     def from_json(cls, data: bytes) -> Self:
-        values = json.loads(data)
+        values = load_record(data)
+        values.pop(DIGEST, None)
         return cls(**values | {"files": {kind: FileDigest(**expected) for kind, expected in values["files"].items()}})
 
 

@@ -30,6 +30,7 @@ from smsbatch.report.write import write_report
 from smsbatch.runs.heartbeat import HEARTBEATS
 from smsbatch.runs.layout import SUCCESS
 from smsbatch.runs.ledger import Ledger
+from smsbatch.runs.records import FileDigest, dump_record
 from smsbatch.runs.run import Run, of_output, store_of
 from smsbatch.storage.store import Store
 
@@ -110,7 +111,7 @@ def drop_a_row(path: Path) -> None:
 
 def forge_the_record(path: Path) -> None:
     record = json.loads(path.read_text())
-    path.write_text(json.dumps(record | {"samples": 7, "failed": record["failed"] - 1}))
+    path.write_bytes(dump_record(record | {"samples": 7, "failed": record["failed"] - 1}))
 
 
 def torn(path: Path) -> None:
@@ -132,7 +133,7 @@ HURTS: dict[str, tuple[str, Callable[[Path], None], str, bool]] = {
     "record gone": (RECORD, Path.unlink, "is gone", False),
     "record torn": (RECORD, torn, "is no record of this version", False),
     "record forged": (RECORD, forge_the_record, "counts 7 samples", False),
-    "index.json forged": ("index.json", torn, "is damaged", False),
+    "index.json forged": ("index.json", torn, "is not what was written", False),
     "stranger among the shards": (
         "shards/other.tar",
         lambda path: path.write_bytes(b"x") and None,
@@ -185,7 +186,7 @@ def test_a_footer_of_too_few_rows(out: Path) -> None:
     drop_a_row(out / PARQUET)
     record = json.loads((out / RECORD).read_text())
     record["files"]["parquet"]["bytes"] = (out / PARQUET).stat().st_size
-    (out / RECORD).write_text(json.dumps(record))
+    (out / RECORD).write_bytes(dump_record(record))
     assert "metrics/000000.parquet: has 7 rows, but 8 are planned; repair publishes its shard again" in map(
         str, verify(str(out)).problems
     )
@@ -199,11 +200,9 @@ def test_rows_of_other_samples_are_named(out: Path) -> None:
     forged = table.set_column(0, table.schema.field("key"), keys)
     pq.write_table(forged, out / PARQUET)
     record = json.loads((out / RECORD).read_text())
-    from smsbatch.runs.records import FileDigest
-
     proof = FileDigest.of(out / PARQUET)
     record["files"]["parquet"] = {"sha256": proof.sha256, "bytes": proof.bytes}
-    (out / RECORD).write_text(json.dumps(record))
+    (out / RECORD).write_bytes(dump_record(record))
     (out / "index.json").unlink()
     found = {problem.place: problem for problem in verify(str(out), full=True).problems}
     assert "p000 is planned, but missing" in found[PARQUET].what
@@ -284,15 +283,19 @@ def damage_attempt_and_shard(out: Path) -> None:
     flip(out / TAR)
 
 
-def lose_commit(out: Path) -> None:
+def lose_attempt_and_commit(out: Path) -> None:
+    attempt_of(out, 1)[0].unlink()
     (out / "_smsbatch/commits/000001.json").unlink()
 
 
-def tear_commit(out: Path) -> None:
+def damage_attempt_and_commit(out: Path) -> None:
+    flip(attempt_of(out, 1)[1])
     torn(out / "_smsbatch/commits/000001.json")
 
 
-@pytest.mark.parametrize("hurt", [lose_attempt_and_shard, damage_attempt_and_shard, lose_commit, tear_commit])
+@pytest.mark.parametrize(
+    "hurt", [lose_attempt_and_shard, damage_attempt_and_shard, lose_attempt_and_commit, damage_attempt_and_commit]
+)
 def test_what_cannot_be_published_again_is_computed_again(hurt: Callable[[Path], None], real_copy: Path) -> None:
     before = tars(real_copy)
     hurt(real_copy)
@@ -302,7 +305,7 @@ def test_what_cannot_be_published_again_is_computed_again(hurt: Callable[[Path],
     assert "compute unit 000001 again" in mended.done
     assert tars(real_copy) == before
     assert verify(str(real_copy), full=True).ok
-    if hurt is not lose_commit:
+    if hurt is not lose_attempt_and_commit:
         assert list((real_copy / "_smsbatch" / "superseded").rglob("000001.json")), "the old proof is kept"
 
 
