@@ -40,6 +40,7 @@ from smsbatch.engines.table import ENGINES
 from smsbatch.errors import DriftError, RequestError
 from smsbatch.manifest import Manifest
 from smsbatch.runs.checkpoints import latest
+from smsbatch.runs.deleted import remove_remains
 from smsbatch.runs.drift import check_allowed, check_unchanged, inputs_changed
 from smsbatch.runs.layout import COPY, RUN
 from smsbatch.runs.plan import Estimate, Plan, TrainingPlan
@@ -47,6 +48,7 @@ from smsbatch.runs.plan_files import DIGESTS, cut, last_number, restore, write_m
 from smsbatch.runs.records import dump_record, load_record
 from smsbatch.runs.run import Run, find_or_require_empty, store_of
 from smsbatch.storage.store import Store
+from smsbatch.text import count
 from smsbatch.workers.pool import Pool
 
 # fmt: off
@@ -136,7 +138,10 @@ def _begin(store: Store, draft: _Draft, weights: Mapping[str, str]) -> Run:
     if not store.supports_create():
         store.check_writable()
         store = store.without_create_only_put()
-    data = dump_record(_run_json(draft, weights, "workers" if store.has_create_only_put else "driver"))
+    about = _run_json(draft, weights, "workers" if store.has_create_only_put else "driver")
+    if remains := remove_remains(store):
+        about["notices"].append(f"removed {count(remains, 'file')} in _smsbatch, which a deleted run had left")
+    data = dump_record(about)
     if store.create(RUN, data):
         return Run(store, load_record(data))
     run = Run.open(store)

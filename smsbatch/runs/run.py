@@ -43,7 +43,7 @@ class Run:
 
     def __init__(self, store: Store, about: Mapping[str, Any], faults: Mapping[str, str] | None = None) -> None:
         self.about, self.faults = about, dict(faults or {})
-        self.store = store.without_create_only_put() if about.get("commits") == "driver" else store
+        self.store = (store.without_create_only_put() if about.get("commits") == "driver" else store).existing()
         self.is_new = False
 
     @classmethod
@@ -242,12 +242,17 @@ def find_or_require_empty(store: Store) -> Run | None:
     """
     names = store.entries()
     run = Run.find(store) if {RUN, "_smsbatch"} & set(names) else None  # the latter has a copy of run.json
-    foreign = [name for name in names if name != "_smsbatch"]
-    if run is None and foreign:
+    foreign = [] if run is not None else [name for name in names if name != "_smsbatch" and not _is_empty(store, name)]
+    if foreign:
         raise RequestError(
             f"output.path: {store.url} is no run and not empty (it has {foreign[0]}); choose a new folder"
         )
     return run
+
+
+def _is_empty(store: Store, name: str) -> bool:
+    """True for a folder without any file, as may be left of a deleted run."""
+    return not store.exists(name) and not store.list(name)
 
 
 def of_output(output: str, options: Mapping[str, str]) -> Manifest:

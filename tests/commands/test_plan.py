@@ -162,6 +162,36 @@ def test_a_folder_that_is_no_run_is_left_alone(job: Path) -> None:
         _establish(job)
 
 
+def test_what_late_workers_left_of_a_deleted_run_does_not_count(job: Path) -> None:
+    """Their commits must not be taken for those of the next run, whose manifest may differ."""
+    out = job.parent / "out"
+    for name in ("commits/000000.json", "attempts/000000/a.tar", "published/000000.json", "tmp/x", "heartbeats/y.json"):
+        (out / "_smsbatch" / name).parent.mkdir(parents=True, exist_ok=True)
+        (out / "_smsbatch" / name).write_bytes(b"{}")
+    (out / "shards").mkdir()
+    run = _establish(job)
+    assert run.about["notices"][-1] == "removed 3 files in _smsbatch, which a deleted run had left"
+    assert sorted(path.name for path in (out / "_smsbatch").rglob("*") if path.is_file()) == ["run.json", "x", "y.json"]
+    assert run.ledger.done() == set()
+
+
+@pytest.mark.parametrize("lost", ["_smsbatch/run.json", "run.json"])
+def test_a_driver_that_died_after_run_json_is_made_up_for(lost: str, job: Path) -> None:
+    """The copy is created after `run.json` and before the plan; without `run.json`, `repair` restores it."""
+    first = _establish(job)
+    out = job.parent / "out"
+    before = (out / "run.json").read_bytes()
+    shutil.rmtree(out / "plan")
+    (out / lost).unlink()
+    if lost == "run.json":
+        with pytest.raises(sb.StorageError, match=r"run\.json is gone; run `smsbatch repair "):
+            _establish(job)
+        return
+    assert sb.verify(str(out), full=True).pending == ("the plan",)
+    assert _establish(job).units == first.units
+    assert (out / lost).read_bytes() == before
+
+
 def test_bad_requests_write_nothing(job: Path, model: Path) -> None:
     other, cut = job.parent / "other.safetensors", job.parent / "cut"
     save_file({"lora_unet_x.lora_down.weight": torch.ones(1, 1)}, other)

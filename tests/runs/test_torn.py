@@ -79,7 +79,8 @@ def test_an_index_that_was_forged_is_seen_and_planned_again(job: Path) -> None:
     keys = table["key"].to_pylist()
     pq.write_table(table.set_column(0, table.schema.field("key"), [[keys[1], keys[0], *keys[2:]]]), path)
     assert [str(problem) for problem in sb.verify(manifest, full=True).problems] == [
-        "plan/samples.parquet: is not what was planned: its SHA-256 differs; repair writes it again, samples and objects from the source"
+        "plan/samples.parquet: is not what was planned: its SHA-256 differs; repair writes it again, samples and "
+        "objects from the source"
     ]
     (job.parent / "out/plan/digests.json").unlink()
     found = {problem.place: problem.what for problem in sb.verify(manifest, full=True).problems}
