@@ -8,7 +8,6 @@ a driver that finds it alone can write its copy and the same plan again, and no 
 from __future__ import annotations
 
 import platform
-import tempfile
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -47,6 +46,7 @@ from smsbatch.runs.plan import Estimate, Plan, TrainingPlan
 from smsbatch.runs.plan_files import DIGESTS, cut, last_number, restore, write_moved, write_plan
 from smsbatch.runs.records import dump_record, load_record
 from smsbatch.runs.run import Run, find_or_require_empty, store_of
+from smsbatch.storage.scratch import scratch_folder
 from smsbatch.storage.store import Store
 from smsbatch.text import count
 from smsbatch.workers.pool import Pool
@@ -348,7 +348,7 @@ def _indexed(
     source, storage = manifest.source, manifest.storage
     limit, skip = (source.limit, source.skip) if chosen else (None, 0)
     listed = parts(source, storage)
-    with tempfile.TemporaryDirectory(prefix="smsbatch-plan-") as folder:
+    with scratch_folder("plan") as folder:
         index = Path(folder, "samples.parquet")
         with closing(pool.map(partial(scan, source=source, storage=storage), listed)) as scanned:
             built = build_index(index, (part.table for part in _collect_notices(scanned, notices)), limit, skip)

@@ -7,7 +7,6 @@ archives, equal keys in plan, rows and tar, and the digest and decoding of every
 from __future__ import annotations
 
 import hashlib
-import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +16,7 @@ from smsbatch.data.index import SAMPLES, StoredFile, read_index
 from smsbatch.errors import SampleError, StorageError
 from smsbatch.runs.records import KINDS, Commit, FileDigest, Published, attempt_file, commit_file, published_file
 from smsbatch.runs.snapshot import Problem, StrictSnapshot
+from smsbatch.storage.scratch import scratch_folder
 from smsbatch.storage.store import storage_errors
 from smsbatch.text import one_line
 
@@ -133,7 +133,7 @@ class ShardChecker(StrictSnapshot):
 
     def _contents(self, record: Published) -> Iterator[Problem]:
         """Check every byte of a published shard; at most one problem for each of its two files."""
-        with scratch() as folder:
+        with scratch_folder("verify") as folder:
             tar, parquet = Path(folder, "tar"), Path(folder, "parquet")
             self.store.fetch(record.tar, tar)
             self.store.fetch(record.parquet, parquet)
@@ -186,11 +186,6 @@ class ShardChecker(StrictSnapshot):
                     except SampleError as error:
                         wrong["tar"].append(f"{key}.{extension} does not decode: {error}")
         return wrong
-
-
-def scratch() -> tempfile.TemporaryDirectory[str]:
-    with storage_errors("make a folder in", tempfile.gettempdir()):
-        return tempfile.TemporaryDirectory(prefix="smsbatch-verify-")
 
 
 def _first_difference(found: Sequence[str], wanted: Sequence[str], where: str) -> list[str]:

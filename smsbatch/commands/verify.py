@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from smsbatch.commands.shard_check import Findings, ShardChecker, scratch
+from smsbatch.commands.shard_check import Findings, ShardChecker
 from smsbatch.data.index import SAMPLES, digest_index
 from smsbatch.errors import StorageError
 from smsbatch.manifest import Manifest
@@ -26,6 +26,7 @@ from smsbatch.runs.records import DIGEST, KINDS, PARSE_ERRORS, FileDigest, dump_
 from smsbatch.runs.run import Run
 from smsbatch.runs.snapshot import Problem
 from smsbatch.runs.status import over_budget
+from smsbatch.storage.scratch import scratch_folder
 from smsbatch.text import one_line
 
 THREADS = 4  # shards that are checked at once; each has two files in scratch
@@ -191,7 +192,7 @@ class Verifier(ShardChecker):
         yield from (Problem(place, what, "plan") for place, what in wrong.items() if place not in known)
 
     def _is_planned_index(self) -> bool:
-        with scratch() as folder, suppress(StorageError):
+        with scratch_folder("verify") as folder, suppress(StorageError):
             path = Path(folder, "samples.parquet")
             self.store.fetch(SAMPLES, path)
             return bool(digest_index(path) == self.run.about["index_sha256"])

@@ -13,7 +13,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import asdict
@@ -35,7 +34,8 @@ from smsbatch.runs.drift import allowed_drift
 from smsbatch.runs.layout import INDEX
 from smsbatch.runs.records import PARSE_ERRORS, Commit, FileDigest, Published, dump_record, load_record
 from smsbatch.runs.run import Run
-from smsbatch.storage.store import Store, storage_errors
+from smsbatch.storage.scratch import scratch_folder
+from smsbatch.storage.store import Store
 
 _AHEAD = 8  # shards whose rows are fetched while others are counted
 
@@ -194,10 +194,7 @@ def _count(
 @contextmanager
 def _fetched_index(run: Run) -> Iterator[Path]:
     """A local copy of the planned index; later ones have the same keys."""
-    with (
-        storage_errors("make a folder in", tempfile.gettempdir()),
-        tempfile.TemporaryDirectory(prefix="smsbatch-report-") as folder,
-    ):
+    with scratch_folder("report") as folder:
         index = Path(folder, "samples.parquet")
         run.store.fetch(SAMPLES, index)
         yield index

@@ -19,10 +19,10 @@ from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
 from math import isfinite
-from pathlib import Path
 from typing import Any, NoReturn, Self
 
 from smsbatch.errors import RequestError, StorageError
+from smsbatch.storage.scratch import is_running, process_table
 from smsbatch.storage.store import Store
 
 HEARTBEATS = "_smsbatch/heartbeats"
@@ -93,25 +93,7 @@ class Driver:
         process = self.name.split("-")[-2] if self.name.count("-") >= 2 else ""
         if not self.processes or self.processes != process_table() or not process.isdigit():
             return False
-        try:
-            os.kill(int(process), 0)
-        except ProcessLookupError:
-            return True
-        except PermissionError:
-            pass  # it exists and belongs to another user
-        return False
-
-
-def process_table() -> str:
-    """An id of the process table that this process id belongs to, distinct for each machine, container and boot.
-
-    '' where the system does not provide it.
-    """
-    try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
-        return f"{boot}-{Path('/proc/self/ns/pid').stat().st_ino}"
-    except OSError:
-        return ""
+        return not is_running(int(process))
 
 
 def drivers(store: Store, remove_stale: bool = False, without: str = "") -> list[Driver]:

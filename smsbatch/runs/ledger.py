@@ -44,6 +44,7 @@ from smsbatch.runs.records import (
     parse_commit_file,
     published_file,
 )
+from smsbatch.storage.scratch import scratch_folder
 from smsbatch.storage.store import Store, storage_errors
 
 _OWN = 1024  # commits of its own that a process remembers
@@ -298,11 +299,11 @@ class Ledger:
     @contextmanager
     def workshop(self) -> Iterator[Path]:
         """A folder in scratch, removed at the end."""
-        with storage_errors("build a shard's files in", self.scratch or tempfile.gettempdir()):
-            if self.scratch is not None:
-                self.scratch.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(prefix="smsbatch-", dir=self.scratch) as folder:
-                yield Path(folder)
+        with (
+            storage_errors("build a shard's files in", self.scratch or tempfile.gettempdir()),
+            scratch_folder("unit", self.scratch) as folder,
+        ):
+            yield Path(folder)
 
     def generations(self) -> dict[int, int]:
         """The newest generation of each unit that has a commit, from one listing."""

@@ -20,8 +20,9 @@ import smsbatch as sb
 from smsbatch.commands.run import _shuffled
 from smsbatch.data.sample import Unit
 from smsbatch.runs import heartbeat as heart_module
-from smsbatch.runs.heartbeat import Heartbeat, drivers, process_table
+from smsbatch.runs.heartbeat import Heartbeat, drivers
 from smsbatch.runs.status import Progress
+from smsbatch.storage.scratch import process_table
 from smsbatch.storage.store import Store
 from smsbatch.workers.worker import WorkItem
 

@@ -21,6 +21,22 @@ class Change:
         return f"{' and '.join(self.places)}: {self.what}"
 
 
+def flip(path: Path, at: float = 0.5) -> None:
+    """Change a bit of the byte at this fraction of a file."""
+    data = bytearray(path.read_bytes())
+    data[int(len(data) * at)] ^= 1
+    path.write_bytes(data)
+
+
+def cut_in_half(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def torn(path: Path) -> None:
+    """Empty a file, as a power loss does."""
+    path.write_bytes(b"")
+
+
 def files_of(folder: Path) -> dict[str, bytes]:
     """All files below a folder by path."""
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
@@ -55,17 +71,17 @@ def change(folder: Path, draws: random.Random) -> Change:
             return Change((place, other), "swapped")
         case _:
             values = json.loads(data)
-            holder, key = draws.choice(list(_leaves(values)))
+            holder, key = draws.choice(list(leaves(values)))
             before, holder[key] = holder[key], _other(holder[key], draws)
             path.write_text(json.dumps(values, indent=1))
             return Change((place,), f"{key} is {holder[key]!r}, was {before!r}")
 
 
-def _leaves(value: Any) -> Iterator[tuple[Any, Any]]:
+def leaves(value: Any) -> Iterator[tuple[Any, Any]]:
     """(holder, key or index) of each value that is no mapping and no list."""
     for key, inner in value.items() if isinstance(value, dict) else enumerate(value):
         if isinstance(inner, dict | list) and inner:
-            yield from _leaves(inner)
+            yield from leaves(inner)
         else:
             yield value, key
 

@@ -15,10 +15,12 @@ from smsbatch.data.index import build_index
 from smsbatch.data.sample import Outcome
 from smsbatch.data.sources import parts, scan
 from smsbatch.manifest import Manifest
-from smsbatch.runs.layout import COPY, RUN
+from smsbatch.report.write import write_report
+from smsbatch.runs.layout import COPY, RUN, SUCCESS
 from smsbatch.runs.ledger import Ledger
 from smsbatch.runs.plan_files import cut, write_plan
 from smsbatch.runs.records import dump_record
+from smsbatch.runs.run import Run
 from smsbatch.storage.store import Store
 
 HOSTILE = "</div><script>document.title='owned'</script><img src=x onerror=\"document.title='owned'\">"
@@ -107,3 +109,11 @@ MIXED = [
     failed(10, "bad_caption", HOSTILE),
     stylized(11, caption=HOSTILE),
 ]
+
+
+def finish(folder: Path) -> Path:
+    """The output of a finished run of MIXED."""
+    store = make_run(folder, MIXED)
+    write_report(Run.open(store))
+    store.create(SUCCESS, b"")
+    return folder / "out"
