@@ -10,8 +10,10 @@ import hashlib
 import json
 import re
 import uuid
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from datetime import datetime
+from math import isfinite
 from pathlib import Path
 from typing import Any, Self
 
@@ -79,6 +81,17 @@ class FileDigest:
         return cls(found.hexdigest(), size)
 
 
+_IS: dict[str, Callable[[Any], bool]] = {
+    "int": lambda value: type(value) is int,
+    "str": lambda value: isinstance(value, str),
+    "float": lambda value: isinstance(value, int | float) and isfinite(value),
+    "Sequence[str]": lambda value: isinstance(value, list) and all(isinstance(one, str) for one in value),
+    "Mapping[str, int]": lambda value: all(type(count) is int for count in value.values()),
+    "Mapping[str, FileDigest]": lambda value: all(type(value[kind]["bytes"]) is int for kind in KINDS),
+}
+"""Checks of the fields of records in JSON, by their types."""
+
+
 class _Record:
     """Conversion to and from JSON."""
 
@@ -91,7 +104,13 @@ class _Record:
     def from_json(cls, data: bytes) -> Self:
         values = load_record(data)
         values.pop(DIGEST, None)
-        return cls(**values | {"files": {kind: FileDigest(**expected) for kind, expected in values["files"].items()}})
+        record = cls(**values | {"files": {kind: FileDigest(**values["files"][kind]) for kind in KINDS}})
+        for one in fields(cls):  # type: ignore[arg-type]
+            if not _IS[str(one.type)](values[one.name]):
+                raise TypeError(f"its {one.name} is no {one.type}")
+        if isinstance(record, Commit):
+            datetime.fromisoformat(record.finished)
+        return record
 
 
 @dataclass(frozen=True, slots=True)
