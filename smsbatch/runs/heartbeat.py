@@ -18,7 +18,6 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
-from math import isfinite
 from typing import Any, NoReturn, Self
 
 from smsbatch.errors import RequestError, StorageError
@@ -29,6 +28,7 @@ HEARTBEATS = "_smsbatch/heartbeats"
 BEAT_S = 10.0
 DEAD_AFTER_S = 6 * BEAT_S
 AHEAD_S = 3600.0  # how far clocks may be apart
+_LAST = 1e12  # seconds since 1970; no number beyond is a time
 
 
 class Heartbeat:
@@ -123,14 +123,14 @@ def read_beats(store: Store, without: str = "") -> dict[str, dict[str, Any]]:
     return beats
 
 
-def _age_s(told: object, written: datetime) -> float:
+def _age_s(told: Any, written: datetime) -> float:
     """The age of a beat, by its driver's clock or by the store's, whichever is older.
 
     A beat that is ahead of our clock by more than clocks are apart does not live until then: it counts as old.
     """
     now = time.time()
     ages = [now - written.timestamp()]
-    if isinstance(told, int | float) and isfinite(told):
+    if type(told) in (int, float) and abs(told) < _LAST:
         ages.append(now - told)
     return max(0.0, max(ages)) if max(ages) > -AHEAD_S else -max(ages)
 

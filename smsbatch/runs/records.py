@@ -13,7 +13,6 @@ import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from datetime import datetime
-from math import isfinite
 from pathlib import Path
 from typing import Any, Self
 
@@ -84,7 +83,7 @@ class FileDigest:
 _IS: dict[str, Callable[[Any], bool]] = {
     "int": lambda value: type(value) is int,
     "str": lambda value: isinstance(value, str),
-    "float": lambda value: isinstance(value, int | float) and isfinite(value),
+    "float": lambda value: isinstance(value, int | float) and abs(value) < 1e300,
     "Sequence[str]": lambda value: isinstance(value, list) and all(isinstance(one, str) for one in value),
     "Mapping[str, int]": lambda value: all(type(count) is int for count in value.values()),
     "Mapping[str, FileDigest]": lambda value: all(type(value[kind]["bytes"]) is int for kind in KINDS),

@@ -6,7 +6,6 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
-from math import isfinite
 from time import monotonic
 from typing import Any, TypeGuard
 
@@ -73,7 +72,7 @@ def _progress(values: object) -> Progress | None:
 
 
 def _is_number(value: object) -> TypeGuard[float]:
-    return isinstance(value, int | float) and isfinite(value)
+    return isinstance(value, int | float) and abs(value) < 1e300  # neither NaN nor too long for a float
 
 
 @dataclass(frozen=True)

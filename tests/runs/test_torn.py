@@ -82,6 +82,7 @@ FORGED: dict[str, tuple[str, str | dict[str, Any] | Path]] = {
     "a beat at a text": (BEAT, '{"time": "yesterday", "workers": []}'),
     "a beat at no time": (BEAT, '{"time": null, "rate": "fast", "workers": 7, "processes": [1]}'),
     "a beat at infinity": (BEAT, '{"time": 1e999, "rate": NaN, "workers": [{"worker": 1}, 3]}'),
+    "a beat of many digits": (BEAT, f'{{"time": 1{"0" * 400}, "rate": 1{"0" * 400}, "workers": []}}'),
     "a beat of strange workers": (BEAT, '{"time": 1, "workers": [{"worker": "w", "unit": 5, "done": "x"}]}'),
 }
 
