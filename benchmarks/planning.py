@@ -23,10 +23,10 @@ from typing import NamedTuple
 
 import pyarrow as pa
 
-from smsbatch.commands.plan import cut
-from smsbatch.data.index import Part, to_table, write_index, write_objects, write_units
+from smsbatch.data.index import Part, to_table
 from smsbatch.data.indexing import build_index
 from smsbatch.data.sample import Entry, Span
+from smsbatch.runs.plan_files import cut, write_plan
 from smsbatch.storage.store import Store
 
 SIZES = (10**4, 10**5, 10**6, 10**7)
@@ -69,9 +69,8 @@ def measure(samples: int) -> Measured:
         tables = (table for some in batches(tars) for table in scans.map(scanned, some, chunksize=8))
         built = build_index(path, tables, None)
         assert built.samples == samples
-        write_index(store, path)
-        write_objects(store, [tar(number) for number in tars])
-        write_units(store, cut(built.samples, SAMPLES_PER_UNIT, SAMPLES_PER_SHARD))
+        units = list(cut(built.samples, SAMPLES_PER_UNIT, SAMPLES_PER_SHARD))
+        write_plan(store, [tar(number) for number in tars], path, units)
         seconds = perf_counter() - began
         stored = sum(store.size(name) or 0 for name in store.list("plan"))
     own, scanning = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))

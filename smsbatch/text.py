@@ -50,8 +50,8 @@ def moment(iso: str) -> str:
     return f"{iso[:10]} {iso[11:16]} UTC"
 
 
-def one_line(error: BaseException) -> str:
-    """The message of an error on one line, cut at 200 characters."""
+def one_line(error: object) -> str:
+    """The message of an error, or any other text, on one line, cut at 200 characters."""
     return " ".join(str(error).split())[:200]
 
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import os
 import socket
-import tempfile
 import threading
 import uuid
 from collections.abc import Callable
@@ -23,6 +22,7 @@ from smsbatch.cluster.connect import Sizing, check_usable, connect, disconnect, 
 from smsbatch.errors import RunError, SmsbatchError, StorageError
 from smsbatch.manifest import Distill
 from smsbatch.runs.run import store_of
+from smsbatch.storage.scratch import scratch_folder
 from smsbatch.storage.store import Store
 from smsbatch.text import first_line
 from smsbatch.training.log import TrainingProgress, read_progress
@@ -47,7 +47,7 @@ def train_on_ray(
     try:
         sizing = _divided(size_up(manifest.compute), manifest)
         stop_file = f"_smsbatch/training/stop-{uuid.uuid4().hex}"  # the workers stop when it exists
-        with tempfile.TemporaryDirectory(prefix="smsbatch-train-") as scratch:
+        with scratch_folder("train") as scratch:
             fit = _Fit(manifest, sizing, stop_file, scratch)
             stop_sent, shown, ended = False, read_progress(store), False
             try:

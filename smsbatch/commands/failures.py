@@ -65,8 +65,9 @@ def _rows(snapshot: Snapshot, shard: int) -> Iterator[dict[str, Any]]:
     record = snapshot.records.get(shard)
     data = snapshot.store.read_all([record.parquet]).get(record.parquet) if record else None
     if record and data is not None and len(data) == record.files["parquet"].bytes:
-        yield from read_rows(BytesIO(data))
+        yield from read_rows(BytesIO(data), snapshot.store.locate(record.parquet))
         return
     for commit in snapshot.commits_of(shard):
         if commit.failed:
-            yield from read_rows(BytesIO(snapshot.store.read(attempt_file(commit.unit, commit.attempt, "parquet"))))
+            path = attempt_file(commit.unit, commit.attempt, "parquet")
+            yield from read_rows(BytesIO(snapshot.store.read(path)), snapshot.store.locate(path))

@@ -1,7 +1,8 @@
 """`gc`: remove objects that no result, retry or check needs any more. It does not start while a driver is at work.
 
 It deletes attempts that lost, older generations, superseded records, temporary files and stale heartbeats; the
-attempts of published shards only if asked.
+attempts of published shards only if asked. On the machine where it runs, it also removes the temporary folders that
+killed processes of smsbatch have left, of whatever run.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from smsbatch.parallel import map_ahead
 from smsbatch.runs.heartbeat import HEARTBEATS, drivers, require_idle
 from smsbatch.runs.layout import ATTEMPTS, GENERATIONS, SUPERSEDED
 from smsbatch.runs.run import Run
+from smsbatch.storage.scratch import abandoned, remove
 from smsbatch.storage.store import TEMPORARY, Store
 
 _YOUNG_S = 3600.0  # younger objects may belong to work in progress
@@ -79,10 +81,15 @@ def gc(where: str | Manifest, *, dry_run: bool = False, attempts: bool = False, 
     if not force:
         require_idle(store, _WHEN_IDLE)
     heaps = {kind: files for kind, files in _rubbish(verifier, attempts) if files}
+    folders = abandoned()
     if not dry_run:
         for files in heaps.values():
             deque(map_ahead(store.delete, files, _THREADS), maxlen=0)
-    found = (Heap(kind, len(files), sum(files.values())) for kind, files in heaps.items())
+        for folder in folders:
+            remove(folder)
+    found = [Heap(kind, len(files), sum(files.values())) for kind, files in heaps.items()]
+    if folders:
+        found.append(Heap("folders of killed processes on this machine", len(folders), sum(folders.values())))
     return Collected(tuple(found), dry_run)
 
 

@@ -101,7 +101,9 @@ def _pairs(where: str | Manifest) -> tuple[list[dict[str, Any]], list[Picture], 
     rows, sources, results = [], [], []
     for _, shard in sorted(run.ledger.publications().items()):
         with storage_errors("read", store.locate(shard.parquet)), store.open_read(shard.parquet) as file:
-            done = {row["key"]: row for row in read_rows(file) if row["status"] == "success"}
+            done = {
+                row["key"]: row for row in read_rows(file, store.locate(shard.parquet)) if row["status"] == "success"
+            }
         with storage_errors("read", store.locate(shard.tar)), store.open_read(shard.tar) as file:
             for key, fields in read_tar(file):
                 rows.append(done[key] | {"prompt": manifest.fill(done[key]["prompt"])})

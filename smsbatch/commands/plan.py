@@ -2,52 +2,52 @@
 
 `plan` writes nothing. `establish` writes `run.json` and `plan/`, or, if they exist, checks that manifest and weights
 are unchanged. The order makes a half-written plan harmless: `run.json` comes first and has the digest of the index, so
-a driver that finds it alone can write the same plan again, and no other.
+a driver that finds it alone can write its copy and the same plan again, and no other.
 """
 
 from __future__ import annotations
 
-import json
 import platform
-import tempfile
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
-from functools import partial
 from importlib.metadata import PackageNotFoundError, version
-from itertools import count
 from pathlib import Path
 from typing import Any
 
 from smsbatch.cluster.ray_pool import pool_of
+from smsbatch.commands.source_index import indexed
 from smsbatch.data.captions import Contents
 from smsbatch.data.colours import COLOURS
 from smsbatch.data.index import (
+    OBJECTS,
     SAMPLES,
+    UNITS,
     Part,
     StoredFile,
+    encode_objects,
+    encode_units,
+    numbered,
     read_index,
-    write_index,
-    write_moved,
-    write_objects,
-    write_units,
 )
-from smsbatch.data.indexing import Built, build_index, move_index
-from smsbatch.data.sample import Unit
-from smsbatch.data.sources import Scan, gathered, nothing_found, parts, require_apart, scan
+from smsbatch.data.indexing import Built, move_index
+from smsbatch.data.sources import require_apart
 from smsbatch.engines.base import Weights
 from smsbatch.engines.optimize import OptimizeEngine
 from smsbatch.engines.table import ENGINES
 from smsbatch.errors import DriftError, RequestError
 from smsbatch.manifest import Manifest
 from smsbatch.runs.checkpoints import latest
+from smsbatch.runs.deleted import remove_remains
 from smsbatch.runs.drift import check_allowed, check_unchanged, inputs_changed
-from smsbatch.runs.layout import RUN, WRITTEN
+from smsbatch.runs.layout import COPY, RUN, WRITTEN
 from smsbatch.runs.plan import Estimate, Plan, TrainingPlan
+from smsbatch.runs.plan_files import DIGESTS, cut, last_number, restore, write_moved, write_plan
+from smsbatch.runs.records import dump_record, load_record
 from smsbatch.runs.run import Run, find_or_require_empty, store_of
 from smsbatch.storage.store import Store
-from smsbatch.text import hidden
+from smsbatch.text import count, hidden
 from smsbatch.workers.pool import Pool
 
 # fmt: off
@@ -57,15 +57,6 @@ _RECORDED = (
 )
 # fmt: on
 _PROBED = 8  # samples that are measured to size units by time
-
-
-def cut(samples: int, samples_per_unit: int, samples_per_shard: int) -> Iterator[Unit]:
-    """Divide rows [0, samples) into consecutive units, none of which crosses the boundary of a shard."""
-    number = count()
-    for shard, first in enumerate(range(0, samples, samples_per_shard)):
-        end = min(first + samples_per_shard, samples)
-        for start in range(first, end, samples_per_unit):
-            yield Unit(next(number), shard, start, min(start + samples_per_unit, end))
 
 
 def plan(
@@ -131,11 +122,10 @@ def establish(manifest: Manifest, pool: Pool, allow_drift: Collection[str] = ())
             run = _begin(store, draft, weights)
         if run.about["index_sha256"] != draft.built.sha256:
             raise DriftError(f"{store.url}: the source is not the one this run began with; choose another output.path")
-        written = [write_objects(run.store, draft.parts), write_index(run.store, draft.index)]
-        units = planner.units(manifest, run)
-        if units:
-            written.append(write_units(run.store, units))
-        if all(written):
+        if run.has_digests:
+            run.store.create(COPY, dump_record(run.about))
+        units = run.planned_units
+        if write_plan(run.store, draft.parts, draft.index, units):
             run.plan_is(units)
         else:
             run.renew()
@@ -156,8 +146,11 @@ def _begin(store: Store, draft: _Draft, weights: Mapping[str, str]) -> Run:
         store.check_writable()
         store = store.without_create_only_put()
     about = _run_json(draft, weights, "workers" if store.has_create_only_put else "driver")
-    if store.create(RUN, json.dumps(about, indent=2).encode()):
-        return Run(store, about)
+    if remains := remove_remains(store):
+        about["notices"].append(f"removed {count(remains, 'file')} in _smsbatch, which a deleted run had left")
+    data = dump_record(about)
+    if store.create(RUN, data):
+        return Run(store, load_record(data))
     run = Run.open(store)
     check_unchanged(run, draft.plan.manifest, weights)
     return run
@@ -169,12 +162,40 @@ def relocate(manifest: Manifest, run: Run, pool: Pool) -> None:
     Raises:
         SourceError: the source is missing, empty or has clashing keys.
     """
-    with _indexed(manifest, pool, [], chosen=False) as (listed, index, _, _):
+    with indexed(manifest, pool, [], chosen=False) as (listed, index, _, _):
         moved = index.with_name("moved.parquet")
         move_index(StoredFile(run.store, SAMPLES), index, moved)
-        run.renew()  # the scan takes long, and another driver may have located the samples, too
-        write_moved(run.store, run.index_number + 1, moved, listed)
+        write_moved(run.store, moved, listed)
         run.renew()
+
+
+def restore_plan(manifest: Manifest, run: Run, damaged: Collection[str]) -> None:
+    """Write the damaged files of the plan again: units and digests from the run itself, the others from the source.
+
+    Raises:
+        DriftError: the source has changed, so that it does not give the planned index again.
+    """
+    for number in {0, last_number(run.plan_files)}:
+        samples, objects, digests = (numbered(name, number) for name in (SAMPLES, OBJECTS, DIGESTS))
+        names = {samples, objects, digests, *([] if number else [UNITS])} & set(damaged)
+        contents: dict[str, bytes | Path] = {UNITS: encode_units(run.planned_units)} if UNITS in names else {}
+        if not {samples, objects} & names:
+            if names:
+                restore(run.store, number, contents, run.planned_units)
+            continue
+        with pool_of(manifest) as pool, indexed(manifest, pool, [], chosen=not number) as (listed, index, built, _):
+            if number:
+                moved = index.with_name("moved.parquet")
+                move_index(StoredFile(run.store, SAMPLES), index, moved)
+                index = moved
+            elif run.about["index_sha256"] != built.sha256:
+                told = f"{run.store.locate(min({samples, objects} & names))} cannot be written again"
+                raise DriftError(
+                    f"{told}: the source has changed since the plan; restore it or this file from a backup"
+                )
+            made: dict[str, bytes | Path] = {objects: encode_objects(listed), samples: index}
+            contents |= {name: content for name, content in made.items() if name in names}
+            restore(run.store, number, contents, run.planned_units)
 
 
 # ------------------------------------------------------------------------------------------------------ by the result
@@ -240,11 +261,6 @@ class DatasetPlanner:
             steps=ENGINES[manifest.task].steps_per_image(manifest),
         )
 
-    def units(self, manifest: Any, run: Run) -> list[Unit]:
-        """The units by `run.json`: a faster driver may have measured another unit size."""
-        planned = run.about["planned"]
-        return list(cut(planned["samples"], planned["samples_per_unit"], manifest.output.samples_per_shard))
-
     def planned_section(self, planned: Any) -> dict[str, Any]:
         """The section `planned` of `run.json`."""
         return {
@@ -298,9 +314,6 @@ class TrainingPlanner:
         notices = (*run.about["notices"], far)
         return TrainingPlan(manifest, planned["samples"], notices, planned["bytes"], run.contents, done)
 
-    def units(self, manifest: Any, run: Run) -> list[Unit]:
-        return []
-
     def planned_section(self, planned: Any) -> dict[str, Any]:
         return {"samples": planned.samples, "units": 0, "shards": 0, "bytes": planned.bytes_in}
 
@@ -329,39 +342,9 @@ class _Draft:
 def _drafted(manifest: Manifest, pool: Pool, probe: int = 0, samples_per_unit: int | None = None) -> Iterator[_Draft]:
     planner = PLANNERS[manifest.makes]
     notices = planner.check_weights(manifest).notices
-    with _indexed(manifest, pool, notices, chosen=True) as (listed, index, built, contents):
+    with indexed(manifest, pool, notices, chosen=True) as (listed, index, built, contents):
         planned = planner.draft(manifest, pool, index, built, contents, notices, probe, samples_per_unit)
         yield _Draft(planned, listed, index, built)
-
-
-@contextmanager
-def _indexed(
-    manifest: Manifest, pool: Pool, notices: list[str], chosen: bool
-) -> Iterator[tuple[Sequence[Part], Path, Built, Contents]]:
-    """The source's objects, their index in a temporary file, and what they hold; `notices` gets what is odd or skipped.
-
-    Args:
-        chosen: index only the samples that `skip` and `limit` choose. Otherwise all, for a changed source, where one
-            sample fewer would shift the choice.
-    """
-    source, storage = manifest.source, manifest.storage
-    limit, skip = (source.limit, source.skip) if chosen else (None, 0)
-    listed = parts(source, storage)
-    with tempfile.TemporaryDirectory(prefix="smsbatch-plan-") as folder:
-        index = Path(folder, "samples.parquet")
-        told = Scan()
-        names = [part.url for part in listed] if source.format == "table" else []
-        task = partial(scan, source=source, storage=storage, seed=manifest.seed)
-        with closing(pool.map(task, listed)) as scanned:
-            built = build_index(index, gathered(scanned, told), limit, skip, names)
-        notices += told.notices
-        contents = Contents(built.samples, built.captions, dict(told.left), dict(told.passed))
-        if built.samples == 0:
-            raise nothing_found(source, notices, contents)
-        if "caption" in source.model_fields_set and source.format != "table":
-            unused = (rule for rule in source.caption if rule not in built.captions)
-            notices += [f"source.caption: {rule} gives no sample its caption" for rule in unused]
-        yield listed, index, built, contents
 
 
 def _estimate(pool: Pool, index: StoredFile | Path, samples: int, wanted: int) -> Estimate | None:

@@ -133,7 +133,7 @@ def _result_of_run(run: Run, unit: Unit, key: str, extension: str) -> tuple[dict
     else:
         tar, parquet = (attempt_file(unit.id, commit.attempt, kind) for kind in ("tar", "parquet"))
     with storage_errors("read", store.locate(parquet)), store.open_read(parquet) as file:
-        row = next((row for row in read_rows(file) if row["key"] == key), None)
+        row = next((row for row in read_rows(file, store.locate(parquet)) if row["key"] == key), None)
     if row is None or row["status"] != "success":
         return row, None
     name = f"{key}.{extension}"

@@ -16,6 +16,7 @@ from smsbatch.errors import ERROR_CODES, RequestError, RunError, StorageError
 from smsbatch.manifest import Manifest
 from smsbatch.report.model import Report
 from smsbatch.report.write import summarize, write_report
+from smsbatch.runs.deleted import ends_if_deleted
 from smsbatch.runs.drift import check_allowed, inputs_changed
 from smsbatch.runs.heartbeat import Heartbeat, other_drivers, refuse
 from smsbatch.runs.layout import INDEX, SUCCESS, is_reported
@@ -68,8 +69,7 @@ def make_dataset(
 ) -> Report:
     """`run` of a task that makes a dataset."""
     _check_codes(codes, retry_failed)
-    with pool_of(manifest) as pool:
-        run = establish(manifest, pool, allow_drift)
+    with pool_of(manifest) as pool, ends_if_deleted(establish(manifest, pool, allow_drift)) as run:
         store = run.store
         tally = RunTally(manifest.name, run.units, {} if run.is_new else run.ledger.commits())
         todo = _again(tally, codes) if retry_failed else []
@@ -94,14 +94,14 @@ def make_dataset(
             # With --allow-drift there may be a new note, which the report must list.
             reported = published is not None and is_reported(store) and not allow_drift
             report = (summarize if reported else write_report)(run, tally.commits, published)
-    progress(tally.status(finished=True))
-    try:
-        _check_budget(manifest, store, tally)
-    except RunError:
-        store.delete(SUCCESS)
-        raise
-    store.create(SUCCESS, b"")
-    return report
+        progress(tally.status(finished=True))
+        try:
+            _check_budget(manifest, store, tally)
+        except RunError:
+            store.delete(SUCCESS)
+            raise
+        store.create(SUCCESS, b"")
+        return report
 
 
 RUNNERS: dict[str, Callable[..., Report | Distilled]] = {"dataset": make_dataset, "generator": train}

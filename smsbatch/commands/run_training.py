@@ -14,6 +14,7 @@ from smsbatch.commands.plan import establish, relocate
 from smsbatch.errors import RequestError
 from smsbatch.manifest import Distill
 from smsbatch.runs.checkpoints import restore
+from smsbatch.runs.deleted import ends_if_deleted
 from smsbatch.runs.drift import inputs_changed
 from smsbatch.runs.heartbeat import Heartbeat, other_drivers, refuse
 from smsbatch.runs.layout import SUCCESS
@@ -41,7 +42,7 @@ def train(
         if inputs_changed(run, manifest, allow_drift):
             relocate(manifest, run, pool)
     training = manifest.distill
-    with Heartbeat(store) as heartbeat, _asked_to_stop() as stop:
+    with ends_if_deleted(run), Heartbeat(store) as heartbeat, _asked_to_stop() as stop:
         for other in other_drivers(store, heartbeat):
             refuse(store, other, "two trainings would write one generator; stop it")
         first_step, notices = _resume_point(store)

@@ -14,7 +14,7 @@ from smsbatch.runs.checkpoints import latest
 from smsbatch.runs.heartbeat import DEAD_AFTER_S, Driver, driver_name, drivers, read_beats
 from smsbatch.runs.layout import SUCCESS, is_reported
 from smsbatch.runs.snapshot import Snapshot
-from smsbatch.runs.status import Progress, Status, at_work, over_budget
+from smsbatch.runs.status import DriverStatus, Status, at_work, over_budget
 from smsbatch.training.log import TrainingProgress, read_progress
 
 
@@ -37,11 +37,11 @@ def dataset_status(snapshot: Snapshot) -> Status:
     ):
         errors.update(counted)
     beats = read_beats(snapshot.store)
-    ages = {path: time.time() - beat["time"] for path, beat in beats.items()}
+    ages = {path: beat["age_s"] for path, beat in beats.items()}
     # The uncommitted work of dead drivers is lost, and they have no rate.
-    alive = [beat for path, beat in beats.items() if ages[path] < DEAD_AFTER_S]
+    alive = [DriverStatus.parse(beat) for path, beat in beats.items() if ages[path] < DEAD_AFTER_S]
     workers = at_work(
-        (Progress(**worker) for beat in alive for worker in beat["workers"]),
+        (worker for driver in alive for worker in driver.workers),
         lambda unit: snapshot.generations.get(unit, -1),
     )
     done = bool(snapshot.units) and len(snapshot.generations) == len(snapshot.units)
@@ -62,9 +62,9 @@ def dataset_status(snapshot: Snapshot) -> Status:
         now,
         workers=workers,
         drivers=tuple(Driver(driver_name(path), age) for path, age in ages.items()),
-        rate=sum(beat["rate"] or 0.0 for beat in alive) or None,
+        rate=sum(driver.rate or 0.0 for driver in alive) or None,
         heartbeat_age_s=min(ages.values()),
-        samples_retried=max((beat.get("samples_retried", 0) for beat in alive), default=0),
+        samples_retried=max((driver.samples_retried for driver in alive), default=0),
         note=note,
     )
 

@@ -3,8 +3,8 @@
 If the user allows changed inputs, the rows stay and their bytes are located again, in `samples.1.parquet` and
 `objects.1.parquet`, then `.2` and so on; the highest number is valid.
 
-An index is an Arrow table from the scan of an object to the file; only the rows that a unit reads become entries. All
-three files are create-only: if two drivers plan at once, the first one's files stay and both drivers use them.
+An index is an Arrow table from the scan of an object to the file; only the rows that a unit reads become entries. A
+file that is damaged or has other columns is a StorageError, wherever that shows.
 """
 
 from __future__ import annotations
@@ -53,6 +53,7 @@ INDEX_SCHEMA = _schema(pa.dictionary(pa.int32(), pa.string()))
 """Schema of an index in memory. URLs and etags are dictionary-encoded: all spans of a tar name the same object."""
 # On disk without dictionaries: Parquet finds the repetitions itself, and Arrow cannot read dictionaries inside lists.
 STORED_SCHEMA = _schema(pa.string())
+_OLDER_SCHEMA = pa.schema([field for field in STORED_SCHEMA if field.name != "caption_from"])
 _UNIT_SCHEMA = pa.schema([(name, pa.int64()) for name in ("id", "shard", "start", "stop")])
 _OBJECT_SCHEMA = pa.schema([("format", pa.string()), ("url", pa.string()), ("size", pa.int64()), ("etag", pa.string())])
 
@@ -120,11 +121,6 @@ def from_table(table: pa.Table) -> list[Entry]:
     ]
 
 
-def write_index(store: Store, path: Path) -> bool:
-    """Store the file of `build_index`; False if another driver was first, whose index then stays."""
-    return store.create(SAMPLES, path)
-
-
 def index_size(index: StoredFile | Path) -> int:
     """Number of entries in the stored index."""
     with opened(index) as file:
@@ -133,7 +129,12 @@ def index_size(index: StoredFile | Path) -> int:
 
 def read_index(index: StoredFile | Path, start: int = 0, stop: int | None = None) -> list[Entry]:
     """Entries [start, stop) of an index, stored or just built; reads only the row groups that hold them."""
-    return from_table(read_index_table(index, start, stop))
+    table = read_index_table(index, start, stop)
+    try:
+        return from_table(table)
+    except UnicodeDecodeError as error:
+        where = index.store.locate(index.path) if isinstance(index, StoredFile) else index
+        raise StorageError(f"{where} is damaged ({first_line(error)}); run `smsbatch repair`") from error
 
 
 def read_index_table(index: StoredFile | Path, start: int = 0, stop: int | None = None) -> pa.Table:
@@ -160,34 +161,28 @@ def find_key(index: StoredFile | Path, key: str) -> int | None:
     return None
 
 
-def write_moved(store: Store, number: int, path: Path, parts: Sequence[Part]) -> None:
-    """Store the file of `move_index` and the objects it was made from, as number `number` beside the planned ones."""
-    store.put(numbered(SAMPLES, number), path)  # first; replaces the file of a driver that died before the second
-    store.create(numbered(OBJECTS, number), _parquet(parts, _OBJECT_SCHEMA))
-
-
-def write_objects(store: Store, parts: Sequence[Part]) -> bool:
-    """Store which objects were indexed; False if another driver was first, whose list then stands."""
-    return store.create(OBJECTS, _parquet(parts, _OBJECT_SCHEMA))
+def encode_objects(parts: Sequence[Part]) -> bytes:
+    """The file of the objects that were indexed."""
+    return _parquet(parts, _OBJECT_SCHEMA)
 
 
 def read_objects(objects: StoredFile) -> list[Part]:
-    with opened(objects) as file:
+    with opened(objects, _OBJECT_SCHEMA) as file:
         return [Part(**row) for row in file.read(use_threads=False).to_pylist()]
 
 
-def write_units(store: Store, units: Iterable[Unit]) -> bool:
-    """Store the units; False if another driver was first, whose units then stand."""
-    return store.create(UNITS, _parquet(list(units), _UNIT_SCHEMA))
+def encode_units(units: Iterable[Unit]) -> bytes:
+    """The file of the units."""
+    return _parquet(list(units), _UNIT_SCHEMA)
 
 
 def read_units(store: Store) -> list[Unit]:
-    with opened(StoredFile(store, UNITS)) as file:
+    with opened(StoredFile(store, UNITS), _UNIT_SCHEMA) as file:
         return [Unit(**row) for row in file.read(use_threads=False).to_pylist()]
 
 
 @contextmanager
-def opened(source: StoredFile | Path) -> Iterator[pq.ParquetFile]:
+def opened(source: StoredFile | Path, schema: pa.Schema = STORED_SCHEMA) -> Iterator[pq.ParquetFile]:
     where = source.store.locate(source.path) if isinstance(source, StoredFile) else source
     with (
         storage_errors("read", where),
@@ -195,21 +190,27 @@ def opened(source: StoredFile | Path) -> Iterator[pq.ParquetFile]:
     ):
         try:
             parquet = pq.ParquetFile(file, pre_buffer=False)
-        except (pa.ArrowException, EOFError) as error:
+            known = (schema, _OLDER_SCHEMA) if schema is STORED_SCHEMA else (schema,)
+            if not any(parquet.schema_arrow.equals(one) for one in known):
+                raise ValueError("it has other columns")
+            yield parquet
+        except (pa.ArrowException, EOFError, ValueError) as error:
             reason = first_line(error)
-            raise StorageError(f"{where} is empty, cut or no Parquet ({reason}); run `smsbatch repair`") from error
-        yield parquet
+            raise StorageError(
+                f"{where} is empty, cut or no file of a plan ({reason}); run `smsbatch repair`"
+            ) from error
 
 
 def newest_number(name: str, paths: Iterable[str]) -> int:
-    """The highest number that SAMPLES or OBJECTS has among the files of a plan; 0 is the file without a number."""
-    stem = name.removesuffix("parquet")
-    numbers = (path.removeprefix(stem).removesuffix(".parquet") for path in paths if path != name)
+    """The highest number that a file has among the files of a plan; 0 is the file without a number."""
+    stem, extension = name.split(".")
+    numbers = (path.removeprefix(f"{stem}.").removesuffix(f".{extension}") for path in paths if path != name)
     return max((int(number) for number in numbers if number.isdigit()), default=0)
 
 
 def numbered(name: str, number: int) -> str:
-    return name if number == 0 else f"{name.removesuffix('parquet')}{number}.parquet"
+    stem, extension = name.split(".")
+    return f"{stem}.{number}.{extension}" if number else name
 
 
 def read_group(file: pq.ParquetFile, group: int) -> pa.Table:

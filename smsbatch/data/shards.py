@@ -13,6 +13,7 @@ import io
 import os
 import tarfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import groupby
 from pathlib import Path
 from typing import IO, Any
@@ -23,6 +24,8 @@ import pyarrow.parquet as pq
 from smsbatch.data.sample import ROW_SCHEMA, Outcome, row_schema
 from smsbatch.data.tars import END_OF_ARCHIVE, Member, Members, split_name
 from smsbatch.errors import StorageError
+from smsbatch.storage.retries import RemoteError
+from smsbatch.text import one_line
 
 CHUNK = 1 << 20
 OUTCOME_COLUMNS = [column.name for column in dataclasses.fields(Outcome) if column.name in ROW_SCHEMA.names]
@@ -82,9 +85,15 @@ def check_tar(path: Path) -> list[str]:
     return [key for key, _ in groupby(_split(member.name)[0] for member in members)]
 
 
-def write_rows(path: Path, rows: Sequence[Mapping[str, Any]], metrics: Sequence[str], tar_sha256: str) -> None:
-    """Write rows of `row_schema(metrics)` and fsync; the file's metadata has the digest of its tar."""
-    _write_table(path, pa.Table.from_pylist(rows, schema=row_schema(metrics)), tar_sha256)
+def write_rows(
+    path: Path,
+    rows: Sequence[Mapping[str, Any]],
+    metrics: Sequence[str],
+    tar_sha256: str,
+    about: Mapping[str, str] | None = None,
+) -> None:
+    """Write rows of `row_schema(metrics)` and fsync; the file's metadata has the digest of its tar, and `about`."""
+    _write_table(path, pa.Table.from_pylist(rows, schema=row_schema(metrics)), tar_sha256, about, checksums=True)
 
 
 def concat_rows(paths: Sequence[Path], target: Path, tar_sha256: str) -> None:
@@ -93,16 +102,49 @@ def concat_rows(paths: Sequence[Path], target: Path, tar_sha256: str) -> None:
     _write_table(target, pa.concat_tables(tables, promote_options="default"), tar_sha256)
 
 
-def read_rows(source: Path | IO[bytes]) -> list[dict[str, Any]]:
-    """All rows of a shard or an attempt."""
-    rows: list[dict[str, Any]] = pq.ParquetFile(source, pre_buffer=False).read(use_threads=False).to_pylist()
-    return rows
+def read_rows(source: Path | IO[bytes], where: str = "") -> list[dict[str, Any]]:
+    """All rows of a shard or an attempt.
+
+    Args:
+        where: names the file in messages; default: `source`.
+
+    Raises:
+        StorageError: the file is damaged or not one of rows.
+    """
+    with _parquet_errors(where or str(source)):
+        file = pq.ParquetFile(source, pre_buffer=False)
+        found = file.schema_arrow
+        known = [name for name in found.names if name in ROW_SCHEMA.names]
+        if "key" not in known or any(found.field(name).type != ROW_SCHEMA.field(name).type for name in known):
+            raise ValueError("it has other columns")
+        rows: list[dict[str, Any]] = file.read(use_threads=False).to_pylist()
+        return rows
 
 
-def count_rows(file: IO[bytes]) -> int:
-    """Number of rows of a shard or an attempt, from its footer alone; ValueError if it is damaged or missing."""
-    rows: int = pq.read_metadata(file).num_rows
-    return rows
+def read_metadata(source: Path) -> dict[str, str]:
+    """The metadata of an attempt's Parquet, all of whose pages are read and checked; errors as of `read_rows`."""
+    with _parquet_errors(str(source)):
+        file = pq.ParquetFile(source, pre_buffer=False, page_checksum_verification=True)
+        file.read(use_threads=False)
+        return {key.decode(): value.decode() for key, value in (file.schema_arrow.metadata or {}).items()}
+
+
+def count_rows(file: IO[bytes], where: str = "") -> int:
+    """Number of rows of a shard or an attempt, from its footer alone; errors as of `read_rows`."""
+    with _parquet_errors(where):
+        rows: int = pq.read_metadata(file).num_rows
+        return rows
+
+
+@contextmanager
+def _parquet_errors(where: str) -> Iterator[None]:
+    """Turn every error of Arrow about a damaged file into a StorageError; a store's own errors pass."""
+    try:
+        yield
+    except RemoteError:
+        raise
+    except (pa.ArrowException, OSError, EOFError, ValueError) as error:
+        raise StorageError(f"{where} cannot be read ({one_line(error)}); run `smsbatch repair --full`") from error
 
 
 def read_outcomes(tar: Path, parquet: Path) -> list[Outcome]:
@@ -139,9 +181,13 @@ def digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _write_table(path: Path, table: pa.Table, tar_sha256: str) -> None:
+def _write_table(
+    path: Path, table: pa.Table, tar_sha256: str, about: Mapping[str, str] | None = None, checksums: bool = False
+) -> None:
+    metadata = {"smsbatch.tar_sha256": tar_sha256, **(about or {})}
     with path.open("xb") as file:
-        pq.write_table(table.replace_schema_metadata({"smsbatch.tar_sha256": tar_sha256}), file, compression="zstd")
+        named = table.replace_schema_metadata(metadata)
+        pq.write_table(named, file, compression="zstd", write_page_checksum=checksums)
         _sync(file)
 
 

@@ -34,6 +34,8 @@ def read_generator(where: str, storage: Storage) -> dict[str, bytes]:
         raise WeightsError(f"generator: {file} is missing; copy both files, {CONFIG} and {WEIGHTS}")
     if hashlib.sha256(parameters).hexdigest() != told["sha256"]:
         raise WeightsError(f"generator: {file} is not what {CONFIG} says, so it is damaged; copy both files again")
+    if len(parameters) < 4 * told["parameters"]:
+        raise WeightsError(f"generator: {file} has fewer parameters than {CONFIG} says; copy both files again")
     return {CONFIG: config, WEIGHTS: parameters}
 
 
@@ -45,7 +47,7 @@ def generator_about(manifest: Stylize) -> dict[str, Any]:
     """
     store, folder = _found(manifest.generator, manifest.storage)
     told = parse_config(store.read(folder + CONFIG), f"generator: {store.locate(folder + CONFIG)}")
-    return {name: told.get(name) for name in ("width", "blocks", "parameters")} | dict(told.get("about") or {})
+    return {**told["about"], **{name: told[name] for name in ("width", "blocks", "parameters")}}
 
 
 def _found(where: str, storage: Storage) -> tuple[Store, str]:
@@ -69,7 +71,7 @@ def _instead(store: Store) -> str:
         )
     try:
         task = json.loads(run)["manifest"].get("task")
-    except (ValueError, LookupError, TypeError, AttributeError):
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
         task = "unknown"
     if task != "distill":
         return f"is the output of a run of task {task}, which makes no generator; name the output of a `distill` run"

@@ -20,4 +20,15 @@ from smsbatch.manifest.sections import (
     Tiles,
     Training,
 )
-from smsbatch.manifest.tasks import TASKS, Dataset, Distill, Manifest, Optimize, Styled, Stylize, fill, schema
+from smsbatch.manifest.tasks import (
+    TASKS,
+    Dataset,
+    Distill,
+    Manifest,
+    Optimize,
+    Styled,
+    Stylize,
+    fill,
+    identity_of,
+    schema,
+)

@@ -108,13 +108,8 @@ class Manifest(Section):
 
     @property
     def identity(self) -> str:
-        """SHA-256 of all keys that results depend on: without output path, storage, compute and error limits."""
-        plain = self.dump()
-        plain["compute"] = plain["compute"]["precision"]
-        del plain["errors"], plain["storage"], plain["output"]["path"]
-        for key in HOUSEKEEPING:
-            plain.get("distill", {}).pop(key, None)
-        return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
+        """`identity_of` this manifest."""
+        return identity_of(self.dump())
 
 
 class Styled(Manifest):
@@ -237,6 +232,20 @@ def _as_written(plain: Any, written: Any, environment: Mapping[str, str]) -> Any
     if isinstance(plain, list) and isinstance(written, list) and len(plain) == len(written):
         return [_as_written(*pair, environment) for pair in zip(plain, written, strict=True)]
     return written if isinstance(written, str) and fill(written, environment) == plain else plain
+
+
+def identity_of(plain: Mapping[str, Any]) -> str:
+    """SHA-256 of all keys of a dumped manifest that results depend on: without output path, storage, compute and error
+    limits.
+
+    It fills in no defaults, so that a manifest in `run.json` keeps its identity in later versions.
+    """
+    kept = {key: value for key, value in plain.items() if key not in ("errors", "storage")}
+    kept["compute"] = plain.get("compute", {}).get("precision")
+    for section, left_out in (("output", ("path",)), ("distill", HOUSEKEEPING)):
+        if section in kept:
+            kept[section] = {key: value for key, value in kept[section].items() if key not in left_out}
+    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
 
 
 def schema() -> dict[str, Any]:

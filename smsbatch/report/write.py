@@ -13,7 +13,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import asdict
@@ -25,7 +24,7 @@ from typing import Any
 
 from smsbatch.data.index import ROWS_PER_GROUP, SAMPLES, read_index
 from smsbatch.data.shards import read_rows
-from smsbatch.errors import RunError
+from smsbatch.errors import RunError, StorageError
 from smsbatch.parallel import map_ahead
 from smsbatch.report.card import card
 from smsbatch.report.gallery import gallery
@@ -33,9 +32,10 @@ from smsbatch.report.model import Distribution, Failure, Report, RowTally
 from smsbatch.report.page import render
 from smsbatch.runs.drift import allowed_drift
 from smsbatch.runs.layout import INDEX
-from smsbatch.runs.records import PARSE_ERRORS, Commit, Published
+from smsbatch.runs.records import PARSE_ERRORS, Commit, FileDigest, Published, dump_record, load_record
 from smsbatch.runs.run import Run
-from smsbatch.storage.store import Store, storage_errors
+from smsbatch.storage.scratch import scratch_folder
+from smsbatch.storage.store import Store
 
 _AHEAD = 8  # shards whose rows are fetched while others are counted
 
@@ -55,7 +55,7 @@ def summarize(
     """
     run.require_dataset()
     published = run.ledger.publications() if published is None else published
-    drift = allowed_drift(run.store)
+    drift = list(allowed_drift(run.store).values())
     found = _recall(run, drift, published)
     if found is None:
         with _fetched_index(run) as index:
@@ -68,12 +68,14 @@ def write_report(
 ) -> Report:
     """Write README.md, report.html and index.json; returns the numbers. Arguments and errors as in `summarize`."""
     run.require_dataset()
-    store, drift = run.store, allowed_drift(run.store)
+    store, notes = run.store, allowed_drift(run.store)
+    drift = list(notes.values())
     published = run.ledger.publications() if published is None else published
     with _fetched_index(run) as planned:
         report, tally = _count(run, planned, drift, commits, published)
         pictures = gallery(run, report, tally, planned if run.index.path == SAMPLES else run.index)
     numbers = {name: value for name, value in report.to_dict().items() if name in _NUMBERS}
+    files = {"README.md": card(report).encode(), "report.html": render(report, pictures).encode()}
     index = {
         "name": report.name,
         "planned": report.planned,
@@ -81,10 +83,12 @@ def write_report(
         "failed": report.failed,
         "report": {"of": _digest(run, drift, published, numbers), "numbers": numbers},
         "shards": [_shard(record) for record in tally.published],
+        "files": {name: asdict(FileDigest.of(data)) for name, data in files.items()},
+        "drift": list(notes),
     }
-    store.put("README.md", card(report).encode())
-    store.put("report.html", render(report, pictures).encode())
-    store.put(INDEX, json.dumps(index, indent=1).encode())  # last: if it is up to date, so are the others
+    for name, data in files.items():
+        store.put(name, data)
+    store.put(INDEX, dump_record(index))  # last: if it is up to date, so are the others
     return report
 
 
@@ -103,7 +107,7 @@ def _recall(run: Run, drift: Drift, published: Mapping[int, Published]) -> Repor
     """The report from index.json; None unless it is undamaged and was made from this run and these records."""
     found = run.store.read_all([INDEX])
     try:
-        told = json.loads(found[INDEX])["report"]
+        told = load_record(found[INDEX])["report"]
         numbers = told["numbers"]
         if told["of"] != _digest(run, drift, published, numbers):
             return None
@@ -193,10 +197,7 @@ def _count(
 @contextmanager
 def _fetched_index(run: Run) -> Iterator[Path]:
     """A local copy of the planned index; later ones have the same keys."""
-    with (
-        storage_errors("make a folder in", tempfile.gettempdir()),
-        tempfile.TemporaryDirectory(prefix="smsbatch-report-") as folder,
-    ):
+    with scratch_folder("report") as folder:
         index = Path(folder, "samples.parquet")
         run.store.fetch(SAMPLES, index)
         yield index
@@ -213,7 +214,7 @@ def _rows(store: Store, published: Published, data: bytes, planned: Sequence[str
     """The rows of a shard, each with its `position` in the index; raises RunError if they are not the planned ones."""
     try:
         rows = read_rows(BytesIO(data))
-    except (OSError, ValueError) as error:  # Arrow raises them if a file is not Parquet
+    except StorageError as error:
         raise RunError(
             f"{store.locate(published.parquet)} cannot be read; run `smsbatch repair --full {store.url}`"
         ) from error

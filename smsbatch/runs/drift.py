@@ -25,12 +25,12 @@ from smsbatch.data.reader import list_files
 from smsbatch.data.sources import parts
 from smsbatch.errors import DriftError, RequestError, StorageError
 from smsbatch.manifest import HOUSEKEEPING, Manifest, Storage
-from smsbatch.runs.layout import CHECKPOINTS, COMMITS
+from smsbatch.runs.layout import CHECKPOINTS, COMMITS, DRIFT
+from smsbatch.runs.records import PARSE_ERRORS, dump_record, load_record
 from smsbatch.runs.run import Run
 from smsbatch.storage.store import Store
 from smsbatch.text import flat, hidden
 
-DRIFT = "_smsbatch/drift"
 INPUTS = "inputs"
 ENVIRONMENT = "environment"
 COLOURS = "colours"
@@ -159,22 +159,31 @@ def _changed_files(run: Run, folder: Part, storage: Storage) -> Iterator[str]:
                 yield f"{url} was changed"
 
 
-def allowed_drift(store: Store) -> list[dict[str, Any]]:
-    """The notes of allowed changes, oldest first: `time`, and `changed` by key."""
-    notes = []
+def allowed_drift(store: Store) -> dict[str, dict[str, Any]]:
+    """The notes of allowed changes by path, oldest first: `time`, and `changed` by key."""
+    notes = {}
     for path, data in store.read_all(store.list(DRIFT)).items():
         try:
-            notes.append(json.loads(data))
-        except ValueError as error:
-            raise StorageError(f"{store.locate(path)} is cut or empty; delete it and allow the change again") from error
-    return sorted(notes, key=lambda note: str(note["time"]))
+            notes[path] = parse_note(data)
+        except PARSE_ERRORS as error:
+            told = f"{store.locate(path)} is not what was written"
+            raise StorageError(f"{told}; delete it and allow the change again") from error
+    return dict(sorted(notes.items(), key=lambda note: str(note[1]["time"])))
+
+
+def parse_note(data: bytes) -> dict[str, Any]:
+    """A note of allowed changes; raises one of PARSE_ERRORS."""
+    note = load_record(data)
+    if not note["time"] or not all(isinstance(Change(**one).text, str) for one in note["changed"].values()):
+        raise ValueError("it is no note of changes")
+    return note
 
 
 def _resolve_drift(run: Run, changes: Sequence[Change], allow: Collection[str], note: bool) -> None:
     if not changes:
         return
     store, never = run.store, _NEVER if run.makes == "dataset" else _NEVER_IN_TRAINING
-    known = {key: change["now"] for note in allowed_drift(store) for key, change in note["changed"].items()}
+    known = {key: change["now"] for note in allowed_drift(store).values() for key, change in note["changed"].items()}
     fresh = [change for change in changes if change.key not in known or known[change.key] != change.now]
     refused = [change for change in fresh if change.key in never or not _covered(change.key, allow)]
     if refused:
@@ -196,7 +205,7 @@ def _resolve_drift(run: Run, changes: Sequence[Change], allow: Collection[str], 
     if fresh and note:
         now = datetime.now(UTC).isoformat(timespec="milliseconds")
         allowed = {"time": now, "changed": {change.key: asdict(change) for change in fresh}}
-        store.create(f"{DRIFT}/{uuid.uuid4().hex}.json", json.dumps(allowed, indent=1).encode())
+        store.create(f"{DRIFT}/{uuid.uuid4().hex}.json", dump_record(allowed))
 
 
 def check_allowed(manifest: Manifest, allow: Collection[str]) -> None:

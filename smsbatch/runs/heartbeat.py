@@ -17,15 +17,18 @@ import uuid
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
+from datetime import datetime
 from typing import Any, NoReturn, Self
 
 from smsbatch.errors import RequestError, StorageError
+from smsbatch.storage.scratch import is_running, process_table
 from smsbatch.storage.store import Store
 
 HEARTBEATS = "_smsbatch/heartbeats"
 BEAT_S = 10.0
 DEAD_AFTER_S = 6 * BEAT_S
+AHEAD_S = 3600.0  # how far clocks may be apart
+_LAST = 1e12  # seconds since 1970; no number beyond is a time
 
 
 class Heartbeat:
@@ -90,32 +93,14 @@ class Driver:
         process = self.name.split("-")[-2] if self.name.count("-") >= 2 else ""
         if not self.processes or self.processes != process_table() or not process.isdigit():
             return False
-        try:
-            os.kill(int(process), 0)
-        except ProcessLookupError:
-            return True
-        except PermissionError:
-            pass  # it exists and belongs to another user
-        return False
-
-
-def process_table() -> str:
-    """An id of the process table that this process id belongs to, distinct for each machine, container and boot.
-
-    '' where the system does not provide it.
-    """
-    try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
-        return f"{boot}-{Path('/proc/self/ns/pid').stat().st_ino}"
-    except OSError:
-        return ""
+        return not is_running(int(process))
 
 
 def drivers(store: Store, remove_stale: bool = False, without: str = "") -> list[Driver]:
     """The drivers that have a heartbeat, except the driver named `without`."""
     found = []
     for path, beat in read_beats(store, without).items():
-        driver = Driver(driver_name(path), time.time() - beat["time"], beat.get("processes", ""))
+        driver = Driver(driver_name(path), beat["age_s"], str(beat.get("processes", "")))
         if remove_stale and not driver.alive:
             store.delete(path)
         else:
@@ -124,12 +109,30 @@ def drivers(store: Store, remove_stale: bool = False, without: str = "") -> list
 
 
 def read_beats(store: Store, without: str = "") -> dict[str, dict[str, Any]]:
+    """The contents of the heartbeats by path, each with its `age_s`; that of a damaged one has nothing else."""
     beats = {}
     paths = [path for path in store.list(HEARTBEATS) if driver_name(path) != without]
-    for path, beat in store.read_all(paths).items():
-        with suppress(ValueError):  # a torn heartbeat counts as none
-            beats[path] = json.loads(beat)
+    for path, data in store.read_all(paths).items():
+        try:
+            found = json.loads(data)
+        except (ValueError, RecursionError):
+            found = None
+        beat: dict[str, Any] = found if isinstance(found, dict) else {}
+        with suppress(StorageError):  # its driver has just left
+            beats[path] = beat | {"age_s": _age_s(beat.get("time"), store.modified(path))}
     return beats
+
+
+def _age_s(told: Any, written: datetime) -> float:
+    """The age of a beat, by its driver's clock or by the store's, whichever is older.
+
+    A beat that is ahead of our clock by more than clocks are apart does not live until then: it counts as old.
+    """
+    now = time.time()
+    ages = [now - written.timestamp()]
+    if type(told) in (int, float) and abs(told) < _LAST:
+        ages.append(now - told)
+    return max(0.0, max(ages)) if max(ages) > -AHEAD_S else -max(ages)
 
 
 def driver_name(path: str) -> str:

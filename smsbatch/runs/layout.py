@@ -5,6 +5,7 @@ from __future__ import annotations
 from smsbatch.storage.store import Store
 
 RUN = "run.json"  # resolved manifest (key "manifest"), its hash, digests of the weights, versions; written first
+COPY = "_smsbatch/run.json"  # a copy of it
 SUCCESS = "_SUCCESS"  # empty; written last
 INDEX = "index.json"  # every published file with size and SHA-256, and the report's numbers
 REPORT = (INDEX, "README.md", "report.html")
@@ -20,6 +21,7 @@ GENERATIONS = "_smsbatch/generations"  # publications that a later generation ha
 SUPERSEDED = "_smsbatch/superseded"  # records that `repair` has moved aside
 FOREIGN = "_smsbatch/foreign"  # files that belong to no shard, moved aside by `repair`
 CHECKPOINTS = "_smsbatch/checkpoints"  # of a training
+DRIFT = "_smsbatch/drift"  # notes of allowed changes since the plan
 
 
 def is_reported(store: Store) -> bool:

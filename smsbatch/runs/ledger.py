@@ -25,12 +25,12 @@ import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from datetime import UTC, datetime
 from pathlib import Path
 
 from smsbatch.data import shards
 from smsbatch.data.sample import Outcome, Unit
 from smsbatch.errors import StorageError
+from smsbatch.runs import attempts
 from smsbatch.runs.layout import COMMITS, GENERATIONS, PUBLISHED
 from smsbatch.runs.records import (
     KINDS,
@@ -44,6 +44,7 @@ from smsbatch.runs.records import (
     parse_commit_file,
     published_file,
 )
+from smsbatch.storage.scratch import scratch_folder
 from smsbatch.storage.store import Store, storage_errors
 
 _OWN = 1024  # commits of its own that a process remembers
@@ -78,31 +79,22 @@ class Ledger:
         if len(outcomes) != len(unit):
             raise ValueError(f"unit {unit.name} has {len(unit)} samples, not {len(outcomes)}")
         attempt = attempt or new_attempt()
-        with self._workshop() as folder:
-            built = {kind: folder / f"unit.{kind}" for kind in KINDS}
-            shards.write_tar(built["tar"], outcomes)
-            rows = [outcome.row(unit, attempt, worker, self.metrics, generation) for outcome in outcomes]
-            shards.write_rows(built["parquet"], rows, self.metrics, shards.digest(built["tar"]))
-            _recount(built, len(unit))
+        with self.workshop() as folder:
+            commit, built = attempts.build(
+                folder,
+                unit,
+                outcomes,
+                self.metrics,
+                attempt=attempt,
+                worker=worker,
+                seconds=seconds,
+                generation=generation,
+            )
             for kind, path in built.items():
                 name = attempt_file(unit.id, attempt, kind)
                 if not self.store.create(name, path):
                     raise StorageError(f"{self.store.locate(name)} exists; an attempt's name must be new")
-            files = {kind: FileDigest.of(path) for kind, path in built.items()}
-        errors = Counter(outcome.error_code for outcome in outcomes if outcome.error_code is not None)
-        return Commit(
-            unit=unit.id,
-            generation=generation,
-            attempt=attempt,
-            worker=worker,
-            samples=len(outcomes),
-            succeeded=len(outcomes) - errors.total(),
-            failed=errors.total(),
-            errors=dict(sorted(errors.items())),
-            seconds=seconds,
-            finished=datetime.now(UTC).isoformat(timespec="seconds"),
-            files=files,
-        )
+        return commit
 
     def decide(self, commit: Commit) -> Commit:
         """Commit an attempt if it is the first of its generation; returns the winner.
@@ -168,8 +160,13 @@ class Ledger:
             StorageError: the files have changed, or `gc` has removed them.
         """
         lost = f"samples of unit {commit.unit:06d} cannot be tried again alone, only in a run at another output.path"
-        with self._workshop() as folder:
+        with self.workshop() as folder:
             return shards.read_outcomes(*(self._fetch(commit, kind, folder, lost) for kind in KINDS))
+
+    def makes(self, record: Published, commits: Sequence[Commit]) -> bool:
+        """True if publishing these commits gives exactly this record, and so the files that it describes."""
+        with self.workshop() as folder:
+            return self._assemble(record.shard, commits, folder)[0] == record
 
     # --- publish ---
 
@@ -192,7 +189,7 @@ class Ledger:
                 continue
             if done is not None and done.made_of(commits) and not again:
                 break
-            with self._workshop() as folder:
+            with self.workshop() as folder:
                 record, built = self._assemble(shard, commits, folder)
 
                 def overtaken(built_from: Sequence[Commit] = commits) -> bool:
@@ -212,7 +209,7 @@ class Ledger:
         tables = [self._fetch(commit, "parquet", folder) for commit in commits]
         shards.concat_rows(tables, built["parquet"], shards.digest(built["tar"]))
         samples = sum(commit.samples for commit in commits)
-        _recount(built, samples)
+        attempts.recount(built, samples)
         errors = sum((Counter(commit.errors) for commit in commits), Counter[str]())
         record = Published(
             shard=shard,
@@ -300,12 +297,13 @@ class Ledger:
         return {record.shard: record for record in records if record.is_there(sizes)}
 
     @contextmanager
-    def _workshop(self) -> Iterator[Path]:
-        with storage_errors("build a shard's files in", self.scratch or tempfile.gettempdir()):
-            if self.scratch is not None:
-                self.scratch.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(prefix="smsbatch-", dir=self.scratch) as folder:
-                yield Path(folder)
+    def workshop(self) -> Iterator[Path]:
+        """A folder in scratch, removed at the end."""
+        with (
+            storage_errors("build a shard's files in", self.scratch or tempfile.gettempdir()),
+            scratch_folder("unit", self.scratch) as folder,
+        ):
+            yield Path(folder)
 
     def generations(self) -> dict[int, int]:
         """The newest generation of each unit that has a commit, from one listing."""
@@ -384,17 +382,3 @@ class Ledger:
     @property
     def _repair(self) -> str:
         return f"run `smsbatch repair {self.store.url}`"
-
-
-def _recount(built: Mapping[str, Path], samples: int) -> None:
-    """Re-read both files; check that every sample has a row, and that the tar has the successes in the same order."""
-    rows = shards.read_rows(built["parquet"])
-    keys = [row["key"] for row in rows]
-    if len(keys) != samples or len(set(keys)) != samples:
-        raise ValueError(f"{samples} samples are planned, there are rows of {len(set(keys))}, {len(keys)} in all")
-    try:
-        in_tar = shards.check_tar(built["tar"])
-    except StorageError as error:
-        raise StorageError(f"{error}; check the disk and run again") from error
-    if in_tar != [row["key"] for row in rows if row["status"] == "success"]:
-        raise StorageError(f"{built['tar']} and its Parquet do not hold the same samples; check the disk and run again")

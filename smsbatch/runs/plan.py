@@ -7,6 +7,7 @@ from typing import Any
 
 from smsbatch.data.captions import Contents
 from smsbatch.data.sample import Unit
+from smsbatch.generator.config import parameter_count
 from smsbatch.manifest import Dataset, Distill
 from smsbatch.text import count
 
@@ -119,12 +120,8 @@ class TrainingPlan:
 
     @property
     def parameters(self) -> int:
-        """Number of parameters of the generator; a k x k convolution from m to n channels has k k m n + n."""
-        training = self.manifest.distill
-        width, blocks = training.width, training.blocks
-        ends = 2 * 49 * 3 * width + width + 3
-        between = 2 * 9 * (width * 2 * width + 2 * width * 4 * width) + (2 + 4 + 2 + 1) * width
-        return ends + between + blocks * 2 * (9 * (4 * width) ** 2 + 4 * width)
+        """Number of parameters of the generator."""
+        return parameter_count(self.manifest.distill.width, self.manifest.distill.blocks)
 
     @property
     def workers(self) -> int | str:

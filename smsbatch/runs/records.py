@@ -1,6 +1,7 @@
 """The ledger's records of commits and publications, and the names under which they are stored.
 
-A record is JSON, written and read as a whole; for anything else `from_json` raises one of PARSE_ERRORS.
+A record is JSON that ends with the SHA-256 of the rest, so that any change of its bytes is found wherever it is read:
+`from_json` raises one of PARSE_ERRORS. Records of versions before 0.2 have no digest.
 """
 
 from __future__ import annotations
@@ -9,19 +10,24 @@ import hashlib
 import json
 import re
 import uuid
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from datetime import datetime
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 from smsbatch.data.shards import digest
 from smsbatch.runs.layout import ATTEMPTS, COMMITS, PUBLISHED
+from smsbatch.storage.store import Store, storage_errors
 
 KINDS = ("tar", "parquet")
 
-PARSE_ERRORS = (ValueError, KeyError, TypeError, AttributeError)
+PARSE_ERRORS = (ValueError, KeyError, TypeError, AttributeError, RecursionError)
+DIGEST = "sha256"  # the last key of a record
 
 _COMMIT_FILE = re.compile(rf"{COMMITS}/(\d{{6,}})(?:\.g([1-9]\d*))?\.json")
+
+_CHUNK = 16 << 20
 
 Content = bytes | Path  # named here because `FileDigest` has a field `bytes`, which hides the type
 
@@ -29,6 +35,27 @@ Content = bytes | Path  # named here because `FileDigest` has a field `bytes`, w
 def new_attempt() -> str:
     """A random unique name: a restarted process cannot know which numbers are taken."""
     return uuid.uuid4().hex[:12]
+
+
+def dump_record(values: Mapping[str, Any]) -> bytes:
+    """JSON of the values and, as its last key, the SHA-256 of the JSON without that key, which may be there already."""
+    plain = {key: value for key, value in values.items() if key != DIGEST}
+    digest = hashlib.sha256(json.dumps(plain).encode()).hexdigest()
+    return json.dumps(plain | {DIGEST: digest}, indent=1).encode()
+
+
+def load_record(data: bytes) -> dict[str, Any]:
+    """The values of a record, with its digest if it has one.
+
+    Raises:
+        ValueError, TypeError, RecursionError: it is no JSON object, or not what `dump_record` wrote.
+    """
+    values = json.loads(data)
+    if not isinstance(values, dict):
+        raise TypeError("it is no JSON object")
+    if DIGEST in values and dump_record(values) != data:
+        raise ValueError("its SHA-256 differs")
+    return values
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +69,27 @@ class FileDigest:
             return cls(hashlib.sha256(source).hexdigest(), len(source))
         return cls(digest(source), source.stat().st_size)
 
+    @classmethod
+    def stored(cls, store: Store, path: str) -> FileDigest:
+        """That of an object, which is read as a stream."""
+        found, size = hashlib.sha256(), 0
+        with store.open_read(path) as file, storage_errors("read", store.locate(path)):
+            while chunk := file.read(_CHUNK):
+                found.update(chunk)
+                size += len(chunk)
+        return cls(found.hexdigest(), size)
+
+
+_IS: dict[str, Callable[[Any], bool]] = {
+    "int": lambda value: type(value) is int,
+    "str": lambda value: isinstance(value, str),
+    "float": lambda value: isinstance(value, int | float) and abs(value) < 1e300,
+    "Sequence[str]": lambda value: isinstance(value, list) and all(isinstance(one, str) for one in value),
+    "Mapping[str, int]": lambda value: all(type(count) is int for count in value.values()),
+    "Mapping[str, FileDigest]": lambda value: all(type(value[kind]["bytes"]) is int for kind in KINDS),
+}
+"""Checks of the fields of records in JSON, by their types."""
+
 
 class _Record:
     """Conversion to and from JSON."""
@@ -49,12 +97,19 @@ class _Record:
     __slots__ = ()
 
     def to_json(self) -> bytes:
-        return json.dumps(asdict(self), indent=1).encode()  # type: ignore[call-overload]
+        return dump_record(asdict(self))  # type: ignore[call-overload]
 
     @classmethod
     def from_json(cls, data: bytes) -> Self:
-        values = json.loads(data)
-        return cls(**values | {"files": {kind: FileDigest(**expected) for kind, expected in values["files"].items()}})
+        values = load_record(data)
+        values.pop(DIGEST, None)
+        record = cls(**values | {"files": {kind: FileDigest(**values["files"][kind]) for kind in KINDS}})
+        for one in fields(cls):  # type: ignore[arg-type]
+            if not _IS[str(one.type)](values[one.name]):
+                raise TypeError(f"its {one.name} is no {one.type}")
+        if isinstance(record, Commit):
+            datetime.fromisoformat(record.finished)
+        return record
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping, Sequence
 from functools import cached_property
@@ -12,17 +11,19 @@ from typing import Any, TypeVar
 from smsbatch.data.captions import Contents
 from smsbatch.data.index import OBJECTS, SAMPLES, UNITS, StoredFile, newest_number, numbered, read_units
 from smsbatch.data.sample import Unit
-from smsbatch.errors import RequestError, StorageError
-from smsbatch.manifest import TASKS, Dataset, Manifest, Storage, fill
+from smsbatch.errors import RequestError
+from smsbatch.manifest import TASKS, Dataset, Errors, Manifest, Storage, fill
+from smsbatch.runs import run_json
 from smsbatch.runs.layout import RUN
 from smsbatch.runs.ledger import Ledger
+from smsbatch.runs.plan_files import DIGESTS, cut
+from smsbatch.runs.records import DIGEST
 from smsbatch.storage.store import Store
 
 M = TypeVar("M", bound=Manifest)
 
 _RENAMED = {"objective": {"spectral_weight": "identity_weight"}}  # keys of older versions
 _BEFORE = {"style": {"text_encoder": False}}  # behaviour of versions without the key, where today's default differs
-_KEYS = {"name", "manifest", "manifest_sha256", "weights", "planned", "notices", "versions", "index_sha256"}
 
 
 def store_of(where: str | Manifest) -> Store:
@@ -39,43 +40,42 @@ class Run:
 
     Attributes:
         about: the content of `run.json`.
+        faults: what is wrong with `run.json` and its copy, by path.
         store: the output's store; without create-only put if `run.json` records that.
         is_new: this process has just written the plan, so nothing can have changed or been done since.
     """
 
-    def __init__(self, store: Store, about: Mapping[str, Any]) -> None:
-        self.about = about
-        self.store = store.without_create_only_put() if about.get("commits") == "driver" else store
+    def __init__(self, store: Store, about: Mapping[str, Any], faults: Mapping[str, str] | None = None) -> None:
+        self.about, self.faults = about, dict(faults or {})
+        self.store = (store.without_create_only_put() if about.get("commits") == "driver" else store).existing()
         self.is_new = False
 
     @classmethod
-    def find(cls, store: Store) -> Run | None:
+    def find(cls, store: Store, damaged: bool = False) -> Run | None:
         """The run at the root of a store; None if there is none.
 
+        Args:
+            damaged: also if `run.json` is damaged or gone, and its copy is not.
+
         Raises:
-            StorageError: `run.json` is not one of smsbatch.
+            StorageError: `run.json` is not what was written, or not one of smsbatch.
         """
-        found = store.read_all([RUN])
-        if not found:
+        found = run_json.read(store)
+        if found is None:
             return None
-        try:
-            about = json.loads(found[RUN])
-        except ValueError as error:
-            raise StorageError(f"{store.locate(RUN)} is not JSON; it is not a run of smsbatch") from error
-        if not isinstance(about, dict) or not about.keys() >= _KEYS:
-            raise StorageError(f"{store.locate(RUN)} is not a run of smsbatch; choose another output.path")
-        return cls(store, about)
+        if not damaged:
+            run_json.require_undamaged(store, found.faults)
+        return cls(store, found.about, found.faults)
 
     @classmethod
-    def open(cls, where: str | Manifest | Store) -> Run:
-        """The run of a manifest, or at an output path or URL.
+    def open(cls, where: str | Manifest | Store, damaged: bool = False) -> Run:
+        """The run of a manifest, or at an output path or URL; `damaged` and errors as in `find`.
 
         Raises:
             RequestError: there is none.
-            StorageError: `run.json` is not one of smsbatch.
         """
         store = where if isinstance(where, Store) else store_of(where)
-        run = cls.find(store)
+        run = cls.find(store, damaged)
         if run is None:
             store.entries()  # raises a clearer error if the bucket does not exist
             raise RequestError(f"{store.url}: no run here (no {RUN}); `smsbatch run` starts one")
@@ -86,6 +86,11 @@ class Run:
     @property
     def name(self) -> str:
         return str(self.about["name"])
+
+    @property
+    def has_digests(self) -> bool:
+        """True if `run.json` and all records end with their digests; False for runs of versions before 0.2."""
+        return DIGEST in self.about
 
     @property
     def storage(self) -> Storage:
@@ -124,6 +129,18 @@ class Run:
     @property
     def _version(self) -> str:
         return f"smsbatch {self.about.get('smsbatch', '?')}"
+
+    @property
+    def errors(self) -> Errors:
+        """The failure budget that the run was planned with.
+
+        Raises:
+            RequestError: this version does not understand it.
+        """
+        try:
+            return Errors.model_validate(self.about["manifest"].get("errors", {}))
+        except ValueError as error:
+            raise RequestError(f"{self.store.url}: its errors are not understood; use {self._version}") from error
 
     def require_dataset(self) -> None:
         """Raises RequestError if the run makes a generator."""
@@ -216,7 +233,7 @@ class Run:
     @property
     def index(self) -> StoredFile:
         """The newest index, which locates the bytes of each planned sample."""
-        return StoredFile(self.store, numbered(SAMPLES, newest_number(SAMPLES, self.plan_files)))
+        return StoredFile(self.store, numbered(SAMPLES, self.index_number))
 
     @property
     def objects(self) -> StoredFile:
@@ -226,6 +243,14 @@ class Run:
     @cached_property
     def units(self) -> list[Unit]:
         return read_units(self.store)
+
+    @property
+    def planned_units(self) -> list[Unit]:
+        """The units by `run.json` alone, whatever size another driver has measured; none of a training."""
+        if self.makes != "dataset":
+            return []
+        planned, output = self.about["planned"], self.about["manifest"]["output"]
+        return list(cut(planned["samples"], planned["samples_per_unit"], output["samples_per_shard"]))
 
     @cached_property
     def by_id(self) -> dict[int, Unit]:
@@ -243,7 +268,7 @@ class Run:
 
     def plan_is(self, units: Sequence[Unit]) -> None:
         """Take over the plan that this process has just written, so that it need not be read."""
-        files = [OBJECTS, SAMPLES] + ([UNITS] if self.makes == "dataset" else [])
+        files = [OBJECTS, SAMPLES, DIGESTS] + ([UNITS] if self.makes == "dataset" else [])
         self.__dict__ |= {"plan_files": files, "units": list(units)}
         self.is_new = True
 
@@ -255,16 +280,21 @@ def find_or_require_empty(store: Store) -> Run | None:
 
     Raises:
         RequestError: the store has files, but no run.
-        StorageError: `run.json` is not one of smsbatch.
+        StorageError: as `Run.find`.
     """
-    foreign = [name for name in store.entries() if name != "_smsbatch"]
-    if RUN in foreign:
-        return Run.find(store)
+    names = store.entries()
+    run = Run.find(store) if {RUN, "_smsbatch"} & set(names) else None  # the latter has a copy of run.json
+    foreign = [] if run is not None else [name for name in names if name != "_smsbatch" and not _is_empty(store, name)]
     if foreign:
         raise RequestError(
             f"output.path: {store.url} is no run and not empty (it has {foreign[0]}); choose a new folder"
         )
-    return None
+    return run
+
+
+def _is_empty(store: Store, name: str) -> bool:
+    """True for a folder without any file, as may be left of a deleted run."""
+    return not store.exists(name) and not store.list(name)
 
 
 def of_output(output: str, options: Mapping[str, str]) -> Manifest:
@@ -278,4 +308,4 @@ def of_output(output: str, options: Mapping[str, str]) -> Manifest:
     except ValueError as error:
         named = "; ".join(f"storage.{name}={value}" for name, value in options.items())
         raise RequestError(f"--set {named}: not understood; `smsbatch schema` has the keys of storage") from error
-    return Run.open(Store(output, storage)).manifest_here.model_copy(update={"storage": storage})
+    return Run.open(Store(output, storage), damaged=True).manifest_here.model_copy(update={"storage": storage})

@@ -4,20 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Literal
 
 from smsbatch.data.index import OBJECTS, SAMPLES, UNITS, StoredFile, index_size, read_objects
 from smsbatch.data.sample import Unit
 from smsbatch.errors import StorageError
-from smsbatch.manifest import Errors, Manifest
+from smsbatch.manifest import Manifest
 from smsbatch.runs.layout import ATTEMPTS, COMMITS, PUBLISHED, is_reported
-from smsbatch.runs.records import PARSE_ERRORS, Commit, Published, parse_commit_file, published_file
+from smsbatch.runs.records import PARSE_ERRORS, Commit, Published, commit_file, parse_commit_file, published_file
 from smsbatch.runs.run import Run
 from smsbatch.text import one_line
 
-Remedy = Literal["plan", "publish", "recompute", "aside", "report"]
+Remedy = Literal["restore", "plan", "commit", "publish", "recompute", "aside", "report"]
 _DO: dict[Remedy, str] = {
-    "plan": "repair plans again from the source",
+    "restore": "repair restores it from the other one",
+    "plan": "repair writes it again, samples and objects from the source",
+    "commit": "repair makes it again from its attempt, or else computes its unit again",
     "publish": "repair publishes its shard again",
     "recompute": "repair computes its unit again",
     "aside": "repair moves it aside",
@@ -46,8 +49,7 @@ class Snapshot:
         self.generations: dict[int, int] = {}
         self.records: dict[int, Published] = {}
         self.commits: dict[int, Commit] = {}
-        planned = Errors.model_validate(self.run.about["manifest"]["errors"])
-        self.allowed = where.errors if isinstance(where, Manifest) else planned
+        self.allowed = where.errors if isinstance(where, Manifest) else self.run.errors
         self._ledger = self.run.ledger
         self.renew()
 
@@ -163,6 +165,7 @@ class StrictSnapshot:
 
     Attributes:
         commits: the newest commit of each unit.
+        attempts: the attempts that the commits of all generations name, by unit.
         commit_files: the commit files of all generations, by unit.
         records: the records of published shards.
         damaged: the problems with unreadable or inconsistent files of plan and ledger, by path.
@@ -177,34 +180,32 @@ class StrictSnapshot:
         run.require_dataset()
         self.damaged: dict[str, Problem] = {}
         self.units = self._plan()
-        self.shards = run.shards if self.units else {}
-        self.by_id = run.by_id if self.units else {}
+        self.shards = {shard: list(units) for shard, units in groupby(self.units, lambda unit: unit.shard)}
+        self.by_id = {unit.id: unit for unit in self.units}
+        self.attempts: dict[int, set[str]] = {}
         self.commits, self.commit_files = self._commits()
         self.records = self._records()
         self.sizes = store.sizes("shards") | store.sizes("metrics") | store.sizes(ATTEMPTS)
         self.reported = is_reported(store)
 
     def _plan(self) -> list[Unit]:
-        """The units; none if they are not planned yet or the plan is damaged."""
-        begun, planned = bool(self.store.list(COMMITS)), self.run.about["planned"]
-        if not self.run.is_planned:
-            if begun:
-                self._note(UNITS, "is gone", "plan")
+        """The units by `run.json`, noting damage of the plan; none if they are not planned yet."""
+        if not self.run.is_planned and not self.store.list(COMMITS):
             return []
-        place = UNITS
-        try:
-            units = self.run.units
-            place = SAMPLES
-            samples = index_size(StoredFile(self.store, SAMPLES))
-            place = OBJECTS
-            read_objects(self.run.objects)
-        except (StorageError, OSError, ValueError) as error:  # Arrow raises the latter two if a file is not Parquet
-            self._note(place, f"cannot be read ({one_line(error)})", "plan")
-            return []
-        if (len(units), samples) != (planned["units"], planned["samples"]):
-            told = f"but {planned['units']} and {planned['samples']} are planned"
-            self._note(UNITS, f"{len(units)} units and {samples} samples, {told}", "plan")
-            return []
+        units, samples = self.run.planned_units, self.run.about["planned"]["samples"]
+        for place, read, expected in (
+            (UNITS, lambda: self.run.units, units),
+            (SAMPLES, lambda: index_size(StoredFile(self.store, SAMPLES)), samples),
+            (OBJECTS, lambda: read_objects(StoredFile(self.store, OBJECTS)) and None, None),
+        ):
+            if place not in self.run.plan_files:
+                self._note(place, "is gone", "plan")
+                continue
+            try:
+                if read() != expected:
+                    self._note(place, "is not what run.json says", "plan")
+            except StorageError as error:
+                self._note(place, f"cannot be read ({one_line(error)})", "plan")
         return units
 
     def _note(self, place: str, what: str, remedy: Remedy, unit: int | None = None, shard: int | None = None) -> None:
@@ -222,13 +223,18 @@ class StrictSnapshot:
             files.setdefault(unit, []).append(name)
             try:
                 commit = Commit.from_json(data)
-                wrong = _miscounted(commit, self.by_id[unit], generation)
+                wrong = _miscounted(commit, self.by_id[unit], generation) or self._lacks_digest(commit, data)
             except PARSE_ERRORS as error:
                 wrong = f"is no record of this version ({one_line(error)})"
             if wrong:
-                self._note(name, wrong, "recompute", unit, self.by_id[unit].shard)
-            elif unit not in newest or newest[unit].generation < generation:
+                self._note(name, wrong, "commit", unit, self.by_id[unit].shard)
+                continue
+            self.attempts.setdefault(unit, set()).add(commit.attempt)
+            if unit not in newest or newest[unit].generation < generation:
                 newest[unit] = commit
+        for unit, commit in newest.items():
+            for place in {commit_file(unit, nth) for nth in range(commit.generation)} - set(files[unit]):
+                self._note(place, "is gone", "commit", unit, self.by_id[unit].shard)
         return newest, files
 
     def _records(self) -> dict[int, Published]:
@@ -245,9 +251,14 @@ class StrictSnapshot:
                 self._note(name, "is no record of this version", "publish", shard=shard)
             elif record.shard != shard:
                 self._note(name, f"is the record of shard {record.shard:06d}", "publish", shard=shard)
+            elif wrong := self._lacks_digest(record, data):
+                self._note(name, wrong, "publish", shard=shard)
             else:
                 records[shard] = record
         return records
+
+    def _lacks_digest(self, record: Commit | Published, data: bytes) -> str:
+        return "lacks its digest" if self.run.has_digests and record.to_json() != data else ""
 
 
 def _miscounted(commit: Commit, unit: Unit, generation: int) -> str:

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from time import monotonic
-from typing import Any
+from typing import Any, TypeGuard
 
 from smsbatch.data.sample import Unit
 from smsbatch.manifest import Errors
@@ -38,6 +38,41 @@ class Progress:
     def images_done(self) -> float:
         """Work done in the present unit, in images: finished ones, and the fraction done of the current batch."""
         return self.done + (self.batch * self.step / self.steps if self.steps else 0.0)
+
+
+@dataclass(frozen=True)
+class DriverStatus:
+    """What a driver tells in its heartbeat."""
+
+    rate: float | None
+    samples_retried: int
+    workers: tuple[Progress, ...]
+
+    @classmethod
+    def parse(cls, beat: Mapping[str, Any]) -> DriverStatus:
+        """What is told in the expected types; all else is left out, because a heartbeat must not stop a reader."""
+        rate, retried, workers = beat.get("rate"), beat.get("samples_retried"), beat.get("workers")
+        found = (_progress(worker) for worker in workers) if isinstance(workers, list) else ()
+        return cls(
+            float(rate) if _is_number(rate) else None,
+            int(retried) if _is_number(retried) else 0,
+            tuple(worker for worker in found if worker is not None),
+        )
+
+
+def _progress(values: object) -> Progress | None:
+    try:
+        found = Progress(**values)  # type: ignore[arg-type]
+    except TypeError:
+        return None
+    numbers = (found.done, found.samples, found.batch, found.step, found.steps, found.generation)
+    optional = (number for number in (found.seen, found.idle_fraction) if number is not None)
+    texts = isinstance(found.worker, str) and isinstance(found.unit, str | None)
+    return found if texts and all(map(_is_number, (*numbers, *optional))) else None
+
+
+def _is_number(value: object) -> TypeGuard[float]:
+    return isinstance(value, int | float) and abs(value) < 1e300  # neither NaN nor too long for a float
 
 
 @dataclass(frozen=True)

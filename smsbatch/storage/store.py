@@ -59,11 +59,19 @@ class Store:
     Attributes:
         has_create_only_put: False for a store whose uploads cannot be create-only. `create` then looks and writes,
             which is right for a single writer alone.
+        must_exist: its root is never made on disk, so that a run whose folder was deleted cannot write there again.
     """
 
-    def __init__(self, url: str | Path, storage: Storage | None = None, *, has_create_only_put: bool = True) -> None:
+    def __init__(
+        self,
+        url: str | Path,
+        storage: Storage | None = None,
+        *,
+        has_create_only_put: bool = True,
+        must_exist: bool = False,
+    ) -> None:
         self.storage = storage or Storage()
-        self.has_create_only_put = has_create_only_put
+        self.has_create_only_put, self.must_exist = has_create_only_put, must_exist
         backend, root = resolve(url, self.storage)
         self.is_local = backend.is_local
         if backend.is_web:
@@ -76,7 +84,11 @@ class Store:
 
     def without_create_only_put(self) -> Store:
         """The same store, known to have no create-only put."""
-        return Store(self.url, self.storage, has_create_only_put=False)
+        return Store(self.url, self.storage, has_create_only_put=False, must_exist=self.must_exist)
+
+    def existing(self) -> Store:
+        """The same store, with a root that must exist."""
+        return Store(self.url, self.storage, has_create_only_put=self.has_create_only_put, must_exist=True)
 
     def locate(self, path: str) -> str:
         """The full address of a path, for messages and reports."""
@@ -232,6 +244,8 @@ class Store:
     @contextmanager
     def _staged(self, source: bytes | Path, target: Path) -> Iterator[Path]:
         """A complete, fsynced temporary copy on the target's file system, removed at the end in any case."""
+        if self.must_exist and not Path(self.root).is_dir():
+            raise FileNotFoundError(errno.ENOENT, "the folder is gone", self.root)
         staged = Path(self._full(f"{TEMPORARY}/{uuid.uuid4().hex}"))
         _make_folder(staged.parent)
         _make_folder(target.parent)

@@ -299,3 +299,32 @@ def _embedded(folder: Path, output: str, storage: dict[str, Any] | None = None) 
         compute={"retries": 50, "workers": 2},
         storage=storage or {},
     )
+
+
+def _delete(out: Path) -> None:
+    """Delete a folder, also while others write there."""
+    while out.exists():
+        shutil.rmtree(out, ignore_errors=True)
+
+
+@pytest.mark.parametrize(
+    "whole", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["folder", "all but the ledger"]
+)
+def test_an_output_that_is_deleted_under_a_run(whole: bool, job: Callable[..., Path], tmp_path: Path) -> None:
+    """The run ends with an error that says so, and the next one begins anew in whatever is left."""
+    manifest, out = job(), tmp_path / "out"
+    driver = Life(manifest)
+    until(lambda: driver.ended or len(commits(out)) >= 1)
+    if whole:
+        _delete(out)
+    else:  # as `rm -r` that is overtaken by a writer
+        for name in ("run.json", "_smsbatch/run.json"):
+            (out / name).unlink()
+        _delete(out / "plan")
+    assert driver.wait() == 3, driver.said
+    assert "the output was deleted while the run was at work; run again to start anew" in driver.said
+    assert "Traceback" not in driver.said
+    assert not out.exists() or not [path for path in out.rglob("*") if path.is_file() and "/tmp/" not in str(path)]
+    again = Life(manifest)
+    assert again.wait() == 0, again.said
+    assert sb.verify(str(out), full=True).ok

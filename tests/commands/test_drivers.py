@@ -20,8 +20,9 @@ import smsbatch as sb
 from smsbatch.commands.run import _shuffled
 from smsbatch.data.sample import Unit
 from smsbatch.runs import heartbeat as heart_module
-from smsbatch.runs.heartbeat import Heartbeat, drivers, process_table
+from smsbatch.runs.heartbeat import Heartbeat, drivers
 from smsbatch.runs.status import Progress
+from smsbatch.storage.scratch import process_table
 from smsbatch.storage.store import Store
 from smsbatch.workers.worker import WorkItem
 
@@ -100,6 +101,53 @@ def test_a_process_that_is_no_more_is_dead_at_once(tmp_path: Path) -> None:
         (driver,) = drivers(Store(tmp_path))
         assert (driver.name, driver.alive) == (beat.stem, alive)
         beat.unlink()
+
+
+YEAR_S = 365 * 86400.0
+NO_TIMES = ("yesterday", None, [1], True, float("inf"), 10**400)
+
+
+@pytest.mark.parametrize(
+    ("by_driver_s", "by_store_s", "alive"),
+    [
+        (5, 5, True),
+        (-30, 5, True),  # the driver's clock is ahead by half a minute
+        (5, -30, True),  # the store's is
+        (-YEAR_S, 5, True),  # the driver's clock is wrong by a year, but it has just written
+        (-YEAR_S, 100, False),
+        (-YEAR_S, -YEAR_S, False),  # nothing tells its age, and it must not live for a year
+        (100, 5, False),  # a copied folder: the store has just written what is old
+        (YEAR_S, YEAR_S, False),
+    ],
+)
+def test_the_age_of_a_driver(by_driver_s: float, by_store_s: float, alive: bool, tmp_path: Path) -> None:
+    beat = heartbeat(tmp_path, age_s=by_driver_s)
+    os.utime(beat, (time.time() - by_store_s,) * 2)
+    (driver,) = drivers(Store(tmp_path))
+    assert driver.alive == alive
+    assert driver.age_s >= 0
+
+
+@pytest.mark.parametrize("told", NO_TIMES, ids=lambda told: str(told)[:9])
+def test_of_what_is_no_time_the_store_s_counts(told: Any, tmp_path: Path) -> None:
+    beat = heartbeat(tmp_path, time=told)
+    for age_s, alive in ((5, True), (100, False)):
+        os.utime(beat, (time.time() - age_s,) * 2)
+        (driver,) = drivers(Store(tmp_path))
+        assert driver.alive == alive
+    assert drivers(Store(tmp_path), remove_stale=True) == []
+    assert not beat.exists()
+
+
+def test_a_heartbeat_that_is_no_json_grows_old_too(tmp_path: Path) -> None:
+    beat = heartbeat(tmp_path)
+    for content in ("", "[", "[1]", "null", "[" * 100_000):
+        beat.write_text(content)
+        (driver,) = drivers(Store(tmp_path))
+        assert driver.alive
+        os.utime(beat, (time.time() - 100,) * 2)
+        (driver,) = drivers(Store(tmp_path))
+        assert not driver.alive
 
 
 def test_a_second_driver_takes_shards_in_another_order() -> None:

@@ -15,9 +15,11 @@ from safetensors.torch import load_file, save_file
 from support.jobs import make_photos, write_manifest
 
 import smsbatch as sb
-from smsbatch.commands.plan import cut, establish
+from smsbatch.commands.plan import establish
+from smsbatch.manifest import identity_of
 from smsbatch.runs.drift import allowed_drift
 from smsbatch.runs.plan import Estimate
+from smsbatch.runs.plan_files import cut
 from smsbatch.runs.run import Run, store_of
 from smsbatch.workers.pool import LocalPool
 
@@ -76,15 +78,18 @@ def test_a_plan_of_an_older_version_stands(job: Path) -> None:
     """The old manifest has one LoRA as a string, an old key name and no newer keys; it left text encoders alone."""
     first = _establish(job, "style.text_encoder=false")
     file = job.parent / "out" / "run.json"
+    (job.parent / "out/_smsbatch/run.json").unlink()
     run = json.loads(file.read_text())
+    del run["sha256"]
     old = run["manifest"]
     old["style"] = {"lora": old["style"]["lora"][0], "scale": 0.8, "prompt": old["style"]["prompt"]}
     old["objective"] = {"name": "sms", "steps": 2, "spectral_weight": old["objective"]["identity_weight"]}
-    file.write_text(json.dumps(run | {"manifest_sha256": "of another version"}))
+    file.write_text(json.dumps(run | {"manifest_sha256": identity_of(old)}))
     assert _establish(job, "style.text_encoder=false").units == first.units
     with pytest.raises(sb.DriftError, match=r"changed: style\.text_encoder \(False then, True now\);"):
         _establish(job)
-    file.write_text(json.dumps(run | {"manifest": old | {"objective": {"no": "key"}}, "manifest_sha256": ""}))
+    older = old | {"objective": {"no": "key"}}
+    file.write_text(json.dumps(run | {"manifest": older, "manifest_sha256": identity_of(older)}))
     with pytest.raises(sb.RequestError, match=r"its manifest is not understood, it is of smsbatch .*use that version"):
         _establish(job)
 
@@ -155,6 +160,36 @@ def test_a_folder_that_is_no_run_is_left_alone(job: Path) -> None:
     (out / "run.json").write_text("{}")
     with pytest.raises(sb.StorageError, match=r"not a run of smsbatch"):
         _establish(job)
+
+
+def test_what_late_workers_left_of_a_deleted_run_does_not_count(job: Path) -> None:
+    """Their commits must not be taken for those of the next run, whose manifest may differ."""
+    out = job.parent / "out"
+    for name in ("commits/000000.json", "attempts/000000/a.tar", "published/000000.json", "tmp/x", "heartbeats/y.json"):
+        (out / "_smsbatch" / name).parent.mkdir(parents=True, exist_ok=True)
+        (out / "_smsbatch" / name).write_bytes(b"{}")
+    (out / "shards").mkdir()
+    run = _establish(job)
+    assert run.about["notices"][-1] == "removed 3 files in _smsbatch, which a deleted run had left"
+    assert sorted(path.name for path in (out / "_smsbatch").rglob("*") if path.is_file()) == ["run.json", "x", "y.json"]
+    assert run.ledger.done() == set()
+
+
+@pytest.mark.parametrize("lost", ["_smsbatch/run.json", "run.json"])
+def test_a_driver_that_died_after_run_json_is_made_up_for(lost: str, job: Path) -> None:
+    """The copy is created after `run.json` and before the plan; without `run.json`, `repair` restores it."""
+    first = _establish(job)
+    out = job.parent / "out"
+    before = (out / "run.json").read_bytes()
+    shutil.rmtree(out / "plan")
+    (out / lost).unlink()
+    if lost == "run.json":
+        with pytest.raises(sb.StorageError, match=r"run\.json is gone; run `smsbatch repair "):
+            _establish(job)
+        return
+    assert sb.verify(str(out), full=True).pending == ("the plan",)
+    assert _establish(job).units == first.units
+    assert (out / lost).read_bytes() == before
 
 
 def test_bad_requests_write_nothing(job: Path, model: Path) -> None:
@@ -268,7 +303,7 @@ class TestAllowedDrift:
             store = store_of(manifest)
             assert establish(manifest, pool, ["objective.steps"]).units == first.units
             assert establish(manifest, pool).units == first.units
-        (note,) = allowed_drift(store)
+        (note,) = allowed_drift(store).values()
         assert (note["changed"]["objective.steps"]["then"], note["changed"]["objective.steps"]["now"]) == (2, 3)
         with pytest.raises(sb.DriftError, match=r"objective\.steps \(2 then, 4 now\)"):
             _establish(job, "objective.steps=4")
@@ -295,7 +330,7 @@ class TestAllowedDrift:
     def test_planning_notes_nothing(self, job: Path) -> None:
         _establish(job)
         sb.plan(sb.load(job, ["objective.steps=3"]), allow_drift=["objective.steps"])
-        assert allowed_drift(store_of(sb.load(job))) == []
+        assert allowed_drift(store_of(sb.load(job))) == {}
 
 
 class TestMap:

@@ -68,7 +68,7 @@ def counted_calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counter[tuple[str
         public = [name for name, value in vars(Store).items() if callable(value) and not name.startswith("_")]
         assert set(SLOW_CALLS) < set(public), "every method that asks the storage is counted"
         for name in public:
-            if name not in ("locate", "without_create_only_put"):  # these make no requests
+            if name not in ("locate", "without_create_only_put", "existing"):  # these make no requests
                 patch.setattr(Store, name, counting(name, getattr(Store, name)))
         yield calls
 
@@ -120,7 +120,7 @@ def test_requests_on_s3(tmp_path: Path, model: Path, lora: Path, s3: Server, one
         requests = Counter(request.method for request in proxy.requests)
         found.append(requests)
     first, second = found
-    assert first.total() <= 60, first
+    assert first.total() <= 63, first
     # HEAD: the four calls of `exists` and `size` on disk, and one for each object that is read in ranges.
     # GET: footer and rows of the index, the attempt's two files, and the look for a newer generation.
     unit = {"HEAD": 7, "GET": 5, "PUT": 3}

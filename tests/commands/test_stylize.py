@@ -31,6 +31,7 @@ from smsbatch.data.sample import Sample
 from smsbatch.engines.feedforward import GeneratorEngine
 from smsbatch.generator.network import Generator
 from smsbatch.generator.tiles import Tiling, overview
+from smsbatch.manifest import identity_of
 from smsbatch.storage.store import Store
 from smsbatch.workers import stylizer
 from smsbatch.workers.stylizer import sample_seed
@@ -589,12 +590,13 @@ def test_a_run_that_is_killed_again_and_again(tmp_path: Path, generator: Path) -
 @pytest.fixture
 def distilling(tmp_path: Path) -> str:
     """The output of a distill run, as far as these verbs read it."""
+    manifest = {"task": "distill", "errors": {}}
     run = {
         "name": "d",
-        "manifest": {"task": "distill", "errors": {}},
-        "manifest_sha256": "",
+        "manifest": manifest,
+        "manifest_sha256": identity_of(manifest),
         "weights": {},
-        "planned": {"samples": 1},
+        "planned": {"samples": 1, "units": 0, "shards": 0, "bytes": 1},
     }
     run |= {"notices": [], "versions": {}, "index_sha256": ""}
     Store(tmp_path / "distilled").put("run.json", json.dumps(run).encode())

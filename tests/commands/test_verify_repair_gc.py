@@ -8,7 +8,9 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import subprocess
 import tarfile
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,32 +18,36 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from support.damage import cut_in_half, files_of, flip, torn
 from support.jobs import make_photos, tars, write_manifest
 from support.ledgers import commit_unit
-from support.made_up_run import MIXED, make_run, picture, stylized
+from support.made_up_run import MIXED, finish, make_run, picture, stylized
 from support.s3server import Server
 
 import smsbatch as sb
-from smsbatch.commands.gc import gc
+from smsbatch.commands.gc import Heap, gc
 from smsbatch.commands.repair import repair
 from smsbatch.commands.verify import verify
 from smsbatch.data.index import read_units
 from smsbatch.report.write import write_report
 from smsbatch.runs.heartbeat import HEARTBEATS
-from smsbatch.runs.layout import SUCCESS
 from smsbatch.runs.ledger import Ledger
+from smsbatch.runs.rebuild import rebuild
+from smsbatch.runs.records import FileDigest, dump_record
 from smsbatch.runs.run import Run, of_output, store_of
+from smsbatch.storage.scratch import scratch_folder
 from smsbatch.storage.store import Store
 
 TAR, PARQUET = "shards/000000.tar", "metrics/000000.parquet"
 RECORD = "_smsbatch/published/000000.json"
 
 
-def finish(folder: Path) -> Path:
-    store = make_run(folder, MIXED)
-    write_report(Run.open(store))
-    store.create(SUCCESS, b"")
-    return folder / "out"
+@pytest.fixture(autouse=True)
+def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The system's temporary folder, where `gc` looks, without what other processes have left there."""
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    return tmp_path / "temporary"
 
 
 @pytest.fixture
@@ -73,16 +79,6 @@ def files(out: Path) -> dict[str, bytes]:
 # ---------------------------------------------------------------------------------------------------- kinds of damage
 
 
-def flip(path: Path, at: float = 0.5) -> None:
-    data = bytearray(path.read_bytes())
-    data[int(len(data) * at)] ^= 1
-    path.write_bytes(data)
-
-
-def cut_in_half(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-
-
 def cut_at_a_member(path: Path) -> None:
     with tarfile.open(path) as tar:
         last = tar.getmembers()[-3]
@@ -110,11 +106,7 @@ def drop_a_row(path: Path) -> None:
 
 def forge_the_record(path: Path) -> None:
     record = json.loads(path.read_text())
-    path.write_text(json.dumps(record | {"samples": 7, "failed": record["failed"] - 1}))
-
-
-def torn(path: Path) -> None:
-    path.write_bytes(b"")
+    path.write_bytes(dump_record(record | {"samples": 7, "failed": record["failed"] - 1}))
 
 
 HURTS: dict[str, tuple[str, Callable[[Path], None], str, bool]] = {
@@ -132,7 +124,7 @@ HURTS: dict[str, tuple[str, Callable[[Path], None], str, bool]] = {
     "record gone": (RECORD, Path.unlink, "is gone", False),
     "record torn": (RECORD, torn, "is no record of this version", False),
     "record forged": (RECORD, forge_the_record, "counts 7 samples", False),
-    "index.json forged": ("index.json", torn, "is damaged", False),
+    "index.json forged": ("index.json", torn, "is not what was written", False),
     "stranger among the shards": (
         "shards/other.tar",
         lambda path: path.write_bytes(b"x") and None,
@@ -185,7 +177,7 @@ def test_a_footer_of_too_few_rows(out: Path) -> None:
     drop_a_row(out / PARQUET)
     record = json.loads((out / RECORD).read_text())
     record["files"]["parquet"]["bytes"] = (out / PARQUET).stat().st_size
-    (out / RECORD).write_text(json.dumps(record))
+    (out / RECORD).write_bytes(dump_record(record))
     assert "metrics/000000.parquet: has 7 rows, but 8 are planned; repair publishes its shard again" in map(
         str, verify(str(out)).problems
     )
@@ -199,11 +191,9 @@ def test_rows_of_other_samples_are_named(out: Path) -> None:
     forged = table.set_column(0, table.schema.field("key"), keys)
     pq.write_table(forged, out / PARQUET)
     record = json.loads((out / RECORD).read_text())
-    from smsbatch.runs.records import FileDigest
-
     proof = FileDigest.of(out / PARQUET)
     record["files"]["parquet"] = {"sha256": proof.sha256, "bytes": proof.bytes}
-    (out / RECORD).write_text(json.dumps(record))
+    (out / RECORD).write_bytes(dump_record(record))
     (out / "index.json").unlink()
     found = {problem.place: problem for problem in verify(str(out), full=True).problems}
     assert "p000 is planned, but missing" in found[PARQUET].what
@@ -284,15 +274,19 @@ def damage_attempt_and_shard(out: Path) -> None:
     flip(out / TAR)
 
 
-def lose_commit(out: Path) -> None:
+def lose_attempt_and_commit(out: Path) -> None:
+    attempt_of(out, 1)[0].unlink()
     (out / "_smsbatch/commits/000001.json").unlink()
 
 
-def tear_commit(out: Path) -> None:
+def damage_attempt_and_commit(out: Path) -> None:
+    flip(attempt_of(out, 1)[1])
     torn(out / "_smsbatch/commits/000001.json")
 
 
-@pytest.mark.parametrize("hurt", [lose_attempt_and_shard, damage_attempt_and_shard, lose_commit, tear_commit])
+@pytest.mark.parametrize(
+    "hurt", [lose_attempt_and_shard, damage_attempt_and_shard, lose_attempt_and_commit, damage_attempt_and_commit]
+)
 def test_what_cannot_be_published_again_is_computed_again(hurt: Callable[[Path], None], real_copy: Path) -> None:
     before = tars(real_copy)
     hurt(real_copy)
@@ -302,18 +296,73 @@ def test_what_cannot_be_published_again_is_computed_again(hurt: Callable[[Path],
     assert "compute unit 000001 again" in mended.done
     assert tars(real_copy) == before
     assert verify(str(real_copy), full=True).ok
-    if hurt is not lose_commit:
+    if hurt is not lose_attempt_and_commit:
         assert list((real_copy / "_smsbatch" / "superseded").rglob("000001.json")), "the old proof is kept"
 
 
-@pytest.mark.parametrize("name", ["units.parquet", "samples.parquet"])
+def forge_the_time(path: Path) -> None:
+    commit = json.loads(path.read_text())
+    path.write_text(json.dumps(commit | {"seconds": 0.1}, indent=1))
+
+
+@pytest.mark.parametrize("hurt", [Path.unlink, torn, flip, forge_the_time])
+@pytest.mark.parametrize("published", [True, False])
+def test_a_commit_is_made_again_from_its_attempt(hurt: Callable[[Path], None], published: bool, out: Path) -> None:
+    """With the same bytes. The units of this run cannot be computed again."""
+    place = "_smsbatch/commits/000001.json"
+    if not published:
+        (out / RECORD).unlink()
+    before = {name: data for name, data in files_of(out).items() if name != RECORD}
+    record = files(out).get(RECORD)
+    hurt(out / place)
+    found = [problem for problem in verify(str(out)).problems if problem.place == place]
+    assert [problem.remedy for problem in found] == ["commit"]
+    if place in files_of(out):
+        with pytest.raises(sb.StorageError, match=f"{place} is empty, cut or of another version"):
+            Run.open(str(out)).ledger.commits()
+    mended = repair(str(out))
+    assert mended.ok, mended
+    assert "make the commit of unit 000001 again from its attempt" in mended.done
+    after = {name: data for name, data in files_of(out).items() if "superseded" not in name and name != RECORD}
+    assert after == before
+    assert record in (None, files(out)[RECORD])
+
+
+def test_nothing_tells_which_of_two_attempts_won(tmp_path: Path) -> None:
+    """Without a record of the shard the commit is not made of either, and the unit is computed again."""
+    store = make_run(tmp_path, MIXED, commit=False)
+    ledger, units = Ledger(store, metrics=("lpips",)), read_units(store)
+    commit = commit_unit(ledger, units[0], MIXED[:4], worker="w", seconds=1.0)
+    assert rebuild(ledger, 0, 0) == commit
+    assert rebuild(ledger, 0, 0, "another") is None
+    other = ledger.attempt(units[0], MIXED[:4], worker="slow", seconds=1.0)
+    assert rebuild(ledger, 0, 0) is None
+    assert rebuild(ledger, 0, 0, other.attempt) == other
+    store.put(f"_smsbatch/attempts/000000/{commit.attempt}.tar", b"x")
+    assert rebuild(ledger, 0, 0) == other
+
+
+def test_a_commit_that_would_publish_other_bytes_is_not_made(out: Path) -> None:
+    """The attempt is whole, but not the one that was published under this name."""
+    place = attempt_of(out, 1)
+    store, attempt = Store(str(out)), place[0].stem
+    (out / "_smsbatch/commits/000001.json").unlink()
+    for path in place:
+        path.unlink()
+    others = [stylized(number, seconds=9.0) for number in range(4, 8)]
+    Ledger(store, metrics=("lpips",)).attempt(read_units(store)[1], others, worker="w", seconds=1.0, attempt=attempt)
+    told = repair(str(out), dry_run=True)
+    assert told.done == ("compute unit 000001 again",)
+
+
+@pytest.mark.parametrize("name", ["units.parquet", "samples.parquet", "objects.parquet", "digests.json"])
 def test_a_plan_that_is_damaged_is_made_again(name: str, real_copy: Path) -> None:
-    before = files(real_copy)
+    before = files_of(real_copy)
     torn(real_copy / "plan" / name)
-    (problem,) = verify(str(real_copy)).problems
+    (problem,) = verify(str(real_copy), full=True).problems
     assert (problem.place, problem.remedy) == (f"plan/{name}", "plan")
-    assert repair(str(real_copy)).ok
-    assert files(real_copy) == before
+    assert repair(str(real_copy), full=True).ok
+    assert files_of(real_copy) == before
 
 
 # ----------------------------------------------------------------------------------------------------------------- gc
@@ -357,6 +406,21 @@ def test_gc_removes_what_nothing_needs_and_keeps_what_may_be_work_in_hand(tmp_pa
     assert young.attempt
     assert found.objects == len(gone)
     assert verify(store.url, full=True).ok
+
+
+def test_gc_removes_the_folders_of_killed_processes(out: Path, temporary: Path) -> None:
+    process = subprocess.Popen(["true"])
+    process.wait()
+    living = scratch_folder("unit")
+    dead = temporary / Path(living.name).name.replace(f"-{os.getpid()}-", f"-{process.pid}-")
+    dead.mkdir()
+    (dead / "unit.tar").write_bytes(b"123")
+    told = gc(str(out), dry_run=True)
+    assert told.heaps == (Heap("folders of killed processes on this machine", 1, 3),)
+    assert dead.exists()
+    assert gc(str(out)).heaps == told.heaps
+    assert list(temporary.iterdir()) == [Path(living.name)]
+    living.cleanup()
 
 
 def test_gc_of_attempts_leaves_the_published_files(out: Path) -> None:

@@ -169,7 +169,7 @@ def test_equal_hashes_of_unequal_keys_are_no_duplicates(tmp_path: Path, monkeypa
 
 def stored(store: Store, path: Path, planned: list[Entry]) -> bool:
     build_index(path, [to_table(planned)], None)
-    return index.write_index(store, path)
+    return store.create(SAMPLES, path)
 
 
 def test_only_the_groups_of_a_unit_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -207,14 +207,12 @@ def test_the_first_plan_stands(tmp_path: Path) -> None:
     assert read_index(StoredFile(store, SAMPLES)) == [entry("a")]
     assert index.index_size(StoredFile(store, SAMPLES)) == 1
     units = [Unit(0, 0, 0, 64), Unit(1, 0, 64, 70)]
-    assert index.write_units(store, units)
-    assert not index.write_units(store, units[:1])
+    store.put(index.UNITS, index.encode_units(units))
     assert index.read_units(store) == units
     assert [unit.name for unit in units] == ["000000", "000001"]
     assert [len(unit) for unit in units] == [64, 6]
     objects = [Part("webdataset", "s3://b/ä.tar", 2**40, "etag-1"), Part("folder", "/photos", 0, "")]
-    assert index.write_objects(store, objects)
-    assert not index.write_objects(store, objects[:1])
+    store.put(OBJECTS, index.encode_objects(objects))
     assert index.read_objects(StoredFile(store, OBJECTS)) == objects
 
 

@@ -26,8 +26,9 @@ from smsbatch.errors import RequestError, RunError, StorageError
 from smsbatch.report import write as report_module
 from smsbatch.report.model import Distribution
 from smsbatch.report.write import summarize, write_report
-from smsbatch.runs.layout import is_reported
+from smsbatch.runs.layout import COPY, RUN, is_reported
 from smsbatch.runs.ledger import Ledger
+from smsbatch.runs.records import dump_record
 from smsbatch.runs.run import Run
 from smsbatch.storage.store import Store
 
@@ -79,7 +80,7 @@ def test_time_is_that_of_the_work_and_not_of_the_pause_between_two_drivers(tmp_p
     for unit, (finished, seconds) in enumerate([("10:00:10", 10.0), ("10:00:15", 10.0), ("12:00:05", 5.0)]):
         name = f"_smsbatch/commits/{unit:06d}.json"
         record = json.loads(store.read(name)) | {"finished": f"2026-01-01T{finished}+00:00", "seconds": seconds}
-        store.put(name, json.dumps(record).encode())
+        store.put(name, dump_record(record))
     report = summarize(Run.open(store))
     assert (report.started, report.finished) == ("2026-01-01T10:00:00+00:00", "2026-01-01T12:00:05+00:00")
     assert report.wall_seconds == pytest.approx(15 + 5)
@@ -199,8 +200,8 @@ def test_a_run_that_is_not_finished_has_no_report(tmp_path: Path) -> None:
     store = make_run(tmp_path, MIXED, commit=False)
     with pytest.raises(RunError, match="shard 000000 is not published yet; run the manifest again"):
         write_report(Run.open(store))
-    planned = ["plan/objects.parquet", "plan/samples.parquet", "plan/units.parquet"]
-    assert store.list() == [*planned, "run.json"]
+    planned = ["plan/digests.json", "plan/objects.parquet", "plan/samples.parquet", "plan/units.parquet"]
+    assert store.list() == ["_smsbatch/run.json", *planned, "run.json"]
 
 
 def test_a_shard_that_was_deleted_is_missed(tmp_path: Path) -> None:
@@ -229,7 +230,8 @@ def test_a_gap_between_plan_and_rows_is_refused(tmp_path: Path) -> None:
     store = make_run(tmp_path, MIXED)
     run = json.loads(store.read("run.json"))
     run["planned"]["samples"] = 13
-    store.put("run.json", json.dumps(run).encode())
+    for name in (RUN, COPY):
+        store.put(name, dump_record(run))
     with pytest.raises(RunError, match=r"13 images are planned, but 9 \+ 3 have a row"):
         write_report(Run.open(store))
     assert not is_reported(store)

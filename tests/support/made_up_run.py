@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -11,14 +10,17 @@ from typing import Any
 import numpy as np
 from support.ledgers import commit_unit
 
-from smsbatch.commands.plan import cut
 from smsbatch.data import pixels
-from smsbatch.data.index import write_index, write_objects, write_units
 from smsbatch.data.indexing import build_index
 from smsbatch.data.sample import Outcome
 from smsbatch.data.sources import parts, scan
 from smsbatch.manifest import Manifest
+from smsbatch.report.write import write_report
+from smsbatch.runs.layout import COPY, RUN, SUCCESS
 from smsbatch.runs.ledger import Ledger
+from smsbatch.runs.plan_files import cut, write_plan
+from smsbatch.runs.records import dump_record
+from smsbatch.runs.run import Run
 from smsbatch.storage.store import Store
 
 HOSTILE = "</div><script>document.title='owned'</script><img src=x onerror=\"document.title='owned'\">"
@@ -86,11 +88,10 @@ def make_run(folder: Path, outcomes: Sequence[Outcome], commit: bool = True, **c
         "commits": "workers",
         "notices": ["photos.tar: no end-of-archive blocks, perhaps cut"],
     }
-    store.put("run.json", json.dumps(run).encode())
-    write_objects(store, listed)
-    write_index(store, folder / "samples.parquet")
+    for name in (RUN, COPY):
+        store.put(name, dump_record(run))
     cuts = list(cut(len(outcomes), 4, 8))
-    write_units(store, cuts)
+    write_plan(store, listed, folder / "samples.parquet", cuts)
     if commit:
         ledger = Ledger(store, metrics=manifest.metrics)
         for unit in cuts:
@@ -108,3 +109,11 @@ MIXED = [
     failed(10, "bad_caption", HOSTILE),
     stylized(11, caption=HOSTILE),
 ]
+
+
+def finish(folder: Path) -> Path:
+    """The output of a finished run of MIXED."""
+    store = make_run(folder, MIXED)
+    write_report(Run.open(store))
+    store.create(SUCCESS, b"")
+    return folder / "out"

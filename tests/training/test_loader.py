@@ -20,7 +20,7 @@ from PIL import Image
 from support.jobs import make_photos
 from support.s3server import Server
 
-from smsbatch.data.index import SAMPLES, StoredFile, write_index
+from smsbatch.data.index import SAMPLES, StoredFile
 from smsbatch.data.indexing import build_index
 from smsbatch.data.sample import Entry, Sample
 from smsbatch.data.sources import load_sample, parts, scan
@@ -58,7 +58,7 @@ def planned(manifest: Distill, root: Path) -> tuple[Store, int]:
     store, index = Store(root / "out"), root / "samples.parquet"
     scans = [scan(part, manifest.source, manifest.storage) for part in parts(manifest.source, manifest.storage)]
     samples = build_index(index, [scanned.table for scanned in scans]).samples
-    write_index(store, index)
+    store.create(SAMPLES, index)
     return store, samples
 
 
@@ -222,7 +222,7 @@ def test_a_bucket_gives_what_the_disk_does(tmp_path: Path, s3: Server) -> None:
     samples = build_index(
         index, (scan(p, manifest.source, s3.storage).table for p in parts(manifest.source, s3.storage))
     )
-    write_index(store, index)
+    store.create(SAMPLES, index)
     assert contents(batches(manifest, store, samples.samples)) == expected
 
 
