@@ -36,12 +36,14 @@ def map_key(wish: str, extensions: Iterable[str], original: str | None = None) -
     `wish` is the preferred key; `original`, by default the same, is the source's name for the sample.
     """
     original = wish if original is None else original
-    room = LONGEST_NAME - 1 - max(len(name.encode()) for name in (*extensions, *OURS))
-    if _KEY.fullmatch(wish) and len(wish.encode()) <= room and not _META.match(wish) and not _MAPPED.search(wish):
+    names = (*extensions, *OURS)
+    room = LONGEST_NAME - 1 - max(len(name.encode()) for name in names)
+    meta = wish.startswith("__") and any(_META.match(f"{wish}.{name}/") for name in names)
+    if _KEY.fullmatch(wish) and len(wish.encode()) <= room and not meta and not _MAPPED.search(wish):
         return wish, None if wish == original else shown(original)
     mark = f"~{_digest(original)}"
     stem = "/".join(part for part in sanitize(wish).split("/") if part)
-    if _META.match(stem):
+    if meta:
         stem = stem.lstrip("_/")
     stem = _cut(stem, room - len(mark)).rstrip("/")
     return stem + mark, shown(original)
