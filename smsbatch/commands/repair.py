@@ -89,8 +89,8 @@ def repair(
         allow_drift: as for `run`, if units must be computed again.
 
     Raises:
-        RequestError: there is no run, a driver is at work on it, or units must be computed again but manifest, weights
-            or inputs have changed.
+        RequestError: there is no run, a driver is at work on it, or units must be computed or samples located again
+            but manifest, weights or inputs have changed.
         StorageError: the run cannot be read or written.
         RunError: too many samples of an unfinished run failed.
     """

@@ -21,7 +21,7 @@ from smsbatch.errors import StorageError
 from smsbatch.manifest import Manifest
 from smsbatch.parallel import map_ahead
 from smsbatch.runs.drift import parse_note
-from smsbatch.runs.layout import DRIFT, INDEX, REPORT, SUCCESS
+from smsbatch.runs.layout import DRIFT, INDEX, REPORT, RUN, SUCCESS
 from smsbatch.runs.plan_files import check_digests, last_number
 from smsbatch.runs.records import DIGEST, KINDS, PARSE_ERRORS, FileDigest, dump_record, load_record, result_file
 from smsbatch.runs.run import Run
@@ -94,10 +94,11 @@ class Verifier(ShardChecker):
     ) -> Verification:
         """Like the function `verify`; checks `only` some shards, if given."""
         planned, numbers = self.run.about["planned"], list(self.shards if only is None else only)
-        restorable = (
-            {} if not self.run.is_planned else self.run.faults
-        )  # a driver may have died before it wrote the copy
-        problems = [Problem(place, what, "restore") for place, what in restorable.items()]
+        problems = [
+            Problem(place, what, "restore")
+            for place, what in self.run.faults.items()
+            if place == RUN or self.run.is_planned  # else a driver has died before it wrote the copy
+        ]
         problems += [*self.damaged.values(), *self._foreign()]
         if full and self.units:
             problems += self._plan_files()

@@ -40,11 +40,14 @@ def ends_if_deleted(run: Run) -> Iterator[Run]:
 
 
 def remove_remains(store: Store) -> int:
-    """Delete what lies in `_smsbatch/` without a run; returns the number of objects.
+    """Delete what lies in the folders of the ledger without a run; returns the number of objects.
 
     A commit that a worker has written after its run was deleted must not count in the next run.
     """
-    remains = [path for path in store.list("_smsbatch") if not path.startswith((TEMPORARY, HEARTBEATS))]
+    others = (TEMPORARY, HEARTBEATS)
+    remains = [path for path in store.list("_smsbatch") if path.count("/") > 1 and not path.startswith(others)]
+    if remains and store.exists(RUN):  # in this order: another driver has begun a run here, and they may be its files
+        return 0
     for path in remains:
         store.delete(path)
     return len(remains)

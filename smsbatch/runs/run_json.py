@@ -42,6 +42,8 @@ def read(store: Store) -> RunJson | None:
         StorageError: neither is undamaged, or they differ.
     """
     found = store.read_all([RUN, COPY])
+    if RUN not in found and COPY in found:  # perhaps a driver has created both just now
+        found |= store.read_all([RUN])
     if not found:
         return None
     intact: dict[str, dict[str, Any]] = {}

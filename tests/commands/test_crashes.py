@@ -325,6 +325,5 @@ def test_an_output_that_is_deleted_under_a_run(whole: bool, job: Callable[..., P
     assert "the output was deleted while the run was at work; run again to start anew" in driver.said
     assert "Traceback" not in driver.said
     assert not out.exists() or not [path for path in out.rglob("*") if path.is_file() and "/tmp/" not in str(path)]
-    again = Life(manifest)
-    assert again.wait() == 0, again.said
+    sb.run(sb.load(manifest, ["source.limit=1", "objective.steps=1"]))
     assert sb.verify(str(out), full=True).ok

@@ -186,7 +186,8 @@ def test_a_driver_that_died_after_run_json_is_made_up_for(lost: str, job: Path) 
     if lost == "run.json":
         with pytest.raises(sb.StorageError, match=r"run\.json is gone; run `smsbatch repair "):
             _establish(job)
-        return
+        assert [str(problem.place) for problem in sb.verify(str(out)).problems] == [lost]
+        assert sb.repair(str(out)).ok
     assert sb.verify(str(out), full=True).pending == ("the plan",)
     assert _establish(job).units == first.units
     assert (out / lost).read_bytes() == before

@@ -251,6 +251,19 @@ def test_an_attempt_in_reserve_may_be_gone_and_is_put_aside_when_damaged(out: Pa
     assert files(out) == before
 
 
+def test_a_mark_of_success_that_is_missing_is_work_to_do_unless_failures_withhold_it(tmp_path: Path) -> None:
+    for name, errors, told in (
+        ("strict", {"max_failed_fraction": 0.1}, ()),
+        ("lenient", {"max_failed_fraction": 0.5}, ("the mark of success: `smsbatch run` judges the failures",)),
+    ):
+        (tmp_path / name).mkdir()
+        store = make_run(tmp_path / name, MIXED, errors=errors)
+        write_report(Run.open(store))
+        found = verify(store.url, full=True)
+        assert found.ok
+        assert tuple(line.partition(" and ")[0] for line in found.pending) == told
+
+
 def test_no_run_here(tmp_path: Path) -> None:
     for verb in (verify, repair, gc):
         with pytest.raises(sb.RequestError, match="no run here"):

@@ -14,6 +14,7 @@ from torch import Tensor
 
 import smsbatch as sb
 from smsbatch.errors import WeightsError
+from smsbatch.generator.config import parameter_count
 from smsbatch.generator.network import CONFIG, WEIGHTS, Generator
 
 ABOUT = {"name": "oil", "style": "oil painting", "training": {"steps": 7, "reconstruction": 0.25}}
@@ -228,8 +229,9 @@ def _without(key: str) -> object:
         (_without("about"), CONFIG, "about"),
         (_without("restore"), CONFIG, "restore"),
         (_without("sha256"), CONFIG, "sha256"),
-        (lambda config: config | {"blocks": 3}, WEIGHTS, "blocks"),
-        (lambda config: config | {"width": 4}, WEIGHTS, "head"),
+        (lambda config: config | {"blocks": 3}, CONFIG, "not those of its width and blocks"),
+        (lambda config: config | {"blocks": 3, "parameters": parameter_count(8, 3)}, WEIGHTS, "blocks"),
+        (lambda config: config | {"width": 4, "parameters": parameter_count(4, 2)}, WEIGHTS, "head"),
     ],
 )
 def test_a_config_that_does_not_fit_is_refused_by_name(change, named: str, said: str, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
