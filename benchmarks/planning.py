@@ -23,7 +23,8 @@ from typing import NamedTuple
 
 import pyarrow as pa
 
-from smsbatch.data.index import Part, build_index, to_table
+from smsbatch.data.index import Part, to_table
+from smsbatch.data.indexing import build_index
 from smsbatch.data.sample import Entry, Span
 from smsbatch.runs.plan_files import cut, write_plan
 from smsbatch.storage.store import Store

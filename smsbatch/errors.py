@@ -13,6 +13,8 @@ SmsbatchError                 exit code
 
 from __future__ import annotations
 
+from smsbatch.text import hidden
+
 __all__ = [
     "ERROR_CODES",
     "DriftError",
@@ -45,6 +47,10 @@ class SmsbatchError(Exception):
     """Base of all. The message is one line for the user and says what to do next."""
 
     exit_code = 1
+
+    def __str__(self) -> str:
+        """The message, without the values that a manifest has from the environment."""
+        return hidden(super().__str__())
 
 
 class RequestError(SmsbatchError):

@@ -1,10 +1,14 @@
-"""Format numbers, tables, sizes and durations for people."""
+"""Format numbers, tables, sizes and durations for people; show values of the environment by their names."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
+from urllib.parse import quote
+
+_SHORTEST = 6  # letters of a value that `hidden` replaces; a shorter one is part of many words
+_values: dict[str, str] = {}  # of all manifests of this process: value: `${NAME}`
 
 
 def table(rows: Iterable[tuple[str, ...]]) -> Iterator[str]:
@@ -62,6 +66,26 @@ def flat(section: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     for name, value in section.items():
         found |= flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {prefix + name: value}
     return found
+
+
+def hide(environment: Mapping[str, str]) -> None:
+    """Have `hidden` replace the values of these environment variables, by name, in this process from now on."""
+    for name, value in environment.items():
+        if len(value) >= _SHORTEST:
+            _values.update(dict.fromkeys((value, quote(value), quote(value, safe="")), f"${{{name}}}"))
+
+
+def hidden(text: str) -> str:
+    """The text with `${NAME}` for the value of each environment variable of `hide`, the longest first."""
+    if not any(value in text for value in _values):
+        return text
+    longest_first = sorted(_values, key=len, reverse=True)
+    return re.sub("|".join(map(re.escape, longest_first)), lambda match: _values[match[0]], text)
+
+
+def shortened(text: str, most: int) -> str:
+    """The text, cut to at most so many characters and then with `…` as the last."""
+    return text if len(text) <= most else text[: most - 1] + "…"
 
 
 def printable(text: str) -> str:

@@ -23,7 +23,9 @@ LAYERS = (
     ("generator", "data"),
     ("diffusion", "storage", "metrics"),
     ("manifest",),
-    ("errors", "text", "parallel", "tiny"),
+    ("parallel", "tiny"),
+    ("errors",),
+    ("text",),
 )
 # The modules that may import each dependency; a subpackage stands for all of its modules.
 DOORS = {
@@ -59,7 +61,7 @@ DOORS = {
     "yarl": {"storage.http"},
     "pyarrow": {"data"},
     "tensorboard": {"training.log"},
-    "PIL": {"data.pixels"},
+    "PIL": {"data.colours", "data.pixels"},
     "pydantic": {"manifest"},
     "yaml": {"manifest.file"},
     "typer": {"cli"},

@@ -9,17 +9,38 @@ from __future__ import annotations
 import json
 import shlex
 import signal
+import sys
 import time
 from pathlib import Path
-from typing import Annotated
+from traceback import extract_tb
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
-from smsbatch.cli.common import echo, echo_json, fail, located, overrides, reporting, same_again, show
+from smsbatch.cli.common import echo, echo_json, fail, located, overrides, printing, reporting, same_again, say, show
 from smsbatch.errors import RequestError
 from smsbatch.text import count
 
+
+class _Group(TyperGroup):
+    """The commands; a help text that cannot be printed ends with a line, too."""
+
+    def main(self, *args: Any, **options: Any) -> Any:
+        try:
+            return super().main(*args, **options)
+        except OSError as error:
+            if not any(frame.name == "echo" for frame in extract_tb(error.__traceback__)):
+                raise
+            try:
+                with reporting(), printing():
+                    raise
+            except typer.Exit as ended:
+                sys.exit(ended.exit_code)
+
+
 app = typer.Typer(
+    cls=_Group,
     help="Stylize image datasets with Style Matching Score.",
     no_args_is_help=True,
     add_completion=False,
@@ -46,7 +67,8 @@ AllowDrift = Annotated[
     list[str] | None,
     typer.Option(
         "--allow-drift",
-        help="Accept a changed key of the manifest, `weights` or `inputs`; the change is recorded. Repeatable.",
+        help="Accept a changed key of the manifest, `environment`, `weights` or `inputs`; the change is recorded. "
+        "Repeatable.",
         metavar="KEY",
     ),
 ]
@@ -170,11 +192,11 @@ def errors(
         shown = 0
         for row in sb.failures(snapshot, code, limit):
             if as_json:
-                typer.echo(json.dumps(row, ensure_ascii=False))
+                say(json.dumps(row, ensure_ascii=False))
             else:
                 if not shown:
-                    typer.echo(dataset.FAILURE_HEAD)
-                typer.echo(dataset.failure(row))
+                    say(dataset.FAILURE_HEAD)
+                say(dataset.failure(row))
             shown += 1
         if not as_json:
             now = sb.status(snapshot)
@@ -310,7 +332,8 @@ def schema(as_json: AsJson = True) -> None:
     from smsbatch.manifest import schema as of_manifests
 
     del as_json  # the output is always JSON; the option exists because every verb has it
-    echo_json(of_manifests())
+    with reporting():
+        echo_json(of_manifests())
 
 
 @app.command()
@@ -329,7 +352,7 @@ def init(
             fail(f"{path} exists; choose another name", 2)
         except OSError as error:
             fail(f"{path}: cannot write it: {error.strerror}", 3)
-    show(as_json, lambda: {"written": str(path)}, [f"{path} is written. Edit it, then: smsbatch run {path}"])
+        show(as_json, lambda: {"written": str(path)}, [f"{path} is written. Edit it, then: smsbatch run {path}"])
 
 
 @app.callback(invoke_without_command=True)
@@ -339,5 +362,6 @@ def _main(
     if version:
         from importlib.metadata import version as installed
 
-        typer.echo(f"smsbatch {installed('smsbatch')}")
+        with reporting():
+            say(f"smsbatch {installed('smsbatch')}")
         raise typer.Exit

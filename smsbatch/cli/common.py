@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import logging
+import os
 import shlex
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import typer
 
-from smsbatch.errors import RequestError, SmsbatchError
+from smsbatch.errors import RequestError, SmsbatchError, StorageError
+from smsbatch.text import hidden
 
 if TYPE_CHECKING:
     from smsbatch.manifest import Manifest
@@ -47,20 +51,44 @@ def same_again(where: str, set_: list[str] | None) -> str:
 
 @contextmanager
 def reporting(as_json: bool = False, interrupted: str = "") -> Iterator[None]:
-    """Turn every SmsbatchError into lines and an exit code; any other exception is a bug and keeps its traceback."""
+    """Turn every SmsbatchError into lines and an exit code; any other exception is a bug and keeps its traceback.
+
+    Meanwhile the messages of the logger `smsbatch` are lines on stderr.
+    """
+    logger, handler = logging.getLogger("smsbatch"), _Lines(as_json)
+    level = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
     try:
         yield
     except SmsbatchError as error:
         if as_json:
-            echo_json({"error": type(error).__name__, "message": str(error), "exit_code": error.exit_code})
+            with suppress(StorageError):
+                echo_json({"error": type(error).__name__, "message": str(error), "exit_code": error.exit_code})
         fail(str(error), error.exit_code)
     except KeyboardInterrupt:
         fail(f"interrupted{'; ' if interrupted else ''}{interrupted}", 130)
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
 
 
-def fail(message: str, code: int) -> None:
+class _Lines(logging.Handler):
+    """Prints each message as a line, or as JSON, on what stderr is at the moment: a live display replaces it."""
+
+    def __init__(self, as_json: bool) -> None:
+        super().__init__()
+        self._as_json = as_json
+
+    def emit(self, record: logging.LogRecord) -> None:
+        message = record.getMessage()
+        say(json.dumps({"message": message}) if self._as_json else f"smsbatch: {message}", err=True)
+
+
+def fail(message: str, code: int) -> NoReturn:
     for line in message.splitlines():
-        typer.echo(f"smsbatch: {line}", err=True)
+        with suppress(StorageError):  # the exit code is all that is left to tell
+            say(f"smsbatch: {line}", err=True)
     raise typer.Exit(code)
 
 
@@ -73,8 +101,38 @@ def show(as_json: bool, plain: Callable[[], Any], lines: Iterable[str]) -> None:
 
 def echo(lines: Iterable[str]) -> None:
     for line in lines:
-        typer.echo(line)
+        say(line)
 
 
 def echo_json(value: Any) -> None:
-    typer.echo(json.dumps(value, indent=2 if sys.stdout.isatty() else None, ensure_ascii=False))
+    say(json.dumps(value, indent=2 if is_terminal() else None, ensure_ascii=False))
+
+
+def is_terminal() -> bool:
+    """True if stdout is a terminal; it may be closed."""
+    return sys.stdout is not None and sys.stdout.isatty()
+
+
+def say(line: str, err: bool = False) -> None:
+    """Print a line to stdout or stderr, without the values that a manifest has from the environment.
+
+    Raises:
+        StorageError: it cannot be written; whatever is printed from then on is lost.
+    """
+    with printing(err):
+        typer.echo(hidden(line), err=err)
+
+
+@contextmanager
+def printing(err: bool = False) -> Iterator[None]:
+    """Turn the error of a print to stdout or stderr into a StorageError."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno == errno.EPIPE:
+            raise  # the reader has left, as `head` does: Click ends the command
+        name, stream = ("stderr", sys.stderr) if err else ("stdout", sys.stdout)
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, stream.fileno())  # else Python would try again at its end
+        os.close(nowhere)
+        raise StorageError(f"cannot write to {name}: {error.strerror}; send it elsewhere") from error

@@ -83,6 +83,7 @@ def summary(report: Report, worked: bool) -> Iterator[str]:
         (name, f"{values.mean:.3f} on average, {values.low:.3f} to {values.high:.3f}")
         for name, values in report.metrics.items()
     ]
+    rows.append(("captions", str(report.contents)))
     each = report.seconds / max(report.planned, 1)
     rows += [("computing", f"{duration(report.seconds)} on {count(report.workers, 'worker')}, {each:.1f} s an image")]
     rows += [("note", notice) for notice in report.notices]
@@ -95,7 +96,8 @@ def plan(planned: Plan) -> Iterator[str]:
     manifest = planned.manifest
     each = "in one pass each" if planned.steps is None else f"of {planned.steps} steps each"
     yield f"{planned} {each}, to {manifest.output.path}"
-    rows = [("reads", size(planned.bytes_in))] if planned.bytes_in else []
+    rows = [("captions", str(planned.contents))]
+    rows += [("reads", size(planned.bytes_in))] if planned.bytes_in else []
     if planned.bytes_out is not None:
         rows.append(("writes", f"about {size(planned.bytes_out)} of pictures"))
     if planned.seconds_per_image is not None and planned.gpu_hours is not None:

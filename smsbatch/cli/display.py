@@ -9,8 +9,8 @@ import json
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from time import monotonic
-from typing import IO
 
+from smsbatch.cli.common import say
 from smsbatch.commands.status import TrainingStatus
 from smsbatch.runs.status import Status
 
@@ -39,15 +39,17 @@ class Display(AbstractContextManager["Display"]):
 
 
 class Plain(Display):
-    """One line per interval and one at the end, for logs: `line` of each status, or as JSON to `json_file`."""
+    """One line per interval and one at the end, for logs: `line` of each status, or JSON; to stdout, or stderr."""
 
-    def __init__(self, line: Callable[[Now], str], json_file: IO[str] | None = None, interval_s: float = 10.0) -> None:
-        self._line, self._json_file, self._interval_s, self._next = line, json_file, interval_s, 0.0
+    def __init__(
+        self, line: Callable[[Now], str], as_json: bool = False, err: bool = False, interval_s: float = 10.0
+    ) -> None:
+        self._line, self._as_json, self._err, self._interval_s, self._next = line, as_json, err, interval_s, 0.0
 
     def update(self, now: Now) -> None:
         super().update(now)
         if now.finished or monotonic() >= self._next:
-            print(json.dumps(now.to_dict()) if self._json_file else self._line(now), file=self._json_file, flush=True)
+            say(json.dumps(now.to_dict()) if self._as_json else self._line(now), err=self._err)
             self._next = monotonic() + self._interval_s
 
 

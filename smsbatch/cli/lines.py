@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 from smsbatch.cli import dataset, training
+from smsbatch.cli.common import is_terminal
 from smsbatch.cli.display import Display, Live, Plain
 from smsbatch.commands.status import TrainingStatus
 from smsbatch.runs.status import Status
@@ -44,18 +44,18 @@ def status_line(now: Status | TrainingStatus) -> str:
 
 def progress_display(as_json: bool) -> Display:
     """The display of a run: JSON goes to stderr, since stdout gets the result."""
-    if sys.stdout.isatty() and not as_json:
+    if is_terminal() and not as_json:
         return Live(status)
-    return Plain(status_line, sys.stderr if as_json else None)
+    return Plain(status_line, as_json, err=as_json)
 
 
 def watch_display(as_json: bool) -> Display:
     """The display of `status --watch`: live lines that remain at the end, or one line per update."""
-    if sys.stdout.isatty() and not as_json:
+    if is_terminal() and not as_json:
         return Live(partial(status, ages=True), transient=False)
-    return Plain(status_line, sys.stdout if as_json else None, interval_s=0)
+    return Plain(status_line, as_json, interval_s=0)
 
 
 def shard_display(as_json: bool) -> Display:
     """The display of `verify`: one line that disappears at the end, or nothing."""
-    return Display() if as_json or not sys.stdout.isatty() else Live(status)
+    return Display() if as_json or not is_terminal() else Live(status)

@@ -70,6 +70,7 @@ def plan(planned: TrainingPlan) -> Iterator[str]:
     rows = [("generator", f"{planned.parameters:,} parameters: width {training.width}, {training.blocks} blocks")]
     rows.append(("sees", f"every image {planned.epochs:,.3g} times, with {count(training.repeats, 'noise')} each time"))
     rows.append(("workers", "as many as the cluster has GPUs" if workers == "auto" else str(workers)))
+    rows.append(("captions", str(planned.contents)))
     if planned.bytes_in:
         rows.append(("reads", f"{size(planned.bytes_in)} for each pass"))
     yield from table(rows)

@@ -10,7 +10,7 @@ from importlib.metadata import version
 from time import monotonic
 from typing import Any
 
-from smsbatch.cluster.connect import check_installed, connect, size_up
+from smsbatch.cluster.connect import check_usable, connect, disconnect, size_up
 from smsbatch.cluster.retries import UnitRetry
 from smsbatch.data.sample import Entry
 from smsbatch.errors import RunError, SmsbatchError
@@ -49,7 +49,7 @@ class RayPool(Pool):
 
     def __init__(self, manifest: Manifest) -> None:
         super().__init__(manifest.absolute())  # an actor has another working directory
-        check_installed()
+        check_usable(manifest.compute)
         self._actors: list[_Actor] = []
         self._seen: dict[str, Progress] = {}
         self._spawned = self._startup_deaths = 0
@@ -63,7 +63,7 @@ class RayPool(Pool):
         for actor in self._actors:
             ray.kill(actor.handle)
         if self._started:
-            ray.shutdown()
+            disconnect()
 
     def _connect(self) -> None:
         if self._connected:

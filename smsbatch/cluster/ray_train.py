@@ -18,7 +18,7 @@ from contextlib import suppress
 from importlib.metadata import version
 from typing import Any
 
-from smsbatch.cluster.connect import Sizing, check_installed, connect, size_up
+from smsbatch.cluster.connect import Sizing, check_usable, connect, disconnect, size_up
 from smsbatch.errors import RunError, SmsbatchError, StorageError
 from smsbatch.manifest import Distill
 from smsbatch.runs.run import store_of
@@ -41,11 +41,9 @@ def train_on_ray(
         RunError: workers died more often than `compute.retries`.
         SmsbatchError: the error of a worker.
     """
-    check_installed()
+    check_usable(manifest.compute)
     manifest = manifest.absolute()  # a worker has another working directory
     started = connect(manifest.compute)
-    import ray
-
     try:
         sizing = _divided(size_up(manifest.compute), manifest)
         stop_file = f"_smsbatch/training/stop-{uuid.uuid4().hex}"  # the workers stop when it exists
@@ -73,7 +71,7 @@ def train_on_ray(
             return _result(fit.outcome, manifest.compute.retries)
     finally:
         if started:
-            ray.shutdown()
+            disconnect()
 
 
 def _divided(sizing: Sizing, manifest: Distill) -> Sizing:

@@ -1,6 +1,6 @@
 """`doctor`: check this machine and the storage before a run needs them.
 
-Every check ends: requests to storage have short timeouts and few retries, and of a cluster only the port is tried. The
+Every check ends: requests to storage have short timeouts and few retries, and a cluster is only asked for its name. The
 only file written to the output is a probe of a few bytes, which is deleted again.
 """
 
@@ -9,29 +9,31 @@ from __future__ import annotations
 import os
 import platform
 import shutil
-import socket
 import tempfile
 import uuid
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
+from itertools import islice
 from time import perf_counter
 from typing import Any, Literal
 
+from smsbatch.cluster.connect import check_answers, cluster_address
 from smsbatch.commands.plan import PLANNERS
-from smsbatch.data.reader import Reader, list_files, open_url, public
-from smsbatch.data.sources import parts
-from smsbatch.data.tables import read_table
+from smsbatch.data.captions import Contents
+from smsbatch.data.reader import Reader, public
+from smsbatch.data.sources import Scan, parts, scan_entries
 from smsbatch.errors import RequestError, SmsbatchError
-from smsbatch.manifest import Manifest, Storage
+from smsbatch.manifest import Compute, Manifest, Storage
 from smsbatch.runs.run import find_or_require_empty
 from smsbatch.storage.store import TEMPORARY, Store
 
 _SCRATCH_FAILS, _SCRATCH_WARNS = 1e9, 10e9  # free bytes; the former hold one or two shards
 _CLOCK_WARNS_S, _CLOCK_FAILS_S = 60, 600  # S3 refuses a clock that is 15 minutes off
 _TIMEOUT_S, _RETRIES = 5.0, 1
-_PORT = 6379  # of a Ray cluster if its address names no port
+_LOOKED_AT = 10_000  # samples of the source's first object
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,7 @@ def doctor(where: str | Manifest | None = None) -> list[Check]:
     if where is not None:
         checks += _output(where)
     if isinstance(where, Manifest):
-        checks += [_source(where), _weights(where)]
+        checks += [*_source(where), _weights(where)]
     return checks
 
 
@@ -109,19 +111,13 @@ def _ray(manifest: Manifest | None) -> Check:
     except PackageNotFoundError:
         advice = "pip install 'smsbatch[ray]', or set compute.pool to local"
         return Check("ray", "fail" if needed else "ok", "not installed", advice if needed else "")
-    address = manifest.compute.address if manifest is not None and needed else "auto"
-    address = os.environ.get("RAY_ADDRESS", "") if address == "auto" else address
-    if address in ("", "local"):
-        return Check("ray", "ok", f"{installed}, no cluster address: each run starts a cluster here")
-    if address == "auto":
-        return Check("ray", "ok", f"{installed}, joins the cluster of this machine")
-    host, _, port = address.rpartition("://")[2].partition(":")
     try:
-        number = int(port or _PORT)
-        socket.create_connection((host, number), timeout=_TIMEOUT_S).close()
-    except (OSError, ValueError) as error:
-        advice = "start the cluster, or set RAY_ADDRESS or compute.address to where it is"
-        return Check("ray", "fail", f"{installed}, no cluster answers at {address}: {error}", advice)
+        address = cluster_address(manifest.compute if manifest is not None and needed else Compute())
+        if address is None:
+            return Check("ray", "ok", f"{installed}, no cluster address: each run starts a cluster here")
+        check_answers(address)
+    except RequestError as error:
+        return _failed("ray", error)
     return Check("ray", "ok", f"{installed}, a cluster answers at {address}")
 
 
@@ -182,28 +178,27 @@ def _create_only(store: Store) -> Check:
     return Check("create-only", "warn", "the store has no create-only put: only the driver commits", advice)
 
 
-def _source(manifest: Manifest) -> Check:
-    source, storage = manifest.source, _impatient(manifest.storage)
+def _source(manifest: Manifest) -> Iterator[Check]:
+    """Read the first picture, and look at the first object for captions and for what would be left out."""
+    source, storage, told = manifest.source, _impatient(manifest.storage), Scan()
     try:
-        if source.format == "folder":
-            url = next(list_files(source.urls[0], storage)).url
-        else:
-            url = parts(source.model_copy(update={"urls": source.urls[:1]}), storage)[0].url
-        with open_url(url, storage) as file:
-            file.read(1)
-            file.seek(0)
-            entry = next(read_table(file, url, source), None) if source.format == "table" else None
-        if entry is not None and entry.image:
-            url = public(entry.url)
-            Reader(storage, source.max_bytes).read(entry.fields[entry.image])
+        part = parts(source.model_copy(update={"urls": source.urls[:1]}), storage)[0]
+        entries = list(islice(scan_entries(part, source, storage, manifest.seed, told), _LOOKED_AT))
+        entry = next((entry for entry in entries if entry.image), None)
+        if entry is None:
+            told_of = "; ".join([f"{part.url}: no pictures in it", *told.notices])
+            yield Check("source", "fail", told_of, f"check source.urls and source.images ({', '.join(source.images)})")
+            return
+        Reader.of(source, storage).read(entry.fields[entry.image])
     except SmsbatchError as error:
-        return _failed("source", error)
-    except StopIteration:
-        return Check("source", "fail", f"{source.urls[0]}: no files in it", "check source.urls")
-    except OSError as error:
-        found = f"{source.urls[0]}: {error.strerror or 'there is no such folder'}"
-        return Check("source", "fail", found, "check source.urls and credentials")
-    return Check("source", "ok", f"{url} can be read")
+        yield _failed("source", error)
+        return
+    yield Check("source", "ok", f"{public(entry.url)} can be read")
+    captions = Counter(entry.caption_from for entry in entries if entry.caption_from)
+    found = f"{Contents(len(entries), captions, told.left, told.passed)}, in {part.url}"
+    if len(entries) == _LOOKED_AT:
+        found += f", of which the first {_LOOKED_AT:,} were looked at"
+    yield Check("captions", "warn" if told.notices else "ok", found, "; ".join(told.notices))
 
 
 def _weights(manifest: Manifest) -> Check:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from io import BytesIO
 from itertools import islice
@@ -11,6 +12,10 @@ from smsbatch.data.shards import read_rows
 from smsbatch.manifest import Manifest
 from smsbatch.runs.records import attempt_file
 from smsbatch.runs.snapshot import Snapshot
+
+LOOKED_AT = 1000  # rows
+
+_VARYING = re.compile(r"\S*/\S*|\d+")
 
 
 def failures(
@@ -30,6 +35,19 @@ def failures(
     snapshot = where if isinstance(where, Snapshot) else Snapshot(where)
     snapshot.run.require_dataset()
     return islice(_failures(snapshot, code), limit)
+
+
+def common_reason(where: str | Manifest) -> str:
+    """The message that most of the first LOOKED_AT failures share, as the first of them has it, with their number.
+
+    Messages are alike if they differ only in numbers and in words with a slash, such as URLs. '' if nothing failed.
+    """
+    alike: dict[str, list[str]] = {}
+    for row in failures(where, limit=LOOKED_AT):
+        message = row["error_message"] or ""
+        alike.setdefault(f"{row['error_code']} {_VARYING.sub('*', message)}", []).append(message)
+    most = max(alike.values(), key=len, default=[])
+    return f"the most common reason ({len(most)} of {sum(map(len, alike.values()))}): {most[0]}" if most else ""
 
 
 def _failures(snapshot: Snapshot, code: str | None) -> Iterator[dict[str, Any]]:

@@ -95,8 +95,8 @@ def measure(where: str | Manifest, reference: str | Path, *, of_sources: bool = 
 def _pairs(where: str | Manifest) -> tuple[list[dict[str, Any]], list[Picture], list[Picture]]:
     """The successful rows of a run, their sources and their results."""
     run = Run.open(where)
-    store, manifest = run.store, run.dataset
-    reader = Reader(run.storage, manifest.source.max_bytes)
+    store, manifest = run.store, run.fill(run.dataset)
+    reader = Reader.of(manifest.source, run.storage)
     entries = {entry.key: entry for entry in read_index(run.index)}
     rows, sources, results = [], [], []
     for _, shard in sorted(run.ledger.publications().items()):
@@ -106,10 +106,10 @@ def _pairs(where: str | Manifest) -> tuple[list[dict[str, Any]], list[Picture], 
             }
         with storage_errors("read", store.locate(shard.tar)), store.open_read(shard.tar) as file:
             for key, fields in read_tar(file):
-                rows.append(done[key])
+                rows.append(done[key] | {"prompt": manifest.fill(done[key]["prompt"])})
                 results.append(pixels.decode(fields[manifest.output.format], min_side=1))
                 original = reader.read(entries[key].fields[entries[key].image])
-                sources.append(pixels.source_picture(original, manifest.image))
+                sources.append(pixels.source_picture(original, manifest.image)[0])
     return rows, sources, results
 
 

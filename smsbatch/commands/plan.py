@@ -8,31 +8,31 @@ a driver that finds it alone can write its copy and the same plan again, and no 
 from __future__ import annotations
 
 import platform
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager, suppress
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
-from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from smsbatch.cluster.ray_pool import pool_of
+from smsbatch.commands.source_index import indexed
+from smsbatch.data.captions import Contents
+from smsbatch.data.colours import COLOURS
 from smsbatch.data.index import (
     OBJECTS,
     SAMPLES,
     UNITS,
-    Built,
     Part,
     StoredFile,
-    build_index,
     encode_objects,
     encode_units,
-    move_index,
     numbered,
     read_index,
 )
-from smsbatch.data.sources import Scanned, nothing_found, parts, scan
+from smsbatch.data.indexing import Built, move_index
+from smsbatch.data.sources import require_apart
 from smsbatch.engines.base import Weights
 from smsbatch.engines.optimize import OptimizeEngine
 from smsbatch.engines.table import ENGINES
@@ -41,14 +41,13 @@ from smsbatch.manifest import Manifest
 from smsbatch.runs.checkpoints import latest
 from smsbatch.runs.deleted import remove_remains
 from smsbatch.runs.drift import check_allowed, check_unchanged, inputs_changed
-from smsbatch.runs.layout import COPY, RUN
+from smsbatch.runs.layout import COPY, RUN, WRITTEN
 from smsbatch.runs.plan import Estimate, Plan, TrainingPlan
 from smsbatch.runs.plan_files import DIGESTS, cut, last_number, restore, write_moved, write_plan
 from smsbatch.runs.records import dump_record, load_record
 from smsbatch.runs.run import Run, find_or_require_empty, store_of
-from smsbatch.storage.scratch import scratch_folder
 from smsbatch.storage.store import Store
-from smsbatch.text import count
+from smsbatch.text import count, hidden
 from smsbatch.workers.pool import Pool
 
 # fmt: off
@@ -84,7 +83,7 @@ def plan(
     check_allowed(manifest, allow_drift)
     planner, store = PLANNERS[manifest.makes], store_of(manifest)
     planner.check_probe(probe, price_per_gpu_hour)
-    run = find_or_require_empty(store)
+    run = _found(manifest, store)
     if run is not None:
         check_unchanged(run, manifest, planner.digests(manifest), allow_drift, note=False)
     planned: Any
@@ -112,7 +111,7 @@ def establish(manifest: Manifest, pool: Pool, allow_drift: Collection[str] = ())
         SourceError, StorageError, WeightsError.
     """
     planner, store = PLANNERS[manifest.makes], store_of(manifest)
-    weights, run = planner.digests(manifest), find_or_require_empty(store)
+    weights, run = planner.digests(manifest), _found(manifest, store)
     if run is not None:
         check_unchanged(run, manifest, weights, allow_drift)
         if run.is_planned:
@@ -130,6 +129,14 @@ def establish(manifest: Manifest, pool: Pool, allow_drift: Collection[str] = ())
             run.plan_is(units)
         else:
             run.renew()
+    return run
+
+
+def _found(manifest: Manifest, store: Store) -> Run | None:
+    """The run at the output, None if one may begin there."""
+    run = find_or_require_empty(store)
+    if run is None:
+        require_apart(manifest.source, manifest.storage, store.url, WRITTEN)
     return run
 
 
@@ -155,7 +162,7 @@ def relocate(manifest: Manifest, run: Run, pool: Pool) -> None:
     Raises:
         SourceError: the source is missing, empty or has clashing keys.
     """
-    with _indexed(manifest, pool, [], chosen=False) as (listed, index, _):
+    with indexed(manifest, pool, [], chosen=False) as (listed, index, _, _):
         moved = index.with_name("moved.parquet")
         move_index(StoredFile(run.store, SAMPLES), index, moved)
         write_moved(run.store, moved, listed)
@@ -176,7 +183,7 @@ def restore_plan(manifest: Manifest, run: Run, damaged: Collection[str]) -> None
             if names:
                 restore(run.store, number, contents, run.planned_units)
             continue
-        with pool_of(manifest) as pool, _indexed(manifest, pool, [], chosen=not number) as (listed, index, built):
+        with pool_of(manifest) as pool, indexed(manifest, pool, [], chosen=not number) as (listed, index, built, _):
             if number:
                 moved = index.with_name("moved.parquet")
                 move_index(StoredFile(run.store, SAMPLES), index, moved)
@@ -212,6 +219,7 @@ class DatasetPlanner:
         pool: Pool,
         index: Path,
         built: Built,
+        contents: Contents,
         notices: Sequence[str],
         probe: int,
         per_unit: int | None,
@@ -232,6 +240,7 @@ class DatasetPlanner:
             units,
             tuple(notices),
             built.bytes,
+            contents,
             samples_per_unit=per_unit,
             steps=steps,
             estimate=estimate,
@@ -247,6 +256,7 @@ class DatasetPlanner:
             tuple(run.units),
             (*run.about["notices"], far),
             planned["bytes"],
+            run.contents,
             samples_done=sum(len(run.by_id[unit]) for unit in done),
             steps=ENGINES[manifest.task].steps_per_image(manifest),
         )
@@ -289,18 +299,20 @@ class TrainingPlanner:
         pool: Pool,
         index: Path,
         built: Built,
+        contents: Contents,
         notices: Sequence[str],
         probe: int,
         per_unit: int | None,
     ) -> TrainingPlan:
-        return TrainingPlan(manifest, built.samples, tuple(notices), built.bytes)
+        return TrainingPlan(manifest, built.samples, tuple(notices), built.bytes, contents)
 
     def begun(self, manifest: Any, run: Run) -> TrainingPlan:
         """The plan of an existing run, with its progress."""
         planned, checkpoint, steps = run.about["planned"], latest(run.store), manifest.distill.all_steps
         done = checkpoint.step if checkpoint else 0
         far = f"{run.store.url} has this run already: it continues from step {done:,} of {steps:,}"
-        return TrainingPlan(manifest, planned["samples"], (*run.about["notices"], far), planned["bytes"], done)
+        notices = (*run.about["notices"], far)
+        return TrainingPlan(manifest, planned["samples"], notices, planned["bytes"], run.contents, done)
 
     def planned_section(self, planned: Any) -> dict[str, Any]:
         return {"samples": planned.samples, "units": 0, "shards": 0, "bytes": planned.bytes_in}
@@ -330,37 +342,9 @@ class _Draft:
 def _drafted(manifest: Manifest, pool: Pool, probe: int = 0, samples_per_unit: int | None = None) -> Iterator[_Draft]:
     planner = PLANNERS[manifest.makes]
     notices = planner.check_weights(manifest).notices
-    with _indexed(manifest, pool, notices, chosen=True) as (listed, index, built):
-        planned = planner.draft(manifest, pool, index, built, notices, probe, samples_per_unit)
+    with indexed(manifest, pool, notices, chosen=True) as (listed, index, built, contents):
+        planned = planner.draft(manifest, pool, index, built, contents, notices, probe, samples_per_unit)
         yield _Draft(planned, listed, index, built)
-
-
-@contextmanager
-def _indexed(
-    manifest: Manifest, pool: Pool, notices: list[str], chosen: bool
-) -> Iterator[tuple[Sequence[Part], Path, Built]]:
-    """The source's objects, and their index in a temporary file; `notices` gets a line for everything skipped.
-
-    Args:
-        chosen: index only the samples that `skip` and `limit` choose. Otherwise all, for a changed source, where one
-            sample fewer would shift the choice.
-    """
-    source, storage = manifest.source, manifest.storage
-    limit, skip = (source.limit, source.skip) if chosen else (None, 0)
-    listed = parts(source, storage)
-    with scratch_folder("plan") as folder:
-        index = Path(folder, "samples.parquet")
-        with closing(pool.map(partial(scan, source=source, storage=storage), listed)) as scanned:
-            built = build_index(index, (part.table for part in _collect_notices(scanned, notices)), limit, skip)
-        if built.samples == 0:
-            raise nothing_found(source, notices)
-        yield listed, index, built
-
-
-def _collect_notices(scanned: Iterable[Scanned], notices: list[str]) -> Iterator[Scanned]:
-    for part in scanned:
-        notices += part.notices
-        yield part
 
 
 def _estimate(pool: Pool, index: StoredFile | Path, samples: int, wanted: int) -> Estimate | None:
@@ -370,20 +354,22 @@ def _estimate(pool: Pool, index: StoredFile | Path, samples: int, wanted: int) -
 
 
 def _run_json(draft: _Draft, weights: Mapping[str, str], commits: str) -> dict[str, Any]:
-    plan, manifest = draft.plan, draft.plan.manifest
-    planner = PLANNERS[manifest.makes]
+    plan, manifest, planner = draft.plan, draft.plan.manifest, PLANNERS[draft.plan.manifest.makes]
     generator = planner.generator(manifest)
     return {
         "smsbatch": version("smsbatch"),
         "name": manifest.name,
         "manifest": manifest.dump(),
         "manifest_sha256": manifest.identity,
-        "weights": dict(weights),
+        "environment": manifest.environment,
+        "weights": {hidden(name): digest for name, digest in weights.items()},
         **({} if generator is None else {"generator": generator}),
         "index_sha256": draft.built.sha256,
+        "colours": COLOURS,
         "planned": planner.planned_section(plan),
+        "contents": asdict(plan.contents),
         "commits": commits,  # by workers, or only by the driver if the store has no create-only put
-        "notices": list(plan.notices),
+        "notices": list(map(hidden, plan.notices)),
         "versions": {"python": platform.python_version()} | _versions(),
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
     }

@@ -109,6 +109,8 @@ def repair(
     manifest = where if isinstance(where, Manifest) else run.manifest_here
     for place in work.restore:
         store.put(place, dump_record(run.about))
+    if work.plan or work.recompute:
+        manifest = run.fill(manifest)
     if work.plan:
         restore_plan(manifest, run, work.plan)
         run.renew()

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from smsbatch.data import pixels
+from smsbatch.data import colours, pixels
 from smsbatch.data.index import find_key, index_size, read_index
 from smsbatch.data.reader import Reader
 from smsbatch.data.sample import Outcome, Unit
@@ -27,9 +27,11 @@ from smsbatch.data.tars import find_members
 from smsbatch.engines.table import ENGINES
 from smsbatch.errors import RequestError, SampleError
 from smsbatch.manifest import Dataset, Manifest
+from smsbatch.runs.drift import check_environment
 from smsbatch.runs.records import attempt_file
 from smsbatch.runs.run import Run
 from smsbatch.storage.store import storage_errors
+from smsbatch.text import hidden
 from smsbatch.workers.worker import failed
 
 _COMPARED = 100_000  # the largest plan that is searched for similar keys
@@ -73,11 +75,13 @@ def replay(where: str | Manifest, key: str, target: str | Path | None = None) ->
         target: a file, or an existing folder. Default: `<key>.<format>` in the working directory.
 
     Raises:
-        RequestError: there is no run, it makes no dataset, the key is not in its plan, or another file exists.
+        RequestError: there is no run, it makes no dataset, the key is not in its plan, or another file exists; or the
+            environment has other values than the run had, or none.
         StorageError: the run cannot be read, or the file cannot be written.
     """
     run = Run.open(where)
-    store, manifest = run.store, run.dataset
+    store, manifest = run.store, run.fill(run.dataset)
+    check_environment(run, manifest)
     if not run.is_planned:
         raise RequestError(f"{store.url}: the run here has no plan yet; `smsbatch run` continues it")
     compute = where.compute if isinstance(where, Manifest) else manifest.compute
@@ -100,7 +104,7 @@ def replay(where: str | Manifest, key: str, target: str | Path | None = None) ->
     if picture == outcome.image:
         return Replayed(key, shown, path, before, same=True, largest=0, mean=0.0)
     largest, mean = _difference(picture, outcome.image)
-    changed = tuple(_changed(run.about, manifest, before or {}, shown))
+    changed = tuple(_changed(run, manifest, before or {}, shown))
     return Replayed(key, shown, path, before, same=False, largest=largest, mean=mean, changed=changed)
 
 
@@ -108,9 +112,9 @@ def _again(run: Run, manifest: Dataset, row: int) -> Outcome:
     from smsbatch.workers.stylizer import Stylizer  # loads torch
 
     (entry,) = read_index(run.index, row, row + 1)
-    reader = Reader(manifest.storage, manifest.source.max_bytes)
+    reader = Reader.of(manifest.source, manifest.storage)
     try:
-        sample = load_sample(entry, manifest.source, reader)
+        sample = load_sample(entry, manifest.source, reader, manifest.seed)
     except SampleError as error:
         return failed(entry, error.code, str(error))
     (outcome,) = Stylizer(manifest).stylize([sample])
@@ -149,13 +153,18 @@ def _difference(before: bytes, now: bytes) -> tuple[int | None, float | None]:
     return int(difference.max()), float(difference.mean())
 
 
-def _changed(run: Mapping[str, Any], manifest: Dataset, before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+def _changed(run: Run, manifest: Dataset, before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     found = []
     if before.get("source_sha256") != now["source_sha256"]:
         found.append("the source picture has changed")
+    if run.colours != colours.COLOURS:
+        found.append(f"colours were read {run.colours} then, {colours.COLOURS} now")
     weights = ENGINES[manifest.task].digests(manifest)
-    found += [f"the file {name} has changed" for name in weights if run["weights"].get(name) != weights[name]]
-    for name, then in run["versions"].items():
+    then_weights = run.about["weights"]
+    found += [
+        f"the file {name} has changed" for name, digest in weights.items() if then_weights.get(hidden(name)) != digest
+    ]
+    for name, then in run.about["versions"].items():
         with suppress(PackageNotFoundError):
             now_installed = platform.python_version() if name == "python" else version(name)
             if now_installed != then:

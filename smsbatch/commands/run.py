@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Collection, Sequence
+from contextlib import suppress
 from itertools import groupby
 from typing import Any
 
 from smsbatch.cluster.ray_pool import pool_of
+from smsbatch.commands.failures import common_reason
 from smsbatch.commands.plan import establish, relocate
 from smsbatch.commands.run_training import train
-from smsbatch.errors import ERROR_CODES, RequestError, RunError
-from smsbatch.manifest import Errors, Manifest
+from smsbatch.errors import ERROR_CODES, RequestError, RunError, StorageError
+from smsbatch.manifest import Manifest
 from smsbatch.report.model import Report
 from smsbatch.report.write import summarize, write_report
 from smsbatch.runs.deleted import ends_if_deleted
@@ -44,8 +46,8 @@ def run(
         progress: called a few times a second with a Status, or for a training with a TrainingProgress.
         retry_failed: also retry failed samples, and publish their shards as a new generation.
         codes: retry only samples that failed with one of these error codes.
-        allow_drift: keys of the manifest, `weights` or `inputs` that may have changed since the plan. The change is
-            noted with the run, which still follows its plan.
+        allow_drift: keys of the manifest, `environment`, `weights` or `inputs` that may have changed since the plan.
+            The change is noted with the run, which still follows its plan.
 
     Raises:
         RequestError: the manifest, source, weights or codes are invalid, or differ from those of the run at
@@ -73,7 +75,7 @@ def make_dataset(
         todo = _again(tally, codes) if retry_failed else []
         undone = [WorkItem(unit) for unit in run.units if unit.id not in tally.commits]
         if undone and not todo:
-            _check_budget(manifest.errors, store, tally)
+            _check_budget(manifest, store, tally)
         todo += undone
         progress(tally.status())
         if todo:
@@ -94,7 +96,7 @@ def make_dataset(
             report = (summarize if reported else write_report)(run, tally.commits, published)
         progress(tally.status(finished=True))
         try:
-            _check_budget(manifest.errors, store, tally)
+            _check_budget(manifest, store, tally)
         except RunError:
             store.delete(SUCCESS)
             raise
@@ -160,7 +162,7 @@ def _work(
                 shard = run.by_id[commit.unit].shard
                 run.ledger.publish(shard, run.shards[shard])
             if not retried and len(tally.commits) < len(tally.units):  # pending retries may bring it back under budget
-                _check_budget(manifest.errors, run.store, tally)
+                _check_budget(manifest, run.store, tally)
         now = tally.status(pool.progress())
         heartbeat.now = now.beat()
         progress(now)
@@ -173,12 +175,14 @@ def _shuffled(todo: Sequence[WorkItem], seed: str) -> list[WorkItem]:
     return [item for items in shards for item in items]
 
 
-def _check_budget(errors: Errors, store: Store, tally: RunTally) -> None:
+def _check_budget(manifest: Manifest, store: Store, tally: RunTally) -> None:
     """Stop a run that has exceeded its failure budget, in all or in one unit: going on would only cost more."""
-    over = over_budget(errors, tally.failed, tally.samples, tally.errors, tally.worst)
+    over = over_budget(manifest.errors, tally.failed, tally.samples, tally.errors, tally.worst)
     if over:
         left = len(tally.units) - len(tally.commits)
         state = f"stopped, {left} of {len(tally.units)} units are not done" if left else "everything is written"
+        with suppress(StorageError):  # of the rows, which may be gone; the budget is over anyway
+            over = "; ".join(filter(None, (over, common_reason(manifest))))
         raise RunError(
             f"{over}; {state}; `smsbatch errors {store.url}` lists them; fix the cause and run with --retry-failed "
             "(and with --allow-drift inputs, if it was in the source), or raise the limit"

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from smsbatch.commands.shard_check import Findings, ShardChecker
-from smsbatch.data.index import SAMPLES, digest_index
+from smsbatch.data.index import SAMPLES
+from smsbatch.data.indexing import digest_index
 from smsbatch.errors import StorageError
 from smsbatch.manifest import Manifest
 from smsbatch.parallel import map_ahead

@@ -11,12 +11,14 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from typing import TypeGuard
 
 # Bytes of a USTAR name without its prefix field, which some readers ignore.
 LONGEST_NAME = 100
 LONGEST_EXTENSION = 32
+LONGEST_LABEL = 64  # of a table's name in derived keys: enough to know it, and leaves room for the number
 # Fields that every result has besides the source's own.
 OURS = ("json", "webp")
 
@@ -34,15 +36,59 @@ def map_key(wish: str, extensions: Iterable[str], original: str | None = None) -
     `wish` is the preferred key; `original`, by default the same, is the source's name for the sample.
     """
     original = wish if original is None else original
-    room = LONGEST_NAME - 1 - max(len(name.encode()) for name in (*extensions, *OURS))
-    if _KEY.fullmatch(wish) and len(wish.encode()) <= room and not _META.match(wish) and not _MAPPED.search(wish):
+    names = (*extensions, *OURS)
+    room = LONGEST_NAME - 1 - max(len(name.encode()) for name in names)
+    meta = wish.startswith("__") and any(_META.match(f"{wish}.{name}/") for name in names)
+    if _KEY.fullmatch(wish) and len(wish.encode()) <= room and not meta and not _MAPPED.search(wish):
         return wish, None if wish == original else shown(original)
-    mark = "~" + hashlib.sha256(original.encode("utf-8", "surrogatepass")).hexdigest()[:10]
+    mark = f"~{_digest(original)}"
     stem = "/".join(part for part in sanitize(wish).split("/") if part)
-    if _META.match(stem):
+    if meta:
         stem = stem.lstrip("_/")
-    stem = stem.encode()[: room - len(mark)].decode(errors="ignore").rstrip("/")
+    stem = _cut(stem, room - len(mark)).rstrip("/")
     return stem + mark, shown(original)
+
+
+def distinct_names(paths: Sequence[str]) -> list[str]:
+    """A name of at most 64 bytes for each path, no two alike: of the file without its suffix, `0000`.
+
+    Files of one name are told apart by as many of their folders as that takes, `train__0000` and `test__0000`, and in
+    one folder by their suffixes. Names that are too long and begin alike end in `~` and a digest of the path.
+    """
+    split = [[part for part in _path(path).removesuffix(".gz").split("/") if part] or [path] for path in paths]
+    stems = Counter((*parts[:-1], parts[-1].rpartition(".")[0]) for parts in split)
+    for parts in split:
+        stem = parts[-1].rpartition(".")[0] or parts[-1]
+        parts[-1] = stem if stems[(*parts[:-1], stem)] == 1 else parts[-1]
+    depths = [1] * len(split)
+    while True:
+        names = [sanitize("__".join(parts[-depth:])) for parts, depth in zip(split, depths, strict=True)]
+        often = Counter(names)
+        deeper = [at for at, name in enumerate(names) if often[name] > 1 and depths[at] < len(split[at])]
+        if not deeper:
+            break
+        for at in deeper:
+            depths[at] += 1
+    short = [_cut(name, LONGEST_LABEL) for name in names]
+    often = Counter(short)
+    return [
+        name if often[name] == 1 else f"{_cut(name, LONGEST_LABEL - 11)}~{_digest(path)}"
+        for name, path in zip(short, paths, strict=True)
+    ]
+
+
+def _path(url: str) -> str:
+    """A URL without its query."""
+    return re.split(r"[?#]", url)[0] if re.match("https?://", url, re.IGNORECASE) else url
+
+
+def _cut(text: str, size: int) -> str:
+    """As many of the first characters as fit into `size` bytes."""
+    return text.encode()[:size].decode(errors="ignore")
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:10]
 
 
 def sanitize(text: str) -> str:
@@ -62,4 +108,4 @@ def shown(text: str) -> str:
 
 def is_text(value: object) -> TypeGuard[str]:
     """True for a string without lone surrogates, which JSON can escape but no file can hold."""
-    return isinstance(value, str) and not any("\ud800" <= letter <= "\udfff" for letter in value)
+    return isinstance(value, str) and (value.isascii() or not any("\ud800" <= letter <= "\udfff" for letter in value))

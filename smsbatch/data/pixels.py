@@ -1,4 +1,4 @@
-"""Decode, resize and encode pictures; the only module that imports PIL.
+"""Decode, resize and encode pictures; only this module and colours.py import PIL.
 
 A picture is uint8 [H, W, 3], sRGB, upright, opaque. Any input becomes such an array or a SampleError: decode_error (not
 a picture, or damaged anywhere), too_small, too_large (from the header, before memory is allocated), encode_error.
@@ -10,7 +10,7 @@ import io
 import struct
 import warnings
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from math import log
@@ -20,7 +20,9 @@ import numpy.typing as npt
 from PIL import Image, UnidentifiedImageError
 
 from smsbatch import manifest
+from smsbatch.data.colours import opaque
 from smsbatch.errors import SampleError
+from smsbatch.parallel import MemoryLimit
 
 Pixels = npt.NDArray[np.uint8]
 
@@ -50,24 +52,62 @@ _DAMAGE = (
     zlib.error,
 )
 
+DECODING = MemoryLimit(1 << 30)
+"""Memory of all pictures that are being decoded in this process at a time."""
+_STRIP = 1 << 20  # pixels that are converted at once
+
+MOST_SCANS = 100  # of a progressive JPEG; encoders write about ten
+
 _ORIENTATION_TAG = 0x0112
-_UPRIGHT = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
+_TURNS: dict[int, Callable[[Pixels], Pixels]] = {
+    1: lambda pixels: pixels,
+    2: lambda pixels: pixels[:, ::-1],
+    3: lambda pixels: pixels[::-1, ::-1],
+    4: lambda pixels: pixels[::-1],
+    5: lambda pixels: pixels.swapaxes(0, 1),
+    6: lambda pixels: pixels[::-1].swapaxes(0, 1),
+    7: lambda pixels: pixels[::-1, ::-1].swapaxes(0, 1),
+    8: lambda pixels: pixels[:, ::-1].swapaxes(0, 1),
 }
 _LYING = (5, 6, 7, 8)  # those that swap width and height
 
 
 def decode(data: bytes, *, min_side: int = MIN_SIDE, max_pixels: int = MAX_PIXELS) -> Pixels:
     """The picture in a file, turned by its EXIF tag; alpha over white, 16 bits to 8, an animation's first frame."""
-    with _opened(data, min_side, max_pixels) as image:
-        image.load()  # completely: an intact header proves nothing
-        return np.array(_rgb(_upright(image)))
+    with decoded(data, min_side=min_side, max_pixels=max_pixels) as pixels:
+        return pixels
+
+
+@contextmanager
+def decoded(data: bytes, *, min_side: int = MIN_SIDE, max_pixels: int = MAX_PIXELS) -> Iterator[Pixels]:
+    """`decode`, and the memory for it until the context ends: all pictures that this process decodes at a time share
+    `DECODING`, so that a few files of a hundred megapixels do not exhaust the machine.
+
+    Pillow has four bytes a pixel, the result three, and what is converted is a strip.
+    """
+    width, height = size(data, min_side=min_side, max_pixels=max_pixels)
+    modern = data[:4] == b"RIFF" or data[4:8] == b"ftyp"  # WebP and AVIF, whose decoders hold a picture once more
+    with DECODING.take((16 if modern else 8) * width * height):
+        with _opened(data, min_side, max_pixels) as image:
+            image.load()  # completely: an intact header proves nothing
+            turn = _TURNS.get(_orientation(image), _TURNS[1])
+            pixels = _sheet(image, data)
+        del image  # its memory, before the picture is turned
+        yield np.ascontiguousarray(turn(pixels))
+
+
+def _sheet(image: Image.Image, data: bytes) -> Pixels:
+    """The pixels of a loaded picture, converted in strips, because Pillow copies a picture for every conversion."""
+    width, height = image.size
+    rows = max(1, _STRIP // width)
+    if rows >= height:
+        return np.array(opaque(image, data))
+    pixels = np.empty((height, width, 3), np.uint8)
+    for top in range(0, height, rows):
+        strip = image.crop((0, top, width, min(top + rows, height)))
+        strip.format = image.format
+        pixels[top : top + rows] = np.asarray(opaque(strip, data))
+    return pixels
 
 
 def size(data: bytes, *, min_side: int = MIN_SIDE, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
@@ -95,6 +135,9 @@ def _opened(data: bytes, min_side: int, max_pixels: int) -> Iterator[Image.Image
                 width, height = image.size
                 if width * height > max_pixels:
                     raise SampleError("too_large", f"{width} x {height} is over the limit of {max_pixels} pixels")
+                scans = data.count(b"\xff\xda") if image.format == "JPEG" else 0  # each costs a pass over all pixels
+                if scans > MOST_SCANS:
+                    raise SampleError("decode_error", f"a JPEG of {scans:,} scans; the limit is {MOST_SCANS}")
                 if min(width, height) < min_side:
                     raise SampleError("too_small", f"{width} x {height} is under the limit of {min_side} pixels a side")
                 yield image
@@ -106,10 +149,14 @@ def _opened(data: bytes, min_side: int, max_pixels: int) -> Iterator[Image.Image
             raise SampleError("decode_error", f"damaged: {error}") from error
 
 
-def source_picture(data: bytes, image: manifest.Image) -> Pixels:
-    """A source's picture as a run stylizes it, decoded and fitted; SampleError as of both."""
-    picture = decode(data, min_side=image.min_side, max_pixels=image.max_pixels)
-    return fit(picture, image.resolution, image.fit)
+def source_picture(data: bytes, image: manifest.Image) -> tuple[Pixels, tuple[int, int]]:
+    """A source's picture as a run stylizes it, decoded and fitted, and the (width, height) that it had.
+
+    SampleError as of both.
+    """
+    with decoded(data, min_side=image.min_side, max_pixels=image.max_pixels) as picture:
+        height, width = picture.shape[:2]
+        return fit(picture, image.resolution, image.fit), (width, height)
 
 
 def fit(pixels: Pixels, resolution: int, mode: str = "short_side") -> Pixels:
@@ -228,27 +275,9 @@ def thumbnail(picture: Pixels | bytes, side: int, quality: int = 80) -> bytes:
     return encode(np.array(image), "webp", quality)
 
 
-def _upright(image: Image.Image) -> Image.Image:
-    method = _UPRIGHT.get(_orientation(image))
-    return image if method is None else image.transpose(method)
-
-
 def _orientation(image: Image.Image) -> int:
     try:
         orientation = image.getexif().get(_ORIENTATION_TAG)
     except _DAMAGE:  # damaged EXIF beside good pixels: keep the picture, unturned
         return 1
     return orientation if isinstance(orientation, int) else 1
-
-
-def _rgb(image: Image.Image) -> Image.Image:
-    if image.mode == "F":
-        raise ValueError("floating-point pixels have no known range")
-    if image.mode.startswith("I"):  # 16 bits, whatever the container; 65535 / 257 = 255
-        levels = np.asarray(image).astype(np.int64).clip(0, 65535)
-        image = Image.fromarray(((levels + 128) // 257).astype(np.uint8))
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, "white")
-        image = Image.alpha_composite(white, image)
-    return image.convert("RGB")

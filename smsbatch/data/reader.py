@@ -3,6 +3,7 @@
     local paths, `tiny:` names, `file://`      etag = modification time and size; `tiny:` names have none
     s3:// and every driver of fsspec           etag = the store's
     http(s)://                                 etag = ETag or Last-Modified; no globs and no folders
+    data:                                      in rows of tables only
 
 `expand`, `list_files` and `open_url` raise OSErrors, to which the caller adds the name. `Reader` separates the failure
 of one sample from that of the store, which would fail all other samples too.
@@ -10,16 +11,21 @@ of one sample from that of the store, which would fail all other samples too.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
+from pathlib import Path
 from typing import IO, NamedTuple
 
-from smsbatch.data.sample import Span
-from smsbatch.errors import SampleError, StorageError
-from smsbatch.manifest import Storage
-from smsbatch.storage.backend import TooLarge
+from smsbatch.data.cells import RowGroups
+from smsbatch.data.sample import Span, table_of
+from smsbatch.errors import RequestError, SampleError, StorageError
+from smsbatch.manifest import Source, Storage
+from smsbatch.storage.addresses import Rules, decode_data_url, is_data, is_web, split_refused
+from smsbatch.storage.backend import Fetched, TooLarge
 from smsbatch.storage.resolve import resolve
-from smsbatch.storage.retries import RemoteError, redact
+from smsbatch.storage.retries import RemoteError, redact, shown
+from smsbatch.text import hidden, one_line
 
 GAP = 64 << 10  # bytes; a smaller gap between two spans is read too, which is cheaper than a second request
 EXTRA = 1 << 20  # bytes by which a joint request of several spans may exceed `max_bytes`
@@ -76,6 +82,31 @@ def list_files(folder: str, storage: Storage) -> Iterator[Listed]:
         yield Listed(path[start:], f"{prefix}/{path[start:]}", size, "" if _tiny(folder) else etag)
 
 
+def holds(pattern: str, url: str, storage: Storage) -> bool:
+    """True if the folder, or the pattern with `*`, `?`, `[]`, holds the object at `url`, which need not exist."""
+    backend, inside = resolve(pattern, storage)
+    other, path = resolve(url, storage)
+    if type(backend) is not type(other) or backend.scheme != other.scheme:
+        return False
+    if backend.is_local:
+        inside, path = os.path.realpath(inside), os.path.realpath(path)
+    return path.startswith(f"{inside.rstrip('/')}/") or backend.matches(path, inside)
+
+
+def is_local(url: str, storage: Storage) -> bool:
+    """True for a file or folder of this machine."""
+    return resolve(url, storage)[0].is_local
+
+
+def linked_folders(folder: str, storage: Storage) -> list[str]:
+    """The links to folders below a folder of this machine, which `list_files` does not follow; sorted."""
+    backend, root = resolve(folder, storage)
+    if not backend.is_local:
+        return []
+    below = (Path(where, name) for where, names, _ in os.walk(root) for name in names)
+    return sorted(str(path) for path in below if path.is_symlink())
+
+
 def open_url(url: str, storage: Storage) -> IO[bytes]:
     """The object as a seekable file, which the caller closes; a remote one is read ahead by 1 MiB."""
     backend, path = resolve(url, storage)
@@ -83,19 +114,31 @@ def open_url(url: str, storage: Storage) -> IO[bytes]:
 
 
 class Reader:
-    """Reads samples' bytes, in any number of threads. Files of more than `max_bytes` are refused without reading."""
+    """Reads samples' bytes, in any number of threads. Files of more than `max_bytes` are refused without reading.
 
-    def __init__(self, storage: Storage, max_bytes: int, check_etag: bool = True) -> None:
-        self.storage, self.max_bytes, self.check_etag = storage, max_bytes, check_etag
+    `rules` are those of the tables whose rows name the objects; None if the source itself lists them.
+    """
+
+    def __init__(self, storage: Storage, max_bytes: int, check_etag: bool = True, rules: Rules | None = None) -> None:
+        self.storage, self.max_bytes, self.check_etag, self.rules = storage, max_bytes, check_etag, rules
+        self._row_groups = RowGroups(storage)
+
+    @classmethod
+    def of(cls, source: Source, storage: Storage, output: str = "") -> Reader:
+        """The reader of a source's samples; `output` is where the run that reads them is stored."""
+        of_table = source.format == "table"
+        rules = Rules.of(source.urls, storage.private_addresses, output) if of_table else None
+        return cls(storage, source.max_bytes, rules=rules)
 
     def read(self, span: Span) -> bytes:
         """The bytes of a span.
 
         SampleError: `read_error` (missing, forbidden, fewer than planned, another version), `timeout`, `too_large`.
-        StorageError: the store itself refuses or does not answer, so every other sample would fail too.
+        StorageError: the store itself refuses or does not answer, so every other sample would fail too. What a row of a
+            table names is the store itself only if it lies in the bucket of a table or of the output.
         """
         if span.length is not None and span.length > self.max_bytes:
-            raise self._too_large(redact(span.url), span.length)
+            raise self._too_large(shown(span.url), span.length)
         return self._read(span, self.max_bytes)
 
     def read_all(self, spans: Sequence[Span]) -> list[bytes]:
@@ -133,17 +176,26 @@ class Reader:
             yield run
 
     def _read(self, span: Span, limit: int) -> bytes:
-        name = redact(span.url)
-        backend, path = resolve(span.url, self.storage)
+        found = table_of(span.url)
+        if found is not None:
+            return self._cell(*found, span)
+        name = shown(span.url)
         stop = None if span.length is None else span.offset + span.length
         try:
-            data, size, etag = backend.get(path, span.offset, stop, limit)
+            data, size, etag = self._get(span, stop, limit)
         except TooLarge as error:
             raise self._too_large(name, error.size) from error
+        except RequestError as error:
+            if self.rules is None:
+                raise
+            raise SampleError("read_error", str(error)) from error
         except OSError as error:
             reason = redact(str(error.strerror or error))
-            if isinstance(error, RemoteError) and (error.fatal or (error.again and not backend.is_web)):
-                raise StorageError(f"cannot read {name}: {reason}; {error.advice}") from error
+            if isinstance(error, RemoteError):
+                ours = self.rules is None or self.rules.is_own(span.url)
+                if ours and (error.fatal or (error.again and not is_web(span.url))):
+                    raise StorageError(f"cannot read {name}: {reason}; {error.advice}") from error
+                reason += "" if error.again else f"; {error.advice}"
             slow = isinstance(error, TimeoutError)
             raise SampleError("timeout" if slow else "read_error", f"{name}: {reason}") from error
         if self.check_etag and span.etag and etag and etag != span.etag:
@@ -158,13 +210,42 @@ class Reader:
                 )
         return data
 
+    def _cell(self, column: str, table: str, span: Span) -> bytes:
+        name = f"{redact(table)}, row {span.offset + 1:,}"
+        try:
+            data = self._row_groups.read(column, table, span.offset, span.etag if self.check_etag else "")
+        except OSError as error:
+            reason = redact(str(error.strerror or error))
+            if isinstance(error, RemoteError) and (error.fatal or error.again):
+                raise StorageError(f"cannot read {name}: {reason}; {error.advice}") from error
+            raise SampleError("read_error", f"{name}: {reason}") from error
+        except (ValueError, KeyError) as error:
+            raise SampleError("read_error", f"{name}: {one_line(error)}") from error
+        if data is None:
+            raise SampleError("read_error", f"{name}: no picture in column {column!r}, it is null")
+        if len(data) > self.max_bytes:
+            raise self._too_large(name, len(data))
+        return data
+
+    def _get(self, span: Span, stop: int | None, limit: int) -> Fetched:
+        if is_data(span.url):
+            if len(span.url) > 3 * limit + 1000:  # of a percent-encoded byte: decoding takes memory
+                raise TooLarge(limit + 1)
+            data = decode_data_url(span.url)
+            if len(data) > limit:
+                raise TooLarge(len(data))
+            return Fetched(data[span.offset : stop], len(data), "")
+        backend, path = resolve(span.url, self.storage, self.rules)
+        return backend.get(path, span.offset, stop, limit)
+
     def _too_large(self, name: str, size: int) -> SampleError:
         return SampleError("too_large", f"{name}: {size} bytes or more, source.max_bytes is {self.max_bytes}")
 
 
 def public(url: str) -> str:
-    """A URL without passwords and signature values, for rows and messages."""
-    return redact(url) if "://" in url else url
+    """A URL without passwords, signature values and values of the environment, for rows and messages."""
+    address, _ = split_refused(url)
+    return redact(address) if "://" in address else hidden(address)
 
 
 def _end(span: Span) -> int:

@@ -8,18 +8,24 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
+from urllib.parse import quote, unquote
 
 import pyarrow as pa
+
+from smsbatch.text import hidden, printable, shortened
+
+LONGEST_TEXT = 500  # characters of a URL or message in a row
 
 
 class Span(NamedTuple):
     """Bytes [offset, offset + length) of the object at `url`: an absolute path, a URL or a `tiny:` name.
 
     `length` None is the whole object, of unknown size: planning does not look up the pictures of a table. `etag` is the
-    version of the object when it was planned, '' if unknown.
+    version of the object when it was planned, '' if unknown. A picture in a cell of a table has a span of `cell`.
     """
 
     url: str
@@ -28,12 +34,24 @@ class Span(NamedTuple):
     etag: str = ""
 
 
+def cell(column: str, table: str, row: int, etag: str) -> Span:
+    """The span of a picture in a Parquet table: a dotted path of a column, the table's URL, the row from 0."""
+    return Span(f"parquet:{quote(column, safe='')}:{table}", row, None, etag)
+
+
+def table_of(url: str) -> tuple[str, str] | None:
+    """(column, table) if a span's URL is that of a cell."""
+    match = re.fullmatch(r"parquet:([^:/]*):(.*)", url, re.DOTALL)
+    return None if match is None else (unquote(match[1]), match[2])
+
+
 @dataclass(frozen=True, slots=True)
 class Entry:
     """One planned sample.
 
     `fields` maps extensions ('jpg', 'txt', 'seg.png') to spans; `image` is the picture's extension, '' if it has none.
-    Only tables set `caption`. `original_key` is the source's name for the sample if it could not be the key.
+    `caption` is set by tables, and by the metadata of a folder. `original_key` is the source's name for the sample if
+    it could not be the key. `caption_from` is the rule that finds its caption, as far as planning knows, None for none.
     """
 
     key: str
@@ -41,11 +59,14 @@ class Entry:
     fields: Mapping[str, Span]
     caption: str | None = None
     original_key: str | None = None
+    caption_from: str | None = None
 
     @property
     def url(self) -> str:
-        """The object of the picture, else that of the first field."""
-        return self.fields[self.image].url if self.image else next(iter(self.fields.values())).url
+        """The object of the picture, else that of the first field; a cell of a table is `table.parquet#row=17`."""
+        span = self.fields[self.image] if self.image else next(iter(self.fields.values()))
+        found = table_of(span.url)
+        return span.url if found is None else f"{found[1]}#row={span.offset}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +80,7 @@ class Sample:
     caption: str
     fields: Mapping[str, bytes]
     original_key: str | None = None
+    caption_from: str | None = None
 
     @property
     def sha256(self) -> str:
@@ -98,6 +120,7 @@ class Outcome:
     error_code: str | None = None
     error_message: str | None = None
     caption: str | None = None
+    caption_from: str | None = None
     prompt: str | None = None
     width: int | None = None
     height: int | None = None
@@ -124,8 +147,15 @@ class Outcome:
         return self.image is not None
 
     def row(self, unit: Unit, attempt: str, worker: str, metrics: Sequence[str], generation: int = 0) -> dict[str, Any]:
-        """The row of `row_schema(metrics)`; a metric that was not measured is null."""
+        """The row of `row_schema(metrics)`; a metric that was not measured is null.
+
+        URL and message, which come from anywhere, are cleaned.
+        """
         columns = {name: getattr(self, name) for name in _OF_OUTCOME}
+        for name in ("url", "error_message"):
+            if columns[name] is not None:
+                columns[name] = cleaned(columns[name])
+        columns["prompt"] = None if self.prompt is None else hidden(self.prompt)
         return columns | {
             "status": "success" if self.succeeded else "failed",
             "sha256": None if self.image is None else hashlib.sha256(self.image).hexdigest(),
@@ -145,6 +175,7 @@ class Outcome:
         """
         values = {name: getattr(self, name) for name in _PROVENANCE}
         values |= {"caption": self.caption or "", "original_key": self.original_key or self.key}
+        values["prompt"] = hidden(self.prompt or "")
         return json.dumps(values, ensure_ascii=False, sort_keys=True).encode()
 
 
@@ -158,6 +189,7 @@ ROW_SCHEMA = pa.schema(
         pa.field("error_message", pa.string()),
         pa.field("attempts", pa.int32(), nullable=False),  # tries of the sample
         pa.field("caption", pa.string()),
+        pa.field("caption_from", pa.string()),  # the rule of source.caption, or the column; null without caption
         pa.field("prompt", pa.string()),
         pa.field("width", pa.int32()),
         pa.field("height", pa.int32()),
@@ -179,7 +211,7 @@ ROW_SCHEMA = pa.schema(
 )
 _OF_LEDGER = {"status", "sha256", "unit", "shard", "generation", "attempt", "worker"}
 _OF_OUTCOME = [name for name in ROW_SCHEMA.names if name not in _OF_LEDGER]
-_OF_ONE_RUN = {"error_code", "error_message", "attempts", "batch_size", "seconds", "url"}
+_OF_ONE_RUN = {"caption_from", "error_code", "error_message", "attempts", "batch_size", "seconds", "url"}
 _PROVENANCE = [name for name in _OF_OUTCOME if name not in _OF_ONE_RUN]
 
 
@@ -189,6 +221,11 @@ def row_schema(metrics: Sequence[str] = ()) -> pa.Schema:
         if name in ROW_SCHEMA.names:
             raise ValueError(f"a metric cannot be named like the column {name}")
     return pa.schema([*ROW_SCHEMA, *(pa.field(name, pa.float32()) for name in metrics)])
+
+
+def cleaned(text: str) -> str:
+    """A URL or message for a row: at most LONGEST_TEXT characters, all of them printable, none moves a cursor."""
+    return shortened(printable(hidden(text)), LONGEST_TEXT)
 
 
 def hashed_seed(name: str) -> int:

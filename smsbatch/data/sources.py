@@ -2,10 +2,11 @@
 
 Every sample becomes an entry, also one without a picture: it fails when it is read and so ends as a row. A fault that
 makes the whole request doubtful (a missing file, a broken table, two samples with one key) is a SourceError before
-anything starts; one that can be worked around, such as a truncated tar, is a line in `notices`.
+anything starts; one that can be worked around, such as a truncated tar, is a line in `notices`. What is left out is
+counted and told.
 
     webdataset   key = a member's path up to the first dot of its basename, extension = the rest in lower case
-    folder       key = relative path without suffix, '/' -> '__', '.' -> '_'; `a/b.txt`, `a/b.json` belong to `a/b.jpg`
+    folder       key = relative path without suffix, '/' -> '__', '.' -> '_'; see folders.py
     table        see tables.py
 
 All names pass through the key rule of keys.py.
@@ -13,39 +14,59 @@ All names pass through the key rule of keys.py.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import re
 import tarfile
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import chain, islice, product
 from typing import NamedTuple
 
 import pyarrow as pa
 
+from smsbatch.data.captions import (
+    LONGEST_CAPTION,
+    LONGEST_READ,
+    Caption,
+    Contents,
+    fields_of,
+    find_caption,
+    has_caption,
+    short_enough,
+    too_long,
+)
+from smsbatch.data.folders import folder_entries, folder_part, is_passed_over
 from smsbatch.data.index import INDEX_SCHEMA, Part, to_table
-from smsbatch.data.keys import is_extension, is_text, map_key
-from smsbatch.data.reader import Listed, Reader, absolute, expand, list_files, open_url, public
+from smsbatch.data.keys import distinct_names, is_extension, is_text, map_key
+from smsbatch.data.reader import Reader, expand, holds, list_files, open_url, public
 from smsbatch.data.sample import Entry, Sample, Span
 from smsbatch.data.tables import read_table
 from smsbatch.data.tars import Members, split_name
-from smsbatch.errors import RequestError, SampleError, SourceError
+from smsbatch.errors import SampleError, SourceError
 from smsbatch.manifest import Source, Storage
+from smsbatch.storage.retries import RemoteError
 
-LONGEST_CAPTION = 65536
-SIDECARS = ("txt", "json")
 ROWS_AT_ONCE = 8192
 # Storage has a high latency and a high throughput.
 REQUESTS_AT_ONCE = 32
 
 
 class Scanned(NamedTuple):
-    """The index of one part, and notices of what was skipped in it."""
+    """The index of one part, notices of what was skipped in it, and counts of it by extension (`Contents`)."""
 
     table: pa.Table
     notices: list[str]
+    left: Counter[str]
+    passed: Counter[str]
+
+
+class Scan:
+    """What a scan has found besides entries."""
+
+    def __init__(self) -> None:
+        self.notices: list[str] = []
+        self.left: Counter[str] = Counter()
+        self.passed: Counter[str] = Counter()
 
 
 def parts(source: Source, storage: Storage) -> list[Part]:
@@ -55,50 +76,110 @@ def parts(source: Source, storage: Storage) -> list[Part]:
         SourceError: an object is missing, cannot be listed, or is named twice.
     """
     if source.format == "folder":
-        found = [_folder_part(url, storage) for url in source.urls]
+        found = [[folder_part(url, source, storage)] for url in source.urls]
     else:
-        names = list(chain.from_iterable(map(_braces, source.urls)))
+        names = [(number, name) for number, url in enumerate(source.urls) for name in _braces(url)]
         with ThreadPoolExecutor(REQUESTS_AT_ONCE) as threads:
-            expanded = threads.map(lambda name: _expand(name, source, storage), names)
-            found = list(chain.from_iterable(expanded))
-    for url, times in Counter(part.url for part in found).items():
+            expanded = threads.map(lambda name: _expand(name[1], source, storage), names)
+            found = [[] for _ in source.urls]
+            for (number, _), of_name in zip(names, expanded, strict=True):
+                found[number] += of_name
+    listed = list(chain.from_iterable(found))
+    for url, times in Counter(part.url for part in listed).items():
         if times > 1:
             raise SourceError(f"{url}: listed twice in source.urls; name it once")
-    return found
+    labels = distinct_names([part.url for part in listed])
+    prefixes = labels if source.key_prefix == "shard" else [""] * len(listed)
+    if source.key_prefix == "url":
+        of_urls = distinct_names([_without_patterns(url) for url in source.urls])
+        prefixes = [prefix for prefix, of_url in zip(of_urls, found, strict=True) for _ in of_url]
+    return [
+        part._replace(label=label, prefix=prefix) for part, label, prefix in zip(listed, labels, prefixes, strict=True)
+    ]
 
 
-def scan(part: Part, source: Source, storage: Storage) -> Scanned:
-    """The index of one part; may run in any process.
+def scan(part: Part, source: Source, storage: Storage, seed: int = 0) -> Scanned:
+    """The index of one part; may run in any process. `seed` is the run's, for a random choice of captions.
 
     Raises:
         SourceError: the part cannot be read, has another format than `source.format`, or has clashing names.
     """
-    notices: list[str] = []
-    entries = SOURCES[part.format](part, source, storage, notices)
+    told = Scan()
+    entries = scan_entries(part, source, storage, seed, told)
     tables = [INDEX_SCHEMA.empty_table()]
     while batch := list(islice(entries, ROWS_AT_ONCE)):  # few Python objects at a time, for ten million rows
         tables.append(to_table(batch))
-    return Scanned(pa.concat_tables(tables), notices)
+    return Scanned(pa.concat_tables(tables), told.notices, told.left, told.passed)
 
 
-def nothing_found(source: Source, notices: Sequence[str]) -> SourceError:
+def scan_entries(part: Part, source: Source, storage: Storage, seed: int, told: Scan) -> Iterator[Entry]:
+    """The entries of one part; `told` gets what else is found. Raises as `scan`."""
+    try:
+        yield from SOURCES[part.format](part, source, storage, seed, told)
+    except OSError as error:
+        raise _refused(part.url, error) from error
+
+
+def require_apart(source: Source, storage: Storage, output: str, files: Iterable[str]) -> None:
+    """Check that a run would not read what it writes.
+
+    Args:
+        output: the URL of its output.
+        files: the names of some files that it writes there.
+
+    Raises:
+        SourceError: the output lies in a folder of the source, or a pattern of `source.urls` matches its files.
+    """
+    for url in source.urls:
+        for pattern in [url] if source.format == "folder" else _braces(url):
+            looked_for = "the folder" if source.format == "folder" else "what the pattern matches:"
+            if (source.format == "folder" or set("*?[") & set(pattern)) and any(
+                holds(pattern, f"{output}/{file}", storage) for file in files
+            ):
+                raise SourceError(
+                    f"output.path: {output} lies in {looked_for} {url} of source.urls, and the run would read its own "
+                    "results; choose a path beside the source"
+                )
+
+
+def gathered(scanned: Iterable[Scanned], told: Scan) -> Iterator[pa.Table]:
+    """The tables of all scans; `told` gets what else they found."""
+    for part in scanned:
+        told.notices += part.notices
+        told.left += part.left
+        told.passed += part.passed
+        yield part.table
+
+
+def nothing_found(source: Source, notices: Sequence[str], contents: Contents) -> SourceError:
     """The error to raise if all scans together found no sample."""
-    found = f" ({'; '.join(notices)})" if notices else ""
+    told = [*notices, *([f"captions: {contents}"] if contents.left or contents.passed else [])]
+    found = f" ({'; '.join(told)})" if told else ""
     wanted = f"expected pictures ({', '.join(source.images)}) in a {source.format} source"
     after = f" after the first {source.skip:,} (source.skip)" if source.skip else ""
     return SourceError(f"{', '.join(source.urls)}: no samples found{after}{found}; {wanted}")
 
 
-def _webdataset(part: Part, source: Source, storage: Storage, notices: list[str]) -> Iterator[Entry]:
-    """Fields of one sample need not be adjacent."""
+def _webdataset(part: Part, source: Source, storage: Storage, seed: int, told: Scan) -> Iterator[Entry]:
+    """Fields of one sample need not be adjacent. Of all fields only those that may have the caption are read."""
+    rules: dict[str, list[int]] = defaultdict(list)
+    for number, rule in enumerate(source.caption):
+        for name in fields_of(rule, source.images):
+            rules[name].append(number)
     samples: dict[str, dict[str, Span]] = {}
+    captions: dict[str, int] = {}  # the first of the rules that finds one
     odd: list[str] = []
     nameless: list[str] = []
+    broken: list[str] = []
+    system = 0
     key = ""
-    try:
-        with open_url(part.url, storage) as file:
-            members = Members(file)
+    with open_url(part.url, storage) as file:
+        members = Members(file)
+        try:
             for name, offset, length in members:
+                if is_passed_over(name):
+                    system += 1
+                    continue
                 split = split_name(name)
                 if split is None:
                     nameless.append(name)
@@ -113,142 +194,103 @@ def _webdataset(part: Part, source: Source, storage: Storage, notices: list[str]
                         f"{part.url}: two members are {f'{key}.{extension}'!r}; keys must be unique, rename one of them"
                     )
                 fields[extension] = Span(part.url, offset, length, part.etag)
-    except tarfile.ReadError as error:
-        raise SourceError(f"{part.url}: not an uncompressed tar ({error}); unpack or decompress it first") from error
-    except OSError as error:
-        raise _refused(part.url, error) from error
+                if extension in rules and 0 < length <= LONGEST_READ:
+                    file.seek(offset)
+                    data = file.read(length)
+                    for number in rules[extension]:
+                        if captions.get(key, number + 1) > number and has_caption(
+                            data, source.caption[number], name, source, broken
+                        ):
+                            captions[key] = number
+        except tarfile.ReadError as error:
+            raise SourceError(
+                f"{part.url}: not an uncompressed tar ({error}); unpack or decompress it first"
+            ) from error
     if members.damage:
-        notices.append(f"{part.url}: {members.damage}; samples found: {len(samples)}")
+        told.notices.append(f"{part.url}: {members.damage}; samples found: {len(samples)}")
         others = [set(fields) for name, fields in samples.items() if name != key]
         for lost in set.intersection(*others) - set(samples[key]) if others else ():
             # Cut between picture and caption: without this the last sample would pass as one without caption.
             samples[key][lost] = Span(part.url, part.size, 1, part.etag)
-    if members.special:
-        notices.append(f"{part.url}: links, devices or sparse files passed over: {members.special}")
-    if odd:
-        notices.append(f"{part.url}: members with unusable extensions passed over: {len(odd)}, first {odd[0][:99]!r}")
-    if nameless:
-        notices.append(f"{part.url}: hidden members, or without extension: {len(nameless)}, first {nameless[0][:99]!r}")
+    joined = [name for name, fields in samples.items() if len(_dotted_pictures(fields, source)) > 1]
+    for what, number, first in (
+        ("links, devices or sparse files passed over", members.special, ""),
+        ("members with unusable extensions passed over", len(odd), odd[:1]),
+        ("hidden members, or without extension", len(nameless), nameless[:1]),
+        ("members of thumbnail and system folders passed over", system, ""),
+        ("sidecars from which no caption can be read", len(broken), broken[:1]),
+        ("samples without a picture, but with several dotted ones: keys end at the first dot", len(joined), joined[:1]),
+    ):
+        if number:
+            told.notices.append(f"{part.url}: {what}: {number}" + (f", first {first[0][:99]!r}" if first else ""))
     if not samples and not members.damage:
-        notices.append(f"{part.url}: no samples in it")
+        told.notices.append(f"{part.url}: no samples in it")
     for name, fields in samples.items():
-        key, original = map_key(name, fields)
+        wish = f"{part.prefix}/{name}" if part.prefix else name
+        key, original = map_key(wish, fields, name)
         image = next((extension for extension in source.images if extension in fields), "")
-        yield Entry(key, image, fields, original_key=original)
+        told.passed.update(extension for extension in fields if extension != image and extension not in rules)
+        found = source.caption[captions[name]] if name in captions else None
+        yield Entry(key, image, fields, None, original, found)
 
 
-def _folder(part: Part, source: Source, storage: Storage, notices: list[str]) -> Iterator[Entry]:
-    """Every picture below the folder except hidden ones. Two pictures with one stem become two entries, which clash."""
-    listed = [file for file in _list(part.url, storage) if not _hidden(file.path)]
-    files = {file.path: Span(file.url, 0, file.size, file.etag) for file in listed if is_text(file.url)}
-    if len(files) < len(listed):
-        notices.append(f"{part.url}: files whose names are not UTF-8 left out: {len(listed) - len(files)}; rename them")
-    split = {path: path.rpartition(".") for path in files}
-    sidecars = {(stem, suffix.lower()): files[path] for path, (stem, _, suffix) in split.items()}
-    for path, (stem, _, suffix) in split.items():
-        image = suffix.lower()
-        if stem and image in source.images:
-            others = {name: sidecars[stem, name] for name in SIDECARS if (stem, name) in sidecars}
-            fields = {image: files[path], **others}
-            key, original = map_key(stem.replace("/", "__").replace(".", "_"), fields, stem)
-            yield Entry(key, image, fields, original_key=original)
-    known = {*source.images, *SIDECARS}
-    left = Counter(suffix.lower() for _, _, suffix in split.values() if suffix.lower() not in known)
-    if left:
-        kinds = ", ".join(f"{number} {suffix}" for suffix, number in sorted(left.items()))
-        notices.append(f"{part.url}: files left out: {kinds}; source.images names what is taken")
+def _dotted_pictures(fields: dict[str, Span], source: Source) -> list[str]:
+    """The fields like `v2.jpg` of a sample that has no `jpg`."""
+    if any(image in fields for image in source.images):
+        return []
+    return [name for name in fields if "." in name and name.rpartition(".")[2] in source.images]
 
 
-def _table(part: Part, source: Source, storage: Storage, notices: list[str]) -> Iterator[Entry]:
+def _table(part: Part, source: Source, storage: Storage, seed: int, told: Scan) -> Iterator[Entry]:
     rows = 0
-    try:
-        with open_url(part.url, storage) as file:
-            for entry in read_table(file, part.url, source):
-                rows += 1
-                yield entry
-    except OSError as error:
-        raise _refused(part.url, error) from error
+    with open_url(part.url, storage) as file:
+        for entry in read_table(file, part, source, seed, told.notices):
+            rows += 1
+            yield entry
     if not rows:
-        notices.append(f"{part.url}: no rows in it")
+        told.notices.append(f"{part.url}: no rows in it")
 
 
-SOURCES: dict[str, Callable[[Part, Source, Storage, list[str]], Iterator[Entry]]] = {
+def _folder(part: Part, source: Source, storage: Storage, seed: int, told: Scan) -> Iterator[Entry]:
+    return folder_entries(part, source, storage, seed, told.notices, told.left)
+
+
+SOURCES: dict[str, Callable[[Part, Source, Storage, int, Scan], Iterator[Entry]]] = {
     "webdataset": _webdataset,
     "folder": _folder,
     "table": _table,
 }
 
 
-def load_sample(entry: Entry, source: Source, reader: Reader) -> Sample:
-    """Read an entry's fields.
+def load_sample(entry: Entry, source: Source, reader: Reader, seed: int = 0) -> Sample:
+    """Read an entry's fields; `seed` is the run's, for a random choice of captions.
 
     Raises:
         SampleError: read_error (no picture, or raised by `reader`), timeout, too_large, bad_caption.
     """
     if not entry.image and source.format == "table":
-        raise SampleError("read_error", f"no image in column {source.columns.image!r} of its row in {entry.url}")
+        row = next(iter(entry.fields.values())).offset + 1
+        raise SampleError("read_error", f"no image in column {source.columns.image!r} of {entry.url}, row {row:,}")
     if not entry.image:
         wanted, got = ", ".join(source.images), ", ".join(entry.fields)
         raise SampleError("read_error", f"no image ({wanted}) among its fields: {got}")
-    rule = next((rule for rule in source.caption if rule.partition(":")[0] in entry.fields), "")
-    length = entry.fields[rule].length if rule in entry.fields else None
+    names = [name for rule in source.caption if ":" not in rule for name in fields_of(rule, [entry.image])]
+    first = next((name for name in names if name in entry.fields and entry.fields[name].length != 0), "")
+    length = entry.fields[first].length if first else None
     if length is not None and length > LONGEST_CAPTION:  # without reading it
-        raise _too_long(f"its .{rule}", length)
+        raise too_long(f"its .{first}", length)
     names = sorted(entry.fields, key=lambda name: name != entry.image)  # the picture's error is raised first
-    try:
-        fields = dict(zip(names, reader.read_all([entry.fields[name] for name in names]), strict=True))
-    except RequestError as error:  # a row may hold any address, also with an unknown scheme
-        raise SampleError("read_error", str(error)) from error
+    fields = dict(zip(names, reader.read_all([entry.fields[name] for name in names]), strict=True))
     image, others = fields.pop(entry.image), fields
     if source.format != "table":
-        caption = caption_of(others, source.caption)
+        caption = find_caption(others, source, entry.image, entry.key, seed, entry.caption)
     elif entry.caption is None:
         raise SampleError("bad_caption", f"column {source.columns.caption!r} of its row is not a text")
     else:
-        caption = _short_enough(entry.caption, f"column {source.columns.caption!r} of its row")
-    return Sample(entry.key, public(entry.url), image, entry.image, caption, others, entry.original_key)
-
-
-def caption_of(fields: Mapping[str, bytes], rules: Sequence[str]) -> str:
-    """The caption by the first rule that finds one, else ''.
-
-    `txt` is the text of a field, `json:caption` a key of a JSON field. SampleError: bad_caption.
-    """
-    for rule in rules:
-        name, _, key = rule.partition(":")
-        if name not in fields:
-            continue
-        try:
-            text = fields[name].decode("utf-8-sig")
-        except UnicodeDecodeError as error:
-            raise SampleError(
-                "bad_caption", f"its .{name} is not UTF-8: {error.reason} at byte {error.start}"
-            ) from error
-        if not key:
-            return _short_enough(text.strip(), f"its .{name}")
-        try:
-            value = json.loads(text)
-        except (json.JSONDecodeError, RecursionError) as error:
-            raise SampleError("bad_caption", f"its .{name} is not JSON: {error}") from error
-        if not isinstance(value, dict):
-            raise SampleError("bad_caption", f"its .{name} is not a JSON object")
-        if value.get(key) is None:
-            continue
-        if not is_text(value[key]):
-            raise SampleError("bad_caption", f"{key!r} in its .{name} is not a text")
-        return _short_enough(value[key].strip(), f"{key!r} in its .{name}")
-    return ""
-
-
-def _short_enough(text: str, what: str) -> str:
-    size = len(text.encode())
-    if size > LONGEST_CAPTION:
-        raise _too_long(what, size)
-    return text
-
-
-def _too_long(what: str, size: int) -> SampleError:
-    return SampleError("bad_caption", f"{what} has {size:,} bytes; a caption has at most {LONGEST_CAPTION:,}")
+        text = short_enough(entry.caption, f"column {source.columns.caption!r} of its row")
+        caption = Caption(text, entry.caption_from or "")
+    url, of = public(entry.url), caption.rule or None
+    return Sample(entry.key, url, image, entry.image, caption.text, others, entry.original_key, of)
 
 
 def _expand(name: str, source: Source, storage: Storage) -> list[Part]:
@@ -274,27 +316,9 @@ def _missing(name: str, storage: Storage) -> SourceError:
     return SourceError(f"{name}: a folder, not a file; name the files in it, such as {name.rstrip('/')}/*.tar")
 
 
-def _folder_part(url: str, storage: Storage) -> Part:
-    digest, size = hashlib.sha256(), 0
-    for file in _list(url, storage):
-        digest.update(f"{file.path}\0{file.size}\0{file.etag}\0".encode("utf-8", "surrogatepass"))
-        size += file.size
-    return Part("folder", absolute(url, storage), size, digest.hexdigest())
-
-
-def _list(url: str, storage: Storage) -> Iterator[Listed]:
-    try:
-        yield from list_files(url, storage)
-    except FileNotFoundError as error:
-        raise SourceError(f"{url}: no such folder; check source.urls") from error
-    except NotADirectoryError as error:
-        raise SourceError(f"{url}: a file, not a folder; for tars set source.format to webdataset") from error
-    except OSError as error:
-        raise _refused(url, error) from error
-
-
 def _refused(url: str, error: OSError) -> SourceError:
-    return SourceError(f"{url}: {error.strerror or error}; check source.urls")
+    advice = error.advice if isinstance(error, RemoteError) else "check source.urls"
+    return SourceError(f"{url}: {error.strerror or error}; {advice}")
 
 
 def _braces(pattern: str) -> list[str]:
@@ -313,5 +337,8 @@ def _choices(inside: str) -> list[str]:
     return [f"{number:0{width}d}" for number in range(int(first), int(last) + step, step)]
 
 
-def _hidden(path: str) -> bool:
-    return any(part.startswith(".") for part in path.split("/"))
+def _without_patterns(url: str) -> str:
+    """The folder of a name with globs or braces, without them; any other name unchanged."""
+    parts = url.split("/")
+    literal = next((number for number, part in enumerate(parts) if set("*?[{") & set(part)), len(parts))
+    return "/".join(parts[:literal]) or url

@@ -15,7 +15,8 @@ BLOCK = tarfile.BLOCKSIZE
 END_OF_ARCHIVE = 2 * BLOCK
 
 # The webdataset library's rules: the key ends at the first dot of the basename, names like __meta__ are not samples.
-_NAME = re.compile(r"((?:.*/|)[^.]+)[.]([^/]*)", re.DOTALL)
+# Its own pattern takes `a/._x.jpg`, a file of macOS, for a sample `a/`; here it is hidden, as `._x.jpg` is.
+_NAME = re.compile(r"((?:.*/|)[^./]+)[.]([^/]*)", re.DOTALL)
 _META = re.compile(r"__[^/]*__($|/)")
 
 # Exceptions of tarfile on damaged headers, observed or found in its source; all are treated alike.

@@ -3,7 +3,7 @@
 A manifest is frozen, with all defaults filled in: two equal manifests request the same run. `file.py` reads YAML.
 """
 
-from smsbatch.manifest.base import SECRET
+from smsbatch.manifest.base import SECRET, is_named
 from smsbatch.manifest.objective import PAPERS, PRESETS, Fake, Objective, Prompts, ScoreObjective
 from smsbatch.manifest.sections import (
     HOUSEKEEPING,
@@ -20,4 +20,15 @@ from smsbatch.manifest.sections import (
     Tiles,
     Training,
 )
-from smsbatch.manifest.tasks import TASKS, Dataset, Distill, Manifest, Optimize, Styled, Stylize, identity_of, schema
+from smsbatch.manifest.tasks import (
+    TASKS,
+    Dataset,
+    Distill,
+    Manifest,
+    Optimize,
+    Styled,
+    Stylize,
+    fill,
+    identity_of,
+    schema,
+)

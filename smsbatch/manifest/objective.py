@@ -239,7 +239,7 @@ class ScoreObjective(Section):
     @field_validator("prompt", "source_prompt", "edit_prompt")
     @classmethod
     def _known_words(cls, value: str) -> str:
-        unknown = sorted(set(re.findall(r"\{(\w*)\}", value)) - {"style", "caption"})
+        unknown = sorted(set(re.findall(r"(?<!\$)\{(\w*)\}", value)) - {"style", "caption"})
         if unknown:
             raise ValueError(f"unknown {{{unknown[0]}}}; {{style}} and {{caption}} are known")
         return value

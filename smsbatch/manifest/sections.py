@@ -15,14 +15,24 @@ def _or_one(schema: dict[str, Any]) -> None:
 
 
 class Columns(Section):
-    """Names of the columns of a table."""
+    """Names of the columns of a table, and the dialect of csv and tsv."""
 
     image: str = "url"
-    """Column of the picture's location: a path (relative to the table's folder), `http(s)://` or `s3://`."""
+    """Column of the picture's location: a path (relative to the table's folder), `http(s)://` or `s3://`. In parquet
+    also of the picture itself: bytes, or a struct with the field `bytes`, as Hugging Face datasets have."""
     caption: str | None = None
-    """Column of the caption; default: none, and the prompt is the style alone."""
+    """Column of the caption, in json and parquet also a path such as `answers.0.text`; default: none, and the prompt is
+    the style alone."""
     key: str | None = None
     """Column of the key, unique in the run; default: keys are made of the table's name and the row's number."""
+    delimiter: str | None = Field(None, min_length=1, max_length=1)
+    """Character between the cells of a row; default: a comma in csv, a tab in tsv."""
+    quote: str | None = Field(None, max_length=1)
+    """Character around cells that contain delimiters or line breaks; '' for none, so that quotes are text. Default: `"`
+    in csv, none in tsv."""
+    header: bool | tuple[str, ...] = True
+    """True: the first line names the columns; false: there is no such line, and they are named 0, 1, 2; or the list of
+    their names, for a file without such a line."""
 
 
 class Source(Section):
@@ -35,9 +45,17 @@ class Source(Section):
     """Tars, folders or tables, one or a list; for tars and tables also globs and braces (`{00000..00499}.tar`)."""
     images: tuple[str, ...] = Field(("jpg", "jpeg", "png", "webp"), json_schema_extra=_or_one)
     """Extensions of picture files. If a sample has several, the first in this order is used."""
-    caption: tuple[str, ...] = Field(("txt", "json:caption"), json_schema_extra=_or_one)
-    """Fields of the caption: an extension, or `extension:key` of a JSON object. The first that exists is used; without
+    caption: tuple[str, ...] = Field(
+        ("txt", "json:caption", "metadata:text", "metadata:caption"), json_schema_extra=_or_one
+    )
+    """Where captions are: an extension (`fox.txt`, `fox.jpg.txt`), `extension:path` into JSON (`json:a.b.0`), or
+    `metadata:column` of a folder's `metadata.jsonl` or `metadata.csv`. The first that finds a text is used; without
     any, the caption is empty. Tables use `columns` instead."""
+    caption_choice: Literal["first", "random"] = "first"
+    """Which of a list of captions is used; `random` is drawn by the run's seed and the sample's key."""
+    key_prefix: Literal["url", "shard"] | None = None
+    """Put a name and a slash before every key, for sources that repeat keys: that of the entry of `urls` the sample is
+    of, or that of its tar, table or folder. The row keeps the key without it as `original_key`."""
     columns: Columns = Columns()
     """Names of the columns; only for `format: table`."""
     max_bytes: int = Field(100_000_000, ge=1)
@@ -51,6 +69,17 @@ class Source(Section):
     @classmethod
     def _one_or_many(cls, value: object) -> object:
         return (value,) if isinstance(value, str) else value
+
+    @field_validator("caption")
+    @classmethod
+    def _as_rules(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        rules = []
+        for rule in value:
+            extension, colon, path = rule.removeprefix(".").partition(":")
+            if not extension or ((colon or extension == "metadata") and not path):
+                raise ValueError(f"{rule!r} is no rule; expected an extension, or extension:path, or metadata:column")
+            rules.append(f"{extension.lower()}{colon}{path}")
+        return tuple(rules)
 
     @field_validator("images")
     @classmethod
@@ -266,7 +295,8 @@ class Compute(Section):
     pool: Literal["ray", "local"] = "ray"
     """`ray`: actors on a Ray cluster; `local`: this process."""
     address: str = "auto"
-    """Address of the Ray cluster; `auto`: the cluster of RAY_ADDRESS, else one started here for the run."""
+    """Address of the Ray cluster, `host:6379` or `ray://host:10001`; `auto`: that of RAY_ADDRESS, else as `local`: Ray
+    is started here for the run, closed to everybody else."""
     workers: int | Literal["auto"] = "auto"
     """Number of Ray actors; `auto`: one per GPU of the cluster, or one per machine if it has none."""
     gpus_per_worker: float | Literal["auto"] = "auto"
@@ -318,12 +348,39 @@ class Storage(Section):
     timeout_s: float = Field(30.0, gt=0)
     """Seconds to wait for a connection or for more bytes; the total for a picture at an http(s) URL."""
     retries: int = Field(6, ge=0)
-    """Retries after throttling, server and connection errors, with exponential backoff and jitter."""
+    """Retries after throttling, server and connection errors, with exponential backoff and jitter, and not before the
+    time that a server names in `Retry-After`, up to a minute."""
+    requester_pays: bool = False
+    """Pay for the requests to an S3 bucket that demands it (`x-amz-request-payer: requester`)."""
+    user_agent: str | None = Field(
+        None, min_length=1, max_length=500, pattern=r"^[\x21-\x7e]([\x20-\x7e]*[\x21-\x7e])?$"
+    )
+    """What web servers are told of who asks; default: `smsbatch/<version>`. Some sites demand a way to reach you, such
+    as `my-project/1.0 (+https://example.org; me@example.org)`."""
+    user_agent_token: str | None = "smsbatch"
+    """The name by which a server's `X-Robots-Tag` may address this client alone (`smsbatch: noai`)."""
+    disallowed_header_directives: tuple[str, ...] = Field(
+        ("noai", "noimageai", "noindex", "noimageindex"), json_schema_extra=_or_one
+    )
+    """Directives of the header `X-Robots-Tag` with which a server forbids the use of a picture; its row then fails
+    (`read_error`). `[]`: none is obeyed. Only for pictures that tables name."""
+    private_addresses: bool = False
+    """Let tables that lie on the web name pictures at private, loopback and link-local addresses."""
+
+    @field_validator("disallowed_header_directives", mode="before")
+    @classmethod
+    def _one_or_many(cls, value: object) -> object:
+        return (value,) if isinstance(value, str) else value
+
+    @field_validator("disallowed_header_directives")
+    @classmethod
+    def _lower_case(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(directive.strip().lower() for directive in value)
 
     @field_validator("endpoint")
     @classmethod
     def _a_url(cls, value: str | None) -> str | None:
-        if value is not None and not value.startswith(("http://", "https://")):
+        if value is not None and not value.startswith(("http://", "https://", "${")):
             raise ValueError(f"{value} is no URL; put http:// or https:// in front")
         return value
 

@@ -13,9 +13,9 @@ from operator import or_
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
-from pydantic import Field, ModelWrapValidatorHandler, TypeAdapter, field_validator, model_validator
+from pydantic import Field, ModelWrapValidatorHandler, PrivateAttr, TypeAdapter, field_validator, model_validator
 
-from smsbatch.manifest.base import Section
+from smsbatch.manifest.base import FILLED, PLACEHOLDER, Section
 from smsbatch.manifest.objective import Objective, ScoreObjective
 from smsbatch.manifest.sections import (
     HOUSEKEEPING,
@@ -33,6 +33,7 @@ from smsbatch.manifest.sections import (
     Tiles,
     Training,
 )
+from smsbatch.text import hide
 
 
 class Manifest(Section):
@@ -65,9 +66,41 @@ class Manifest(Section):
             raise ValueError(f"task: {task!r} is none of {', '.join(TASKS)}")
         return TASKS[task].model_validate(data)
 
+    _environment: dict[str, str] = PrivateAttr(default_factory=dict)  # values of `${NAME}`, by name
+    _written: Any = PrivateAttr(default=None)  # as `dump`, of the manifest as it is written
+
+    @classmethod
+    def filled(cls, written: Manifest, plain: Mapping[str, Any], environment: Mapping[str, str]) -> Self:
+        """The manifest of `plain`, in which the environment is filled in; it remembers how it was `written`."""
+        manifest = cls.model_validate(plain, context=FILLED)
+        text = str(recorded := written.model_dump(mode="json"))
+        manifest._environment = {name: value for name, value in environment.items() if f"${{{name}}}" in text}
+        manifest._written = recorded if manifest._environment else None
+        hide(manifest._environment)
+        return manifest
+
+    def __setstate__(self, state: dict[Any, Any]) -> None:
+        super().__setstate__(state)
+        hide(self._environment)  # in a worker, too
+
     def dump(self) -> dict[str, Any]:
-        """The resolved manifest as plain data, every default written out."""
-        return self.model_dump(mode="json")
+        """The resolved manifest as plain data, every default written out, to be recorded.
+
+        A text that came from the environment is `${NAME}`; a number or choice that did is recorded as it is.
+        """
+        plain: dict[str, Any] = _as_written(self.model_dump(mode="json"), self._written, self._environment)
+        return plain
+
+    def fill(self, text: str) -> str:
+        """A text of the run's rows, with the values of the environment."""
+        return str(fill(text, self._environment))
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """SHA-256 of `NAME=value` for each `${NAME}` in `dump`, by name."""
+        return {
+            name: hashlib.sha256(f"{name}={value}".encode()).hexdigest() for name, value in self._environment.items()
+        }
 
     def absolute(self) -> Self:
         """The same job with absolute local paths, for a process with another working folder."""
@@ -101,7 +134,8 @@ class Styled(Manifest):
 
     @model_validator(mode="after")
     def _some_style(self) -> Self:
-        if not self.style.lora and self.style.model is None and "{style}" not in self.objective.prompt:
+        prompt = self.objective.prompt
+        if not self.style.lora and self.style.model is None and not any(word in prompt for word in ("{style}", "${")):
             raise ValueError("style.lora is empty and objective.prompt has no {style}: nothing says what the style is")
         return self
 
@@ -178,6 +212,26 @@ class Stylize(Dataset):
 
 
 TASKS: dict[str, type[Manifest]] = {"optimize": Optimize, "distill": Distill, "stylize": Stylize}
+
+
+def fill(plain: Any, environment: Mapping[str, str]) -> Any:
+    """Plain data with the values of `${NAME}` in all texts; unknown names stay."""
+    if isinstance(plain, dict):
+        return {key: fill(value, environment) for key, value in plain.items()}
+    if isinstance(plain, list):
+        return [fill(value, environment) for value in plain]
+    if not isinstance(plain, str):
+        return plain
+    return PLACEHOLDER.sub(lambda match: environment.get(match[1], match[0]), plain)
+
+
+def _as_written(plain: Any, written: Any, environment: Mapping[str, str]) -> Any:
+    """`plain`, with each text as in `written` if that is the same text once it is filled in."""
+    if isinstance(plain, dict) and isinstance(written, dict):
+        return {key: _as_written(value, written.get(key), environment) for key, value in plain.items()}
+    if isinstance(plain, list) and isinstance(written, list) and len(plain) == len(written):
+        return [_as_written(*pair, environment) for pair in zip(plain, written, strict=True)]
+    return written if isinstance(written, str) and fill(written, environment) == plain else plain
 
 
 def identity_of(plain: Mapping[str, Any]) -> str:

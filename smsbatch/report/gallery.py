@@ -61,7 +61,7 @@ def gallery(run: Run, report: Report, tally: RowTally, index: StoredFile | Path)
             chosen |= {f"Lowest {name.upper()}": tally.lowest, f"Highest {name.upper()}": tally.highest}
     results = _results(run.store, chain.from_iterable(chosen.values()), report.settings["output"]["format"])
 
-    reader = Reader(run.storage, Source.model_validate(report.settings["source"]).max_bytes)
+    reader = Reader.of(Source.model_validate(report.settings["source"]), run.storage)
 
     def picture(row: Mapping[str, Any]) -> Picture:
         return _picture(index, reader, report, row, results[row["key"]])
@@ -89,7 +89,7 @@ def _picture(
     image = Image.model_validate(report.settings["image"])
     entry = read_index(index, row["position"], row["position"] + 1)[0]
     try:
-        source = pixels.source_picture(reader.read(entry.fields[entry.image]), image)
+        source, _ = pixels.source_picture(reader.read(entry.fields[entry.image]), image)
         before = pixels.thumbnail(source, THUMBNAIL_SIDE)
     except SampleError:
         before = None  # it has disappeared since the run; the page says so

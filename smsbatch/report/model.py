@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from smsbatch.data.captions import Contents
 from smsbatch.engines.base import Description
 from smsbatch.engines.table import ENGINES
 from smsbatch.runs.records import Published
@@ -84,6 +85,7 @@ class Report:
     seconds: float  # computing time, sum over all workers, without reading, writing and loading models
     wall_seconds: float  # time in which at least one worker was at work, without interruptions
     images_per_second: float  # per wall second
+    captions: Mapping[str, int]  # samples by the rule that found their caption
     metrics: Mapping[str, Distribution]
     started: str
     finished: str
@@ -91,8 +93,15 @@ class Report:
     generator: Mapping[str, Any] | None  # facts about the generator of task stylize
     weights: Mapping[str, str]  # file: SHA-256
     versions: Mapping[str, str]
+    left: Mapping[str, int]  # files of the source that are not used, by extension
+    passed: Mapping[str, int]  # fields of its tars that are passed through, by extension
     notices: Sequence[str]
     paths: Mapping[str, str]  # locations of the shards, the rows and the report
+
+    @property
+    def contents(self) -> Contents:
+        """Captions as they were found, and what else the source held."""
+        return Contents(self.planned, self.captions, self.left, self.passed)
 
     @property
     def description(self) -> Description:
@@ -124,6 +133,7 @@ class RowTally:
     succeeded: int = 0
     seconds: float = 0.0
     failures: Counter[str] = field(default_factory=Counter)
+    captions: Counter[str] = field(default_factory=Counter)
     examples: dict[str, tuple[str, str]] = field(default_factory=dict)  # code: key and message of the first
     values: dict[str, array[float]] = field(default_factory=lambda: defaultdict(lambda: array("d")))
     published: list[Published] = field(default_factory=list)
@@ -135,6 +145,8 @@ class RowTally:
         stylized = []
         for row in rows:
             self.seconds += row["seconds"] or 0.0
+            if row.get("caption_from"):
+                self.captions[row["caption_from"]] += 1
             if row["status"] == "success":
                 stylized.append(row)
             else:

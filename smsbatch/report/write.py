@@ -96,7 +96,7 @@ def write_report(
 
 _NUMBERS = (
     *("planned", "succeeded", "failed", "failures", "units", "shards", "workers", "seconds", "wall_seconds"),
-    *("images_per_second", "metrics", "started", "finished"),
+    *("images_per_second", "captions", "metrics", "started", "finished"),
 )
 
 
@@ -135,6 +135,8 @@ def _circumstances(run: Run, drift: Drift) -> dict[str, Any]:
         "generator": about.get("generator"),
         "weights": about["weights"],
         "versions": about["versions"],
+        "left": run.contents.left,
+        "passed": run.contents.passed,
         "notices": [
             *about["notices"],
             *(f"changed since the plan, as allowed: {change}" for change in changes),
@@ -184,6 +186,7 @@ def _count(
         seconds=tally.seconds,
         wall_seconds=wall,
         images_per_second=start / max(wall, 1e-3),
+        captions=dict(tally.captions.most_common()),
         metrics={name: Distribution.of(values) for name, values in tally.values.items() if values},
         started=started,
         finished=finished,

@@ -1,9 +1,10 @@
-"""Drift: changes of the manifest, weights or inputs since the plan.
+"""Drift: changes of the manifest, its values of the environment, weights or inputs since the plan, or of how colours
+are read by this version.
 
-The manifest is compared by its hash (`Manifest.identity`), weights by the SHA-256 of their files, inputs by the name,
-size and etag of each object. The etag of a folder is the SHA-256 of its listing, path, size and etag of every file.
-Drift is refused unless the user allows it. An allowed change is noted under `_smsbatch/drift/`, so that later resumes
-need not allow it again.
+The manifest is compared by its hash (`Manifest.identity`), its values of the environment by their digests, weights by
+the SHA-256 of their files, inputs by the name, size and etag of each object. The etag of a folder is the
+SHA-256 of its listing, path, size and etag of every file. Drift is refused unless the user allows it. An allowed change
+is noted under `_smsbatch/drift/`, so that later resumes need not allow it again.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from itertools import count, islice
 from reprlib import repr
 from typing import Any
 
+from smsbatch.data import colours
 from smsbatch.data.index import Part, read_index, read_objects
 from smsbatch.data.reader import list_files
 from smsbatch.data.sources import parts
@@ -27,9 +29,11 @@ from smsbatch.runs.layout import CHECKPOINTS, COMMITS, DRIFT
 from smsbatch.runs.records import PARSE_ERRORS, dump_record, load_record
 from smsbatch.runs.run import Run
 from smsbatch.storage.store import Store
-from smsbatch.text import flat
+from smsbatch.text import flat, hidden
 
 INPUTS = "inputs"
+ENVIRONMENT = "environment"
+COLOURS = "colours"
 # These keys change where and how the run works, but not its results.
 _ELSEWHERE = ("compute.", "errors.", "storage.", "output.path", *(f"distill.{key}" for key in HOUSEKEEPING))
 _NEVER = {"metrics": "rows of one run have the same columns"}
@@ -46,7 +50,8 @@ _ROWS = 65536  # rows of the index in memory at once
 
 @dataclass(frozen=True)
 class Change:
-    """The planned and the present value of a key of the manifest, of `weights.<file>` or of `inputs`."""
+    """The planned and the present value of a key, `weights.<file>`, `inputs`, `colours` or `environment.<NAME>`
+    (digests)."""
 
     key: str
     then: Any
@@ -76,12 +81,16 @@ def check_unchanged(
         raise DriftError(f"{run.store.url}: {here}; choose another output.path")
     changes, digests = [], run.about["weights"]
     if run.about["manifest_sha256"] != manifest.identity:
-        then, now = flat(run.manifest.dump()), flat(manifest.dump())
+        # Before there was `environment`, manifests were recorded with its values.
+        plain = manifest.dump() if "environment" in run.about else manifest.model_dump(mode="json")
+        then, now = flat(run.manifest.dump()), flat(plain)
         changes += [
             Change.of(key, then.get(key), now.get(key))
             for key in sorted(then.keys() | now.keys())
             if then.get(key) != now.get(key) and (key == "compute.precision" or not key.startswith(_ELSEWHERE))
         ]
+    changes += _environment_changes(run, manifest)
+    weights = {hidden(name): digest for name, digest in weights.items()}
     changes += [
         Change(f"weights.{name}", digests.get(name), weights.get(name), f"weights: the file {name}")
         for name in sorted(digests.keys() | weights.keys())
@@ -90,24 +99,49 @@ def check_unchanged(
     _resolve_drift(run, changes, allow, note)
 
 
+def check_environment(run: Run, manifest: Manifest) -> None:
+    """Check that the environment has the values with which the run was planned, or others that were allowed.
+
+    Raises:
+        DriftError: it has not; the message has their names.
+    """
+    _resolve_drift(run, list(_environment_changes(run, manifest)), (), note=False)
+
+
+def _environment_changes(run: Run, manifest: Manifest) -> Iterator[Change]:
+    """The names in keys that matter whose values have changed; only digests of values are noted."""
+    then, now = run.about.get("environment", {}), manifest.environment
+    texts = [str(text) for key, text in flat(manifest.dump()).items() if not key.startswith(_ELSEWHERE)]
+    for name in sorted(then.keys() & now.keys()):
+        if then[name] != now[name] and any(f"${{{name}}}" in text for text in texts):
+            key = f"{ENVIRONMENT}.{name}"
+            yield Change(key, then[name], now[name], f"{key} (the value of {name} in the environment)")
+
+
 def inputs_changed(run: Run, manifest: Manifest, allow: Collection[str] = (), note: bool = True) -> bool:
     """True if the source's objects differ from the planned ones in name, size, or etag where the store has etags.
 
+    Called when pictures are about to be read: also checks that this version reads their colours as the run did before.
+
     Raises:
-        DriftError: they differ, and `allow` has no `inputs`; the message names the first few.
+        DriftError: they differ, and `allow` has no `inputs`; the message names the first few. Or the colours do.
     """
+    if run.colours != colours.COLOURS:
+        _resolve_drift(run, [Change.of(COLOURS, run.colours, colours.COLOURS)], allow, note)
     if run.is_new:
         return False
     planned, present = read_objects(run.objects), parts(manifest.source, manifest.storage)
     then, now = ({part.url: part for part in listed} for listed in (planned, present))
     told = [f"{url} is gone" for url in then.keys() - now.keys()]
     told += [f"{url} is new" for url in now.keys() - then.keys()]
-    for part in (now[url] for url in then.keys() & now.keys() if then[url] != now[url]):
+    for part in (now[url] for url in then.keys() & now.keys() if then[url].version != now[url].version):
         files = list(islice(_changed_files(run, part, manifest.storage), _NAMED + 1)) if part.format == "folder" else []
         told += files or [f"{part.url} was changed"]
     if told:
         some = "; ".join(sorted(told)[:_NAMED]) + ("; and more" if len(told) > _NAMED else "")
-        _resolve_drift(run, [Change(INPUTS, _digest(planned), _digest(present), f"{INPUTS}: {some}")], allow, note)
+        _resolve_drift(
+            run, [Change(INPUTS, _digest(planned), _digest(present), hidden(f"{INPUTS}: {some}"))], allow, note
+        )
     return bool(told)
 
 
@@ -180,11 +214,13 @@ def check_allowed(manifest: Manifest, allow: Collection[str]) -> None:
     Raises:
         RequestError: the message names the unknown key.
     """
-    known = [*flat(manifest.dump()), "weights", INPUTS]
+    names = [f"{ENVIRONMENT}.{name}" for name in manifest.environment]
+    known = [*flat(manifest.dump()), *names, "weights", INPUTS, COLOURS]
     for key in allow:
         if not any(_covered(name, [key]) for name in known) and not key.startswith("weights."):
             raise RequestError(
-                f"--allow-drift {key}: no such key; it takes a key or section of the manifest, weights or {INPUTS}"
+                f"--allow-drift {key}: no such key; it takes a key or section of the manifest, {ENVIRONMENT}.NAME, "
+                f"weights, {INPUTS} or {COLOURS}"
             )
 
 
@@ -193,4 +229,4 @@ def _covered(key: str, allow: Collection[str]) -> bool:
 
 
 def _digest(listed: Sequence[Part]) -> str:
-    return hashlib.sha256(json.dumps(sorted(listed)).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(sorted(part.version for part in listed)).encode()).hexdigest()

@@ -10,6 +10,8 @@ SUCCESS = "_SUCCESS"  # empty; written last
 INDEX = "index.json"  # every published file with size and SHA-256, and the report's numbers
 REPORT = (INDEX, "README.md", "report.html")
 
+WRITTEN = ("shards/000000.tar", "metrics/000000.parquet", "plan/samples.parquet", INDEX, RUN)  # some of a run's files
+
 # The ledger; `records.py` has the names below these folders.
 ATTEMPTS = "_smsbatch/attempts"
 COMMITS = "_smsbatch/commits"

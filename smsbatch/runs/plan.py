@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from smsbatch.data.captions import Contents
 from smsbatch.data.sample import Unit
 from smsbatch.generator.config import parameter_count
 from smsbatch.manifest import Dataset, Distill
@@ -29,6 +30,7 @@ class Plan:
     units: tuple[Unit, ...]
     notices: tuple[str, ...] = ()
     bytes_in: int = 0
+    contents: Contents = field(default_factory=Contents)
     samples_done: int = 0
     samples_per_unit: int = 0
     steps: int | None = None
@@ -85,6 +87,7 @@ class Plan:
             "device": self.estimate.device if self.estimate else None,
             "gpu_hours": self.gpu_hours,
             "cost": self.cost,
+            "contents": asdict(self.contents),
             "notices": list(self.notices),
         }
 
@@ -102,6 +105,7 @@ class TrainingPlan:
     samples: int
     notices: tuple[str, ...] = ()
     bytes_in: int = 0
+    contents: Contents = field(default_factory=Contents)
     steps_done: int = 0
 
     @property
@@ -145,6 +149,7 @@ class TrainingPlan:
             "parameters": self.parameters,
             "workers": self.workers,
             "bytes_in": self.bytes_in,
+            "contents": asdict(self.contents),
             "notices": list(self.notices),
         }
 

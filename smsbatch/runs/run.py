@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from itertools import groupby
-from typing import Any
+from typing import Any, TypeVar
 
+from smsbatch.data.captions import Contents
 from smsbatch.data.index import OBJECTS, SAMPLES, UNITS, StoredFile, newest_number, numbered, read_units
 from smsbatch.data.sample import Unit
 from smsbatch.errors import RequestError
-from smsbatch.manifest import TASKS, Dataset, Errors, Manifest, Storage
+from smsbatch.manifest import TASKS, Dataset, Errors, Manifest, Storage, fill
 from smsbatch.runs import run_json
 from smsbatch.runs.layout import RUN
 from smsbatch.runs.ledger import Ledger
 from smsbatch.runs.plan_files import DIGESTS, cut
 from smsbatch.runs.records import DIGEST
 from smsbatch.storage.store import Store
+
+M = TypeVar("M", bound=Manifest)
 
 _RENAMED = {"objective": {"spectral_weight": "identity_weight"}}  # keys of older versions
 _BEFORE = {"style": {"text_encoder": False}}  # behaviour of versions without the key, where today's default differs
@@ -92,7 +96,20 @@ class Run:
     def storage(self) -> Storage:
         """How the source is reached: by the settings that reach the output now, or else by those recorded."""
         given = self.store.storage
-        return given if given != Storage() else Storage.model_validate(self.about["manifest"].get("storage", {}))
+        plain = self.about["manifest"].get("storage", {})
+        if given != Storage():
+            return given
+        return self.fill(self.manifest).storage if "${" in str(plain) else Storage.model_validate(plain)
+
+    @property
+    def colours(self) -> str:
+        """How the run's pictures were decoded (`colours.COLOURS`); older versions did not convert."""
+        return str(self.about.get("colours", "as stored"))
+
+    @property
+    def contents(self) -> Contents:
+        """What the source held when it was planned; empty in runs of older versions."""
+        return Contents(**self.about.get("contents", {}))
 
     @property
     def task(self) -> str:
@@ -137,6 +154,8 @@ class Run:
     def manifest(self) -> Manifest:
         """The manifest that the run was planned with, translated to the keys of this version.
 
+        A text of the environment is `${NAME}`, as it is recorded; `fill` has its value.
+
         Raises:
             RequestError: this version does not know one of its keys.
         """
@@ -159,6 +178,29 @@ class Run:
         manifest = self.manifest
         assert isinstance(manifest, Dataset)
         return manifest
+
+    def fill(self, manifest: M) -> M:
+        """`manifest`, as it is recorded or likewise, with the values of the environment; one that has them is returned.
+
+        Raises:
+            RequestError: the environment has no value for a name, or an invalid one.
+        """
+        names = self.about.get("environment", {})
+        if not names or manifest.environment:
+            return manifest
+        missing = [name for name in names if not os.environ.get(name)]
+        if missing:
+            raise RequestError(
+                f"{self.store.url}: its manifest takes {', '.join(missing)} from the environment, which has none now; "
+                f"set {'it' if len(missing) == 1 else 'them'} as for the run"
+            )
+        environment = {name: os.environ[name] for name in names}
+        try:
+            return type(manifest).filled(manifest, fill(manifest.model_dump(mode="json"), environment), environment)
+        except ValueError as error:
+            raise RequestError(
+                f"{self.store.url}: its manifest is invalid with {', '.join(names)} as set now"
+            ) from error
 
     @property
     def manifest_here(self) -> Manifest:

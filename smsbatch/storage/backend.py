@@ -12,6 +12,7 @@ from __future__ import annotations
 import errno
 import io
 import os
+import re
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
@@ -23,8 +24,10 @@ from typing import IO, Any, NamedTuple, TypeVar
 import fsspec
 import fsspec.asyn
 from fsspec.exceptions import FSTimeoutError
+from fsspec.utils import glob_translate
 
 from smsbatch.manifest import Storage
+from smsbatch.storage.addresses import Rules
 from smsbatch.storage.retries import RemoteError, redact, with_retries
 
 T = TypeVar("T")
@@ -57,14 +60,17 @@ class Fetched(NamedTuple):
 
 
 class Backend:
-    """Objects of one URL scheme, by paths without the scheme. This class serves any driver of fsspec."""
+    """Objects of one URL scheme, by paths without the scheme. This class serves any driver of fsspec.
+
+    `rules`: the objects are pictures that rows of tables name, for a backend that treats these otherwise.
+    """
 
     is_local = False
     is_web = False
     can_create = False  # True: of two uploads with `create` one fails; False: `create` checks, then writes
 
-    def __init__(self, fs: Any, scheme: str, storage: Storage) -> None:
-        self.fs, self.scheme, self.storage = fs, scheme, storage
+    def __init__(self, fs: Any, scheme: str, storage: Storage, rules: Rules | None = None) -> None:
+        self.fs, self.scheme, self.storage, self.rules = fs, scheme, storage, rules
         self.can_create = self.can_create or scheme == "memory"
 
     @staticmethod
@@ -119,6 +125,11 @@ class Backend:
         """The objects that match a pattern with `*`, `?`, `[]`, in no order."""
         paths: dict[str, dict[str, Any]] = self._with_retries(self.fs.glob, pattern, detail=True)
         return [found for path, info in paths.items() if (found := self._found(path, info)) is not None]
+
+    @staticmethod
+    def matches(path: str, pattern: str) -> bool:
+        """True if `glob` would find an object at this path."""
+        return re.fullmatch(glob_translate(pattern), path) is not None
 
     def upload(self, path: str, source: bytes | Path, *, create: bool = False) -> None:
         """Write the whole object. FileExistsError: with `create`, if the object exists."""

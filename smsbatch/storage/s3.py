@@ -2,11 +2,15 @@
 
 Credentials are found as by every AWS tool; endpoint, profile and region come from the manifest. Requests are made by
 botocore, only uploads and copies, in parts if large, by s3fs.
+
+Every upload carries its MD5, which all servers check. The checksum headers of newer clients are not sent, because R2,
+Ceph, GCS and older MinIO refuse them.
 """
 
 from __future__ import annotations
 
 import errno
+import re
 import uuid
 from collections.abc import Iterator
 from datetime import datetime
@@ -16,10 +20,11 @@ from typing import Any
 import aiohttp
 import botocore.exceptions as boto
 from botocore.parsers import ResponseParserError
+from botocore.utils import conditionally_calculate_md5
 
 from smsbatch.manifest import Storage
 from smsbatch.storage.backend import Backend, Fetched, ObjectInfo, TooLarge, byte_range, folder_prefix, strip_etag
-from smsbatch.storage.retries import RemoteError, redact
+from smsbatch.storage.retries import RemoteError, redact, seconds_to_wait
 
 CONNECTIONS = 64  # per process and store
 PART = 16 << 20  # bytes of an upload's part; four are in memory at once
@@ -29,15 +34,55 @@ MARK = "smsbatch-upload"  # metadata of an object made by `create`: identifies i
 _CREDENTIALS = "set AWS_PROFILE or other AWS_ variables, or storage.profile; for a public bucket storage.anonymous"
 _LATER = "what is committed is kept, run again when it answers"
 _BUSY = {  # temporary, whatever the status; NoSuchUpload also follows a completed upload whose answer was lost
+    "BadDigest",  # the bytes were damaged on their way, and so with XAmzContentSHA256Mismatch
     "ConditionalRequestConflict",
     "NoSuchUpload",
     "OperationAborted",
     "RequestTimeout",
     "SlowDown",
     "Throttling",
+    "XAmzContentSHA256Mismatch",
 }
-_KEYS = {"ExpiredToken", "InvalidAccessKeyId", "InvalidToken", "RequestTimeTooSkewed", "SignatureDoesNotMatch"}
-_REGION = {"AuthorizationHeaderMalformed", "IllegalLocationConstraintException", "PermanentRedirect"}
+_REGION = "set storage.region to the region of the bucket"
+_PERMISSIONS = "check the permissions; if its readers pay for the bucket, set storage.requester_pays"
+_REQUEST = "check storage.endpoint, storage.region and the credentials"
+_FULL = "free some space in the store, what is committed is kept"
+_FATAL = {  # what to do about an error code with which every other object would be refused too
+    "InvalidAccessKeyId": _CREDENTIALS,
+    "InvalidToken": _CREDENTIALS,
+    "NotSignedUp": _CREDENTIALS,
+    "ExpiredToken": "the credentials have expired; renew them and run again, what is committed is kept",
+    "TokenRefreshRequired": "the credentials have expired; renew them and run again, what is committed is kept",
+    "SignatureDoesNotMatch": "check the secret key (AWS_SECRET_ACCESS_KEY), and that no proxy changes requests",
+    "RequestTimeTooSkewed": "set this machine's clock (NTP)",
+    "RequestExpired": "set this machine's clock (NTP)",
+    "AuthorizationHeaderMalformed": _REGION,
+    "IllegalLocationConstraintException": _REGION,
+    "PermanentRedirect": _REGION,
+    "QuotaExceeded": _FULL,
+    "XMinioStorageFull": _FULL,
+}
+_ADVICE = {  # the same for one that concerns an object or a request
+    "NoSuchBucket": "create it or check its name",
+    "InvalidBucketName": "check the name of the bucket",
+    "AccessDenied": _PERMISSIONS,
+    "403": _PERMISSIONS,  # the answer to HEAD has no code
+    "400": _REQUEST,
+    "InvalidArgument": _REQUEST,
+    "InvalidRequest": _REQUEST,
+    "MethodNotAllowed": "check storage.endpoint, which may be the store's web page",
+    "NotImplemented": "the store does not know this request; update it or choose another",
+}
+# What a refusal may name of a request, but for the headers of every signed one
+_HEADER = re.compile(
+    r"\bx-amz-(?!date|content-sha256|security-token|algorithm|credential|signature|expires)[\w-]+"
+    r"|\bif-none-match\b|\bcontent-md5\b|\baws-chunked\b",
+    re.IGNORECASE,
+)
+_OF_HEADER = {
+    "if-none-match": "the store has no create-only put; run one driver at a time",
+    "x-amz-request-payer": "set storage.requester_pays to false",
+}
 _NUMBERS = {
     400: errno.EINVAL,
     403: errno.EACCES,
@@ -64,9 +109,9 @@ _REFUSED = (
 class S3(Backend):
     can_create = True
 
-    def __init__(self, fs: Any, scheme: str, storage: Storage) -> None:
-        super().__init__(fs, scheme, storage)
-        fs.retries = 1
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.fs.retries = 1
 
     @staticmethod
     def options(storage: Storage) -> dict[str, Any]:
@@ -79,8 +124,11 @@ class S3(Backend):
                 "read_timeout": storage.timeout_s,
                 "retries": {"total_max_attempts": 1},
                 "max_pool_connections": CONNECTIONS,
+                "request_checksum_calculation": "when_required",
+                "response_checksum_validation": "when_required",
             },
             "max_concurrency": 4,
+            "requester_pays": storage.requester_pays,
             **{name: value for name, value in named.items() if value},
         }
 
@@ -148,7 +196,7 @@ class S3(Backend):
         return Fetched(b"", size, etag)
 
     async def _download(self, request: dict[str, str], limit: int | None) -> Fetched:
-        answer = await self.fs.s3.get_object(**request)
+        answer = await self.fs.s3.get_object(**request, **self.fs.req_kw)
         async with answer["Body"] as body:
             length = answer["ContentLength"]
             if limit is not None and length > limit:
@@ -175,6 +223,9 @@ class S3(Backend):
                 raise
 
     def _upload(self, path: str, source: bytes | Path, create: bool = False, **options: Any) -> None:
+        events = self.fs.s3.meta.events
+        for name in ("PutObject", "UploadPart"):
+            events.register(f"before-call.s3.{name}", conditionally_calculate_md5, unique_id=f"smsbatch-{name}")
         if isinstance(source, bytes):
             self.fs.pipe_file(path, source, chunksize=_part(len(source)), **options)
         else:
@@ -183,7 +234,9 @@ class S3(Backend):
     def _call(self, method: Any, *args: Any, **request: Any) -> Any:
         """Run a coroutine function, or the client's method of that name."""
         client = self.fs.s3  # connects at the first use
-        return self._wait(getattr(client, method) if isinstance(method, str) else method, *args, **request)
+        if isinstance(method, str):
+            method, request = getattr(client, method), request | self.fs.req_kw
+        return self._wait(method, *args, **request)
 
     def _split(self, path: str) -> tuple[str, str]:
         bucket, key, _ = self.fs.split_path(path)
@@ -198,7 +251,7 @@ class S3(Backend):
         if isinstance(error, _REFUSED):
             return RemoteError(str(error), _CREDENTIALS, fatal=True)
         if isinstance(error, boto.ParamValidationError):
-            return OSError(errno.EINVAL, redact(str(error)))
+            return RemoteError(str(error), _ADVICE["InvalidBucketName"])
         if isinstance(error, boto.BotoCoreError | ValueError):
             return RemoteError(str(error), "check the manifest's storage section and the AWS settings", fatal=True)
         return super()._translate(error)
@@ -209,15 +262,23 @@ def _refusal(error: boto.ClientError) -> OSError:
     told = error.response.get("Error", {})
     code = str(told.get("Code", status))
     text = f"{told.get('Message') or 'no reason given'} ({code})"
+    number = _NUMBERS.get(status, errno.EIO)
+    header = _HEADER.search(text) if status in {400, 403, 411, 501} and code not in _BUSY else None
+    if header:
+        name = header[0].lower()
+        advice = _OF_HEADER.get(name, f"the store does not take {name}; update it or choose another")
+        # `supports_create` looks for this number.
+        return RemoteError(text, advice, fatal=True, number=errno.ENOSYS if name == "if-none-match" else errno.EIO)
+    if code in _FATAL or status in {301, 307}:
+        return RemoteError(text, _FATAL.get(code, _REGION), fatal=True)
     if code in _BUSY or status in {409, 429} or (status >= 500 and status != 501):
-        return RemoteError(text, _LATER, again=True)
+        headers = error.response.get("ResponseMetadata", {}).get("HTTPHeaders", {})
+        return RemoteError(text, _LATER, again=True, after_s=seconds_to_wait(headers.get("retry-after")))
     if code == "NoSuchBucket":
-        return RemoteError("there is no such bucket", "create it or check its name")
-    if code in _KEYS:
-        return RemoteError(text, _CREDENTIALS, fatal=True)
-    if code in _REGION or status in {301, 307}:
-        return RemoteError(text, "set storage.region to the region of the bucket", fatal=True)
-    return OSError(_NUMBERS.get(status, errno.EIO), redact(text))
+        text = "there is no such bucket"
+    if code in _ADVICE:
+        return RemoteError(text, _ADVICE[code], number=number)
+    return OSError(number, redact(text))
 
 
 def _part(size: int) -> int:

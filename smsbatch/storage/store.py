@@ -2,7 +2,7 @@
 
 No reader ever sees a part of an object. On disk a fsynced temporary file is renamed (`put`) or hard-linked (`create`)
 into place; elsewhere an object is one upload, which `create` sends to S3 with `If-None-Match: *`. The server checks
-that an upload is complete, S3 by length and checksum. `create` succeeds for exactly one of any number of writers; the
+that an upload is complete, S3 by length and MD5. `create` succeeds for exactly one of any number of writers; the
 ledger relies on that, and `supports_create` tests it. A refusal after the backend's retries is a `StorageError`.
 """
 

@@ -6,15 +6,21 @@ wherever it takes a path.
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
+
+from smsbatch.errors import RequestError
 
 _HERE = Path(__file__).parent
 
 
 def resolve(url: str) -> str:
-    """The path on disk of a `tiny` name; any other path or URL unchanged."""
+    """The path on disk of a `tiny` name; any other path or URL unchanged. RequestError: it leaves the folder."""
     if url == "tiny":
         return str(_HERE / "model")
-    if url.startswith("tiny:"):
-        return str(_HERE / url.removeprefix("tiny:"))
-    return url
+    if url[:5].lower() != "tiny:":
+        return url
+    path = os.path.normpath(_HERE / url[5:])
+    if not Path(path).is_relative_to(_HERE):
+        raise RequestError(f"{url}: leaves the embedded folder; `tiny:` names only what is inside")
+    return path

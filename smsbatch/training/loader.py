@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from smsbatch.data import pixels
 from smsbatch.data.index import StoredFile, from_table, read_index_table
 from smsbatch.data.reader import Reader
-from smsbatch.data.sample import Entry, hashed_seed
+from smsbatch.data.sample import Entry, cleaned, hashed_seed
 from smsbatch.data.sources import load_sample
 from smsbatch.errors import RunError, SampleError
 from smsbatch.manifest import Distill
@@ -170,7 +170,7 @@ class TrainingLoader:
             raise ValueError(f"{images} images of a step cannot be divided among {workers} workers")
         self._manifest, self._index, self._first_step = manifest, index, first_step
         self._own = range(rank * images // workers, (rank + 1) * images // workers)
-        self._reader = Reader(manifest.storage, manifest.source.max_bytes)
+        self._reader = Reader.of(manifest.source, manifest.storage, manifest.output.path)
         self._order = SampleOrder(samples, manifest.seed)
         self._opened: _Opened | None = None
         self._closed = threading.Event()
@@ -218,18 +218,18 @@ class TrainingLoader:
             row = int(rows[substitute if failed else position - start])
             entry = opened.entry(row)
             try:
-                sample = load_sample(entry, self._manifest.source, self._reader)
+                sample = load_sample(entry, self._manifest.source, self._reader, self._manifest.seed)
                 return _Picture(self._square(sample.image, seed), sample.caption, entry.key, row, seed, failed)
             except SampleError as error:
-                failed.append((entry.key, error.code, str(error)))
+                failed.append((entry.key, error.code, cleaned(str(error))))
         key, code, message = failed[-1]
         raise RunError(f"{TRIES} samples in a row failed, the last was {key} ({code}: {message}); check source.urls")
 
     def _square(self, data: bytes, seed: int) -> pixels.Pixels:
         image = self._manifest.image
         zoom, x, y, flip = (_draws(seed, 4) / 2.0**64).tolist()
-        picture = pixels.decode(data, min_side=image.min_side, max_pixels=image.max_pixels)
-        return pixels.crop(picture, image.resolution, 1 + (image.zoom - 1) * zoom, x, y, image.flip and flip < 0.5)
+        with pixels.decoded(data, min_side=image.min_side, max_pixels=image.max_pixels) as picture:
+            return pixels.crop(picture, image.resolution, 1 + (image.zoom - 1) * zoom, x, y, image.flip and flip < 0.5)
 
 
 def _batch(step: int, begun: list[Future[_Picture]]) -> Batch:

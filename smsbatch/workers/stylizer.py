@@ -37,7 +37,7 @@ Item = TypeVar("Item")
 
 _OF_A_RUN = ("unit", "shard", "generation", "attempt", "attempts", "worker")  # columns without meaning outside of a run
 _AHEAD = 2  # batches whose pictures are decoded before they are stacked
-_AHEAD_BYTES = 1 << 29  # limit for pixels being decoded, or decoded and not yet stacked; a single picture may exceed it
+_AHEAD_BYTES = 1 << 29  # limit for pictures that are decoded and fitted, but not stacked; a single one may exceed it
 _BEHIND = 4  # batches that are encoded while the device continues
 
 
@@ -52,7 +52,7 @@ class _Head:
 
     outcome: Outcome
     size: tuple[int, int] | None = None  # width, height
-    bytes: int = 0  # memory for decoding
+    bytes: int = 0  # of the picture after fitting
 
 
 @dataclass(frozen=True)
@@ -205,6 +205,7 @@ class Stylizer:
             url=sample.url,
             error_code="unfinished",
             caption=sample.caption or None,
+            caption_from=sample.caption_from,
             prompt=self.engine.prompt(sample.caption),
             source_sha256=sample.sha256,
             seed=sample_seed(self.manifest.seed, sample.key),
@@ -217,7 +218,7 @@ class Stylizer:
             size = pixels.fitted(width, height, image.resolution, image.fit)
         except SampleError as error:
             return _Head(_failed(known, error))
-        return _Head(known, size, 3 * (width * height + size[0] * size[1]))
+        return _Head(known, size, 3 * size[0] * size[1])
 
     def _batches(self, call: _Call) -> Generator[_Batch, None, None]:
         """Batches of samples of one size, in their order; a sample that cannot be decoded becomes a failed outcome."""
@@ -249,7 +250,9 @@ class Stylizer:
         number, taken = max(_AHEAD * self.manifest.compute.batch_size, 2 * self._threads), 0
         try:
             while waiting or begun:
-                while waiting and len(begun) < number and (not begun or taken < _AHEAD_BYTES):
+                while waiting and len(begun) < number:
+                    if begun and taken + call.heads[waiting[0]].bytes > _AHEAD_BYTES:
+                        break
                     place = waiting.popleft()
                     sample, head = call.samples[place], call.heads[place]
                     begun.append((place, self._decoders.submit(self._decode, sample, head.outcome)))
@@ -262,10 +265,7 @@ class Stylizer:
                 future.cancel()
 
     def _decode(self, sample: Sample, known: Outcome) -> tuple[Outcome, Picture]:
-        image = self.manifest.image
-        original = pixels.decode(sample.image, min_side=image.min_side, max_pixels=image.max_pixels)
-        height, width = original.shape[:2]
-        picture = pixels.fit(original, image.resolution, image.fit)
+        picture, (width, height) = pixels.source_picture(sample.image, self.manifest.image)
         return replace(known, original_width=width, original_height=height), picture
 
     # -------------------------------------------------------------------------------------------------- on the device

@@ -198,12 +198,12 @@ class Worker:
 
     def _reading(self) -> partial[Sample | Outcome]:
         """A function that reads an entry; all threads share its reader."""
-        return partial(self._read, Reader(self.manifest.storage, self.manifest.source.max_bytes))
+        return partial(self._read, Reader.of(self.manifest.source, self.manifest.storage, self.manifest.output.path))
 
     def _read(self, reader: Reader, entry: Entry) -> Sample | Outcome:
         self._check()
         try:
-            return load_sample(entry, self.manifest.source, reader)
+            return load_sample(entry, self.manifest.source, reader, self.manifest.seed)
         except SampleError as error:
             return failed(entry, error.code, str(error))
 

@@ -266,7 +266,9 @@ def test_what_goes_wrong_is_one_line_and_an_exit_code(
     job: Path, tmp_path: Path, override: str, code: int, message: str
 ) -> None:
     arguments = [] if override.startswith(("seed", "output")) else ["--set", f"output.path={tmp_path / 'new'}"]
-    override = override.format(empty=tmp_path, file=job)
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    override = override.format(empty=empty, file=job)
     wrong = smsbatch("run", str(job), "--set", override, *arguments)
     assert wrong.returncode == code, wrong.stderr
     assert wrong.stderr.startswith("smsbatch: ")

@@ -50,7 +50,7 @@ def test_a_manifest_that_would_run(file: Path) -> None:
     ("override", "name", "said"),
     [
         ("source.urls=/nowhere", "source", "/nowhere"),
-        ("source.urls={empty}", "source", "no files in it"),
+        ("source.urls={empty}", "source", "no pictures in it"),
         ("style.lora=/nowhere", "weights", "no such file /nowhere"),
         ("model.path=/nowhere", "weights", "neither a folder"),
         ("output.path={file}/out", "output", "cannot"),
@@ -83,22 +83,17 @@ def test_an_endpoint_that_never_answers_does_not_hang(file: Path) -> None:
     assert found["output"].state == "fail"
 
 
-@pytest.fixture
-def closed() -> str:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return f"127.0.0.1:{server.getsockname()[1]}"
-
-
-def test_a_cluster(file: Path, closed: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    ray = ["compute.pool=ray"]
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        address = f"127.0.0.1:{server.getsockname()[1]}"
-        assert by_name(doctor(sb.load(file, [*ray, f"compute.address={address}"])))["ray"].state == "ok"
-        monkeypatch.setenv("RAY_ADDRESS", f"ray://{address}")
-        assert address in by_name(doctor(sb.load(file, ray)))["ray"].found
-    dead = by_name(doctor(sb.load(file, [*ray, f"compute.address={closed}"])))["ray"]
-    assert dead.state == "fail"
-    assert closed in dead.found
+def test_a_cluster(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`tests/cluster/test_connect.py` tests what answers at an address."""
+    asked = []
+    monkeypatch.setattr("smsbatch.commands.doctor.check_answers", asked.append)
+    ray = by_name(doctor(sb.load(file, ["compute.pool=ray", "compute.address=head"])))["ray"]
+    assert (ray.state, asked) == ("ok", ["head:6379"])
+    monkeypatch.setenv("RAY_ADDRESS", "ray://head")
+    assert "a cluster answers at ray://head:10001" in by_name(doctor())["ray"].found
+    local = by_name(doctor(sb.load(file, ["compute.pool=ray", "compute.address=local"])))["ray"]
+    assert (local.state, asked) == ("ok", ["head:6379", "ray://head:10001"])
+    assert "each run starts a cluster here" in local.found
 
 
 def test_a_store_that_cannot_create_only(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:

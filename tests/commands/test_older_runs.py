@@ -40,7 +40,13 @@ def test_it_is_looked_at_verified_resumed_and_reported(out: Path, tmp_path: Path
     assert found.ok
     assert "units without a commit: 1 of 4" in found.pending
 
-    report = sb.run(sb.load(OLD / "manifest.yaml", [f"output.path={out}"]))
+    manifest = sb.load(OLD / "manifest.yaml", [f"output.path={out}"])
+    refusals = {"source.caption": r"source\.caption \(", "colours": r"colours \('as stored' then"}
+    for number, (key, change) in enumerate(refusals.items()):
+        with pytest.raises(sb.DriftError, match=rf"changed: {change}.*--allow-drift {key}"):
+            sb.run(manifest, allow_drift=list(refusals)[:number])
+    assert commits(out) == before
+    report = sb.run(manifest, allow_drift=list(refusals))
     assert isinstance(report, sb.Report)
     assert (report.planned, report.succeeded, report.units, report.shards) == (4, 4, 4, 2)
     assert json.loads((out / "run.json").read_text())["smsbatch"] == "0.1.0"

@@ -280,20 +280,20 @@ class TestPipeline:
         self, manifest: Callable[..., sb.Manifest], monkeypatch: pytest.MonkeyPatch
     ) -> None:
         one, rendering, decoded = sb.Stylizer(manifest("metrics=[]")), threading.Event(), threading.Event()
-        decode, render = pixels.decode, one.engine.render
+        decode, render = pixels.source_picture, one.engine.render
         first, second = samples(2), samples(2, width=64)
 
-        def decode_and_tell(data: bytes, **limits: int) -> Any:
+        def decode_and_tell(data: bytes, image: Any) -> Any:
             if data == second[1].image:
                 decoded.set()
-            return decode(data, **limits)
+            return decode(data, image)
 
         def wait_for_the_second(*rest: Any) -> Any:
             rendering.set()
             assert decoded.wait(self.PATIENCE_S)
             return render(*rest)
 
-        monkeypatch.setattr(pixels, "decode", decode_and_tell)
+        monkeypatch.setattr(pixels, "source_picture", decode_and_tell)
         monkeypatch.setattr(one.engine, "render", wait_for_the_second)
         found: list[Any] = []
         calls = [threading.Thread(target=lambda: found.extend(one.stylize(first)))]
@@ -314,7 +314,7 @@ class TestPipeline:
     ) -> None:
         """At most `most` pictures are in memory: two batches decoded, one stacked, one on the device, one begun."""
         one = sb.Stylizer(manifest("metrics=[]"))
-        decode, render = pixels.decode, one.engine.render
+        decode, render = pixels.source_picture, one.engine.render
         lock, held, seen = threading.Lock(), 0, []
 
         def count(more: int) -> None:
@@ -323,9 +323,9 @@ class TestPipeline:
                 held += more
                 seen.append(held)
 
-        def decode_and_count(data: bytes, **limits: int) -> Any:
+        def decode_and_count(data: bytes, image: Any) -> Any:
             count(1)
-            return decode(data, **limits)
+            return decode(data, image)
 
         def render_and_count(images: Tensor, *rest: Any) -> Any:
             rendered = render(images, *rest)
@@ -334,7 +334,7 @@ class TestPipeline:
 
         work = samples(40)
         monkeypatch.setattr(stylizer, "_AHEAD_BYTES", bytes_ahead)
-        monkeypatch.setattr(pixels, "decode", decode_and_count)
+        monkeypatch.setattr(pixels, "source_picture", decode_and_count)
         monkeypatch.setattr(one.engine, "render", render_and_count)
         assert all(outcome.succeeded for outcome in one.stylize(work))
         assert max(seen) <= most

@@ -292,31 +292,42 @@ TARS = [
 
 MEGABYTE = b"word " * 200_000
 
+BROKEN = "sidecars from which no caption can be read: 1"
 CAPTIONS = [
     Case(
         "not UTF-8",
         tar(("b.jpg", JPG), ("b.txt", b"caf\xe9")),
         {"a": "", "b": "bad_caption: its .txt is not UTF-8: ", "z": ""},
+        notice=BROKEN,
     ),
     Case(
         "a megabyte",
         tar(("b.jpg", JPG), ("b.txt", MEGABYTE)),
         {"a": "", "b": "bad_caption: its .txt has 1,000,000 bytes; a caption has at most 65,536", "z": ""},
+        notice=BROKEN,
     ),
     Case(
         "a megabyte in JSON",
         tar(("b.jpg", JPG), ("b.json", b'{"caption": "' + MEGABYTE + b'"}')),
         {"a": "", "b": "bad_caption: 'caption' in its .json has 999,999 bytes", "z": ""},
+        notice=BROKEN,
     ),
     Case(
         "JSON of another shape",
         tar(("b.jpg", JPG), ("b.json", b"[]")),
-        {"a": "", "b": "bad_caption: its .json is not a JSON object", "z": ""},
+        {"a": "", "b": "", "z": ""},
+    ),
+    Case(
+        "JSON that is a number",
+        tar(("b.jpg", JPG), ("b.json", b"7")),
+        {"a": "", "b": "bad_caption: its .json is neither a JSON object nor a list", "z": ""},
+        notice=BROKEN,
     ),
     Case(
         "JSON of a deep nest",
         tar(("b.jpg", JPG), ("b.json", b"[" * 60_000)),
         {"a": "", "b": "bad_caption: its .json is not JSON", "z": ""},
+        notice=BROKEN,
     ),
 ]
 
@@ -341,7 +352,7 @@ FOLDERS = [
     Case(
         "nothing in it",
         files("folder", ["p"], {"p/notes.md": b""}),
-        refused="{p}: no samples found ({p}: files left out: 1 md",
+        refused="{p}: no samples found (captions: 0 of 0; left aside: 1 .md",
     ),
 ]
 
@@ -367,7 +378,7 @@ TABLES = [
             columns={"key": "key"},
         ),
         {
-            "1": "read_error: no image in column 'url' of its row in {t.csv}",
+            "1": "read_error: no image in column 'url' of {t.csv}, row 1",
             "2": "",
             "3": "read_error: {none.jpg}: No such file",
             "4": "read_error: ",
@@ -376,7 +387,7 @@ TABLES = [
     Case(
         "duplicate keys",
         files("table", ["t.csv"], {"t.csv": b"url,key\na.jpg,1\nb.jpg,1\n"}, columns={"key": "key"}),
-        refused="{b.jpg}: key '1' is also in {a.jpg}",
+        refused="{t.csv}, row 2: key '1' is also in {t.csv}, row 1",
     ),
     Case(
         "duplicate keys at signed addresses",
@@ -386,7 +397,7 @@ TABLES = [
             {"t.csv": b"url,key\nhttps://h/a?X-Goog-Signature=1,1\nhttps://ghp_x@h/b,1\n"},
             columns={"key": "key"},
         ),
-        refused="https://***@h/b: key '1' is also in https://h/a?X-Goog-Signature=***; keys must be",
+        refused="{t.csv}, row 2: key '1' is also in {t.csv}, row 1; keys must be",
     ),
     *[
         Case(

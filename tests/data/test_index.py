@@ -12,8 +12,9 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from smsbatch.data import index
-from smsbatch.data.index import OBJECTS, SAMPLES, Part, StoredFile, build_index, from_table, read_index, to_table
+from smsbatch.data import index, indexing
+from smsbatch.data.index import OBJECTS, SAMPLES, Part, StoredFile, from_table, read_index, to_table
+from smsbatch.data.indexing import build_index
 from smsbatch.data.sample import Entry, Span, Unit
 from smsbatch.errors import SourceError, StorageError
 from smsbatch.storage.store import Store
@@ -69,7 +70,7 @@ def test_any_slice_reads_what_was_built_however_it_came(
     stop = data.draw(st.none() | st.integers(0, len(planned)))
     assert read_index(path, start, stop) == planned[start:stop]
     lengths = [span.length or 0 for one in planned for span in one.fields.values()]
-    assert built == (len(planned), sum(lengths), build_index(path, [to_table(planned)], None).sha256)
+    assert built[:3] == (len(planned), sum(lengths), build_index(path, [to_table(planned)], None).sha256)
 
 
 @pytest.mark.parametrize(
@@ -138,13 +139,14 @@ def test_a_limit_cuts_and_reads_no_further(tmp_path: Path) -> None:
 
 
 def test_keys_that_stand_twice_are_named_with_both_places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(index, "ROWS_PER_GROUP", 3)
+    monkeypatch.setattr(indexing, "ROWS_PER_GROUP", 3)
     tables = [
         to_table([entry(f"k{n}", f"{tar}.tar") for n in numbers]) for tar, numbers in ((1, range(7)), (2, [9, 5]))
     ]
     with pytest.raises(SourceError) as caught:
         build_index(tmp_path / "x", tables, None)
-    assert str(caught.value) == "2.tar: key 'k5' is also in 1.tar; keys must be unique, rename one of them"
+    advice = "keys must be unique: rename one of them, or set source.key_prefix"
+    assert str(caught.value) == f"2.tar: key 'k5' is also in 1.tar; {advice}"
     assert build_index(tmp_path / "x", tables, 8).samples == 8  # the duplicate is beyond the limit
 
 
@@ -155,7 +157,7 @@ def test_a_source_that_is_there_twice_is_counted(tmp_path: Path) -> None:
 
 
 def test_equal_hashes_of_unequal_keys_are_no_duplicates(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(index, "hash", lambda key: len(key), raising=False)
+    monkeypatch.setattr(indexing, "hash", lambda key: len(key), raising=False)
     planned = [entry(f"{n}") for n in range(5)]
     assert build_index(tmp_path / "x", [to_table(planned)], None).samples == 5
     with pytest.raises(SourceError, match="key '3' is also"):
@@ -171,7 +173,7 @@ def stored(store: Store, path: Path, planned: list[Entry]) -> bool:
 
 
 def test_only_the_groups_of_a_unit_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(index, "ROWS_PER_GROUP", 10)
+    monkeypatch.setattr(indexing, "ROWS_PER_GROUP", 10)
     store = Store(tmp_path / "run")
     stored(store, tmp_path / "x", [entry(f"{n:03d}") for n in range(100)])
     read = []
@@ -189,7 +191,7 @@ def test_only_the_groups_of_a_unit_are_read(tmp_path: Path, monkeypatch: pytest.
 
 
 def test_a_key_is_found_in_any_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(index, "ROWS_PER_GROUP", 3)
+    monkeypatch.setattr(indexing, "ROWS_PER_GROUP", 3)
     store = Store(tmp_path / "run")
     keys = ["zé", "a", "ü/x", "😀", "b~0123456789", "m", "B"]
     stored(store, tmp_path / "x", [entry(key) for key in keys])

@@ -9,7 +9,7 @@ from pathlib import PurePosixPath
 from unicodedata import category
 
 import pytest
-from hypothesis import given, settings, strategies as st
+from hypothesis import example, given, settings, strategies as st
 from webdataset.tariterators import base_plus_ext
 
 from smsbatch.data.keys import LONGEST_NAME, is_extension, map_key
@@ -63,6 +63,7 @@ def test_a_longer_extension_leaves_less_room() -> None:
 
 @settings(deadline=None)
 @given(names, st.lists(extensions.filter(is_extension), max_size=3))
+@example("__", ["__"])
 def test_any_name_becomes_a_safe_key(name: str, fields: list[str]) -> None:
     key, original = map_key(name, fields)
     assert (key, original) == map_key(name, fields)

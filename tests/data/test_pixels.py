@@ -6,8 +6,15 @@ The file exceeds 400 lines because it has the tests of decoding, fitting, bucket
 from __future__ import annotations
 
 import io
+import re
 import struct
+import subprocess
+import sys
+import time
 import zlib
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -16,6 +23,7 @@ from hypothesis import assume, example, given, settings, strategies as st
 from PIL import Image
 from support.making import pattern
 
+from smsbatch.data import pixels
 from smsbatch.data.pixels import (
     FITS,
     FORMATS,
@@ -31,6 +39,7 @@ from smsbatch.data.pixels import (
     thumbnail,
 )
 from smsbatch.errors import SampleError
+from smsbatch.parallel import MemoryLimit
 
 
 def saved(image: Image.Image, format: str, **options: Any) -> bytes:
@@ -407,3 +416,85 @@ def test_a_header_tells_the_size(format: str, orientation: int | None) -> None:
     assert size(data) == (width, height)
     for mode in FITS:
         assert fitted(width, height, 36, mode) == fit(picture, 36, mode).shape[1::-1]
+
+
+# --- limits of memory and time ---
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "P", "LA", "I;16"])
+def test_a_picture_converted_in_strips_is_the_same(
+    mode: str, orientation: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    grey = Image.fromarray(pattern(61, 40)).convert("L")
+    image = Image.fromarray(np.asarray(grey).astype(np.uint16) * 200) if mode == "I;16" else grey.convert(mode)
+    if mode in ("RGBA", "LA"):
+        image.putalpha(grey)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = saved(image, "PNG", exif=exif)
+    whole = decode(data)
+    monkeypatch.setattr(pixels, "_STRIP", 7 * 40)
+    assert np.array_equal(decode(data), whole)
+
+
+def test_pictures_share_a_limit_of_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken = []
+
+    class Watched(MemoryLimit):
+        @contextmanager
+        def take(self, size: int) -> Iterator[None]:
+            with super().take(size):
+                taken.append((size, self.taken))
+                time.sleep(0.01)
+                yield
+
+    data = saved(Image.fromarray(pattern(100, 100)), "PNG")
+    monkeypatch.setattr(pixels, "DECODING", Watched(3 * 8 * 100 * 100))
+    with ThreadPoolExecutor(12) as threads:
+        pictures = list(threads.map(decode, [data] * 24))
+    assert all(np.array_equal(picture, pattern(100, 100)) for picture in pictures)
+    assert {size for size, _ in taken} == {80_000}
+    assert max(at_once for _, at_once in taken) == 240_000
+    assert pixels.DECODING.taken == 0
+
+
+def test_a_failed_picture_gives_its_memory_back() -> None:
+    data = saved(Image.fromarray(pattern()), "JPEG")
+    with pytest.raises(SampleError):
+        decode(data[: len(data) // 2])
+    with pytest.raises(RuntimeError), pixels.decoded(data):
+        raise RuntimeError
+    assert pixels.DECODING.taken == 0
+
+
+def test_a_bomb_costs_a_few_bytes_a_pixel() -> None:
+    """81 megapixels in ten kilobytes: a palette with transparency, which Pillow alone would expand four times."""
+    program = """if True:
+        import io, resource
+        from PIL import Image
+        from smsbatch.data.pixels import decode
+        sink = io.BytesIO()
+        Image.new("P", (9000, 9000)).save(sink, "PNG", transparency=0)
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        assert decode(sink.getvalue()).shape == (9000, 9000, 3)
+        print(len(sink.getvalue()), (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
+    """
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    compressed, memory = map(int, done.stdout.split())
+    assert compressed < 20_000
+    assert memory < 8 * 9000 * 9000
+
+
+def many_scans(times: int) -> bytes:
+    """A progressive JPEG whose last scan is there many times."""
+    data = saved(Image.fromarray(pattern(64, 64)), "JPEG", progressive=True)
+    last = data.rindex(b"\xff\xda")
+    return data[:last] + data[last:-2] * times + data[-2:]
+
+
+def test_a_jpeg_of_thousands_of_scans_is_refused_and_one_of_many_is_not() -> None:
+    assert decode(many_scans(50)).shape == (64, 64, 3)
+    code, message = failure(many_scans(5000))
+    assert code == "decode_error"
+    assert re.fullmatch(r"a JPEG of 5,0\d\d scans; the limit is 100", message)

@@ -17,12 +17,13 @@ from typing import Any
 
 import pytest
 from hypothesis import given, strategies as st
-from support.making import STORAGE, indexed, loaded, make_files, make_tar, source_of, special
+from support.making import STORAGE, indexed, loaded, looked_at, make_files, make_tar, source_of, special
 from support.s3server import Server
 from webdataset.tariterators import base_plus_ext, group_by_keys, tar_file_iterator
 
 from smsbatch import tiny
 from smsbatch.data import sources
+from smsbatch.data.captions import find_caption
 from smsbatch.data.index import from_table
 from smsbatch.data.reader import Reader
 from smsbatch.data.sample import Entry, Sample, Span
@@ -109,7 +110,8 @@ def test_a_tiny_name_stays_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 @given(st.text("abC./-é", min_size=1, max_size=12).filter(lambda name: not name.startswith("./")))
 def test_names_split_as_the_library_splits_them(name: str) -> None:
     key, extension = base_plus_ext(name)
-    assert split_name(name) == (None if key is None else (key, extension.lower()))
+    hidden = name.rpartition("/")[2].startswith(".")  # for which the library makes a sample of the folder's name
+    assert split_name(name) == (None if key is None or hidden else (key, extension.lower()))
 
 
 # --- webdataset: contents ---
@@ -310,8 +312,8 @@ def test_links_and_devices_are_passed_over_and_said(tmp_path: Path) -> None:
 
 def test_duplicate_keys_name_both_places(tmp_path: Path) -> None:
     one, two = (make_tar(tmp_path / f"{number}.tar", [("a.jpg", b"x"), ("b.jpg", b"x")]) for number in (1, 2))
-    message = f"{two}: key 'a' is also in {one}; keys must be unique, rename one of them; 2 keys are duplicated"
-    assert refused("webdataset", one, two) == message
+    advice = "keys must be unique: rename one of them, or set source.key_prefix; 2 keys are duplicated"
+    assert refused("webdataset", one, two) == f"{two}: key 'a' is also in {one}; {advice}"
     assert refused("webdataset", one, one) == f"{one}: listed twice in source.urls; name it once"
     twice = make_tar(tmp_path / "3.tar", [("a.jpg", b"x"), ("b.jpg", b"x"), ("a.JPG", b"y")])
     assert refused("webdataset", twice).startswith(f"{twice}: two members are 'a.jpg'")
@@ -334,7 +336,7 @@ def test_a_limit_takes_the_first_samples(tmp_path: Path) -> None:
 def test_parts_are_the_objects_with_size_and_etag(tmp_path: Path) -> None:
     path = make_tar(tmp_path / "a.tar", [("a.jpg", b"x")])
     (part,) = parts(source_of("webdataset", path), STORAGE)
-    assert part == ("webdataset", str(path), path.stat().st_size, part.etag)
+    assert part == ("webdataset", str(path), path.stat().st_size, part.etag, "a", "")
     os.utime(path, (1, 1))
     (later,) = parts(source_of("webdataset", path), STORAGE)
     assert part.etag != later.etag
@@ -343,17 +345,19 @@ def test_parts_are_the_objects_with_size_and_etag(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("change", ["touched", "added", "renamed"])
 def test_the_part_of_a_folder_changes_with_any_of_its_files(tmp_path: Path, change: str) -> None:
-    root = make_files(tmp_path / "photos", {"a.jpg": b"x", "b/a.txt": b"yy"})
+    root = make_files(tmp_path / "photos", {"a.jpg": b"x", "a.txt": b"yy"})
     find = partial(parts, source_of("folder", root), STORAGE)
     before = find()
     assert before == find()
     assert before[0][:3] == ("folder", str(root), 3)
+    make_files(root, {".DS_Store": b"x", "c": b"", "c.xmp": b"", "@eaDir/a.jpg": b"x", "d.txt": b"of no picture"})
+    assert find() == before, "files that the index does not use come and go"
     if change == "touched":
         os.utime(root / "a.jpg", (1, 1))
     elif change == "added":
-        make_files(root, {"c": b""})
+        make_files(root, {"c.png": b""})
     else:
-        (root / "b/a.txt").rename(root / "b/b.txt")
+        (root / "a.txt").rename(root / "a.jpg.txt")
     assert find()[0].etag != before[0].etag
 
 
@@ -388,7 +392,9 @@ def test_folder_keys_and_sidecars(tmp_path: Path) -> None:
     assert entries[1].url == f"{tmp_path}/photos/b/two.JPG"
     sample = load(entries[1], ["txt"])
     assert (sample.image, sample.caption, sample.fields) == (b"2", "text", {"json": b"{}", "txt": b"text"})
-    assert ["files left out: 1 gif" in notice for notice in notices] == [True]
+    assert [notice.partition(": ")[2] for notice in notices] == ["hidden files passed over: 2"]
+    *_, contents = looked_at(source_of("folder", tmp_path / "photos"))
+    assert str(contents) == "1 of 2 (txt 1); left aside: 2 .txt, 1 others, 1 .gif"
 
 
 def test_folder_clashes_are_refused(tmp_path: Path) -> None:
@@ -505,19 +511,23 @@ def test_what_s3_does_not_have_is_refused(s3: Server) -> None:
         (["txt"], {"txt": 65_536}, False),
         (["words", "txt"], {"words": 3, "txt": 70_000}, False),  # the long txt is not used
         (["json:caption"], {"json": 70_000, "txt": 70_000}, False),
+        (["txt"], {"txt": 0, "jpg.txt": 65_537}, True),  # the empty one is passed by
+        (["txt", "words"], {"jpg.txt": 9, "words": 70_000}, False),
     ],
 )
 def test_a_caption_that_is_too_long_is_not_even_read(rules: list[str], fields: dict[str, int], bad: bool) -> None:
     class Zeros(Reader):
         def read(self, span: Span) -> bytes:
             read.append(span.url)
-            return b" " * 9 + b"{}" if span.url == "json" else b"x" * (span.length or 0)
+            return b"{}" + b" " * 9 if span.url == "json" else b"x" * (span.length or 0)
 
     read: list[str] = []
     entry = Entry("a", "jpg", {"jpg": Span("jpg", 0, 1)} | {name: Span(name, 0, size) for name, size in fields.items()})
     source = source_of("webdataset", "any", caption=rules)
     if bad:
-        with pytest.raises(SampleError, match=r"its \.txt has 65,537 bytes; a caption has at most 65,536") as caught:
+        with pytest.raises(
+            SampleError, match=r"its \.(jpg\.)?txt has 65,537 bytes; a caption has at most 65"
+        ) as caught:
             load_sample(entry, source, Zeros(STORAGE, 10**6))
         assert (caught.value.code, read) == ("bad_caption", [])
     else:
@@ -526,7 +536,7 @@ def test_a_caption_that_is_too_long_is_not_even_read(rules: list[str], fields: d
 
 
 def caption(rules: list[str], **fields: bytes) -> str:
-    return sources.caption_of(fields, rules)
+    return find_caption(fields, source_of("webdataset", "any", caption=rules), "jpg").text
 
 
 def test_the_first_rule_that_finds_one_gives_the_caption() -> None:
@@ -545,10 +555,10 @@ def test_the_first_rule_that_finds_one_gives_the_caption() -> None:
         ("txt", b"\xff\xfeh\0i\0", "not UTF-8"),
         ("json:caption", b"\xff{}", "not UTF-8"),
         ("json:caption", b"{'caption': 1}", "not JSON"),
-        ("json:caption", b"", "not JSON"),
+        ("json:caption", b"7", "neither a JSON object nor a list"),
         ("json:caption", b"[" * 200_000, "not JSON"),
-        ("json:caption", b'["caption"]', "not a JSON object"),
-        ("json:caption", b'{"caption": ["a", "b"]}', "not a text"),
+        ("json:caption", b'{"caption": {"en": "a"}}', "not a text"),
+        ("json:caption", b'{"caption": [7]}', "not a text"),
         ("json:caption", b'{"caption": "half a pair: \\ud83d"}', "not a text"),
     ],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import tracemalloc
 from collections.abc import Callable, Mapping, Sequence
@@ -11,14 +12,19 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from support.making import STORAGE, indexed, loaded, make_files, source_of
+from support.making import STORAGE, indexed, loaded, make_files, make_tar, source_of
 
+from smsbatch.data.reader import Reader
 from smsbatch.data.sample import Entry, Span
-from smsbatch.data.sources import parts, scan
+from smsbatch.data.sources import load_sample, parts, scan
 from smsbatch.errors import SampleError, SourceError
 
 Rows = Sequence[Mapping[str, Any]]
 COLUMNS = {"image": "url", "caption": "text", "key": "id"}
+
+
+def packed(data: bytes) -> bytes:
+    return gzip.compress(data, mtime=0)  # the same name of the test in every process
 
 
 def make_csv(path: Path, rows: Rows, comma: str = ",") -> None:
@@ -58,6 +64,8 @@ def make(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[..., Path]:
 
 
 def listed(*urls: object, images: Sequence[str] = ("jpg", "png"), **columns: str) -> list[Entry]:
+    if any(str(url).endswith(".tsv") for url in urls):
+        columns = {"quote": '"', **columns}  # as `make` writes them
     return indexed(source_of("table", *urls, images=list(images), columns=columns))[0]
 
 
@@ -78,8 +86,8 @@ def test_rows_become_entries(make: Callable[..., Path], tmp_path: Path) -> None:
         {"id": "b", "text": "häy", "url": "b.jpg", "n": 2},
     )
     assert listed(path, **COLUMNS) == [
-        Entry("a", "png", {"png": Span(f"{tmp_path}/x/a.PNG")}, 'a "cat", \n two'),
-        Entry("b", "jpg", {"jpg": Span(f"{tmp_path}/b.jpg")}, "häy"),
+        Entry("a", "png", {"png": Span(f"{tmp_path}/x/a.PNG")}, 'a "cat", \n two', caption_from="column text"),
+        Entry("b", "jpg", {"jpg": Span(f"{tmp_path}/b.jpg")}, "häy", caption_from="column text"),
     ]
 
 
@@ -179,10 +187,10 @@ def test_a_table_is_never_all_python_objects(tmp_path: Path) -> None:
 def test_a_row_without_picture_is_an_entry_that_fails(tmp_path: Path, kind: str, value: str | None) -> None:
     path = tmp_path / f"t.{kind}"
     MAKERS[kind](path, [{"url": value, "id": "a"}, {"url": "b.jpg", "id": "b"}])
-    source = source_of("table", path, columns={"key": "id"})
+    source = source_of("table", path, columns={"key": "id", "quote": '"'})
     first, second = indexed(source)[0]
     assert (first.key, first.image, first.url, second.image) == ("a", "", str(path), "jpg")
-    with pytest.raises(SampleError, match=r"^no image in column 'url' of its row in .*/t\.") as caught:
+    with pytest.raises(SampleError, match=r"^no image in column 'url' of .*/t\.\w+, row 1$") as caught:
         loaded(first, source)
     assert caught.value.code == "read_error"
 
@@ -195,7 +203,11 @@ def test_a_row_without_picture_is_an_entry_that_fails(tmp_path: Path, kind: str,
         ({"url": "half a pair \ud83d.jpg"}, "read_error", "no image in column 'url'"),
         ({"url": "nul\0.jpg"}, "read_error", "no image in column 'url'"),
         ({"url": "a.jpg", "text": 3}, "bad_caption", "column 'text' of its row is not a text"),
-        ({"url": "a.jpg", "text": ["a", "b"]}, "bad_caption", "column 'text' of its row is not a text"),
+        ({"url": "a.jpg", "text": {"en": "a"}}, "bad_caption", "column 'text' of its row is not a text"),
+        ({"url": "a.jpg", "text": [3]}, "bad_caption", "column 'text' of its row is not a text"),
+        ({"url": "a.jpg", "text": ["a", "b"]}, None, "a"),
+        ({"url": "a.jpg", "text": [None, " ", "b"]}, None, "b"),
+        ({"url": "a.jpg", "text": []}, None, ""),
         ({"url": "a.jpg", "text": "half a pair \ud83d"}, "bad_caption", "column 'text' of its row is not a text"),
         (
             {"url": "a.jpg", "text": "é" * 40_000},
@@ -245,7 +257,7 @@ def test_a_missing_column_is_named_with_those_there_are(make: Callable[..., Path
 def test_keys_that_stand_twice_are_refused(make: Callable[..., Path]) -> None:
     path = make({"url": "a.jpg", "id": "1"}, {"url": "b.jpg", "id": "2"}, {"url": "c.jpg", "id": "1"})
     message = refused(path, key="id")
-    assert message.startswith(f"{path.parent}/c.jpg: key '1' is also in {path.parent}/a.jpg")
+    assert message.startswith(f"{path}, row 3: key '1' is also in {path}, row 1; keys must be unique")
 
 
 @pytest.mark.parametrize(
@@ -269,7 +281,14 @@ def test_keys_that_stand_twice_are_refused(make: Callable[..., Path]) -> None:
         ("t.jsonl", b'{"url": ' + b"9" * 5000 + b"}", "line 1: not JSON"),
         ("t.parquet", b"PAR1 nothing", "after row 0: not a sound parquet file: "),
         ("t.parquet", b"", "after row 0: not a sound parquet file: "),
-        ("t.csv.gz", b"x", "not a table by its name; expected one of .csv, .tsv, .jsonl, .parquet"),
+        ("t.gz", b"x", "not a table by its name; expected one of .csv, .tsv, .jsonl, .json, .parquet, all but"),
+        ("t.parquet.gz", b"x", "not a table by its name; expected one of .csv, .tsv, .jsonl, .json, .parquet, all but"),
+        ("t.csv.gz", b"x", "after line 0: not a sound gzip file"),
+        ("t.csv.gz", packed(b"url\na.jpg\n" * 9999)[:-20], "after line 18991: not a sound gzip file"),
+        ("t.json", b'[{"url": "a.jpg"}', "not JSON: "),
+        ("t.json", b'{"images": [', "line 1: not JSON"),
+        ("t.json", b'["a.jpg"]', "item 1: not a JSON object"),
+        ("t.json", b'[{"uri": "a.jpg"}]', "no column 'url'; set source.columns.image to one it has: uri"),
         ("table", b"x", "not a table by its name"),
     ],
 )
@@ -293,10 +312,11 @@ def test_parquet_text_that_is_not_utf8_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "columns", [{"image": "picture"}, {"caption": "picture"}, {"key": "share"}, {"caption": "share"}]
+    "columns",
+    [{"image": "share"}, {"image": "picture.path.x"}, {"caption": "picture"}, {"key": "share"}, {"caption": "share"}],
 )
 def test_parquet_columns_of_a_wrong_type_are_refused(tmp_path: Path, columns: dict[str, str]) -> None:
-    make_parquet(tmp_path / "t.parquet", [{"url": "a.jpg", "picture": {"bytes": b"x", "path": "y"}, "share": 0.5}])
+    make_parquet(tmp_path / "t.parquet", [{"url": "a.jpg", "picture": {"bytes": b"", "path": ""}, "share": 0.5}])
     assert "expected text" in refused(tmp_path / "t.parquet", **columns)
 
 
@@ -311,3 +331,282 @@ def test_an_empty_table_is_noticed(tmp_path: Path) -> None:
     entries, notices = indexed(source_of("table", f"{tmp_path}/*.csv"))
     assert (len(entries), notices) == (1, [f"{tmp_path}/a.csv: no rows in it"])
     assert "no samples found" in refused(tmp_path / "a.csv")
+
+
+# --- pictures in parquet ---
+
+JPGS = [b"first", b"second", b"third"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "column", "extensions"),
+    [
+        (pa.struct([("bytes", pa.binary()), ("path", pa.string())]), "image", ["jpg", "png", "jpg"]),
+        (pa.struct([("bytes", pa.large_binary()), ("path", pa.string())]), "image.bytes", ["jpg", "png", "jpg"]),
+        (pa.struct([("bytes", pa.binary())]), "image", ["jpg", "jpg", "jpg"]),
+        (pa.binary(), "image", ["jpg", "jpg", "jpg"]),
+        (pa.large_binary(), "image", ["jpg", "jpg", "jpg"]),
+    ],
+)
+def test_pictures_in_cells(tmp_path: Path, kind: pa.DataType, column: str, extensions: list[str]) -> None:
+    paths = ["0.jpg", "1.PNG", None]
+    cells: list[Any] = [{"bytes": data, "path": path} for data, path in zip(JPGS, paths, strict=True)]
+    if pa.types.is_struct(kind) and kind.num_fields == 1:
+        cells = [{"bytes": data} for data in JPGS]
+    elif not pa.types.is_struct(kind):
+        cells = JPGS
+    table = pa.table({"image": pa.array(cells, kind), "text": [["a", "b"], [], None], "id": [7, 8, 9]})
+    path = tmp_path / "t.parquet"
+    pq.write_table(table, path, row_group_size=2)
+    source = source_of("table", path, columns={"image": column, "caption": "text", "key": "id"})
+    samples = [loaded(entry, source) for entry in indexed(source)[0]]
+    assert [(sample.key, sample.image, sample.image_field) for sample in samples] == [
+        (key, data, extension) for key, data, extension in zip("789", JPGS, extensions, strict=True)
+    ]
+    assert [sample.caption for sample in samples] == ["a", "", ""]
+    assert samples[2].url == f"{path}#row=2"
+
+
+def test_a_picture_alone_needs_no_other_column(tmp_path: Path) -> None:
+    path = tmp_path / "0000.parquet"
+    pq.write_table(pa.table({"jpg": pa.array([*JPGS, None], pa.binary())}), path)
+    source = source_of("table", path, columns={"image": "jpg"}, max_bytes=5)
+    *_, second, third, fourth = indexed(source)[0]
+    assert second.key == "0000-000000001"
+    assert loaded(third, source).image == b"third"
+    for entry, code, message in (
+        (second, "too_large", "0000.parquet, row 2: 6 bytes or more"),
+        (fourth, "read_error", "0000.parquet, row 4: no picture in column 'jpg', it is null"),
+    ):
+        with pytest.raises(SampleError, match=message) as caught:
+            loaded(entry, source)
+        assert caught.value.code == code
+
+
+def test_only_the_row_group_of_a_picture_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "t.parquet"
+    pictures = [bytes([number]) * 200_000 for number in range(40)]
+    pq.write_table(pa.table({"jpg": pa.array(pictures, pa.binary())}), path, row_group_size=4, compression="none")
+    source = source_of("table", path, columns={"image": "jpg"})
+    read = []
+    original = pq.ParquetFile.read_row_group
+
+    def counted(self: pq.ParquetFile, group: int, **options: object) -> object:
+        read.append(group)
+        return original(self, group, **options)
+
+    entries, notices = indexed(source)
+    assert notices == []
+    monkeypatch.setattr(pq.ParquetFile, "read_row_group", counted)
+    reader = Reader(STORAGE, source.max_bytes)
+    tracemalloc.start()
+    for number in (0, 1, 3, 4, 5, 36):
+        assert load_sample(entries[number], source, reader).image == pictures[number]
+    assert read == [0, 1, 9]
+    assert tracemalloc.get_traced_memory()[1] < 8e6
+    tracemalloc.stop()
+
+
+def test_large_row_groups_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "t.parquet"
+    pq.write_table(pa.table({"jpg": pa.array([b"x" * 3_000_000] * 3, pa.binary())}), path, compression="none")
+    monkeypatch.setattr("smsbatch.data.tables.LARGE_GROUP", 1 << 20)
+    _, (notice,) = indexed(source_of("table", path, columns={"image": "jpg"}))
+    assert notice.startswith(f"{path}: row groups of up to 3 rows and ")
+
+
+def test_a_replaced_table_is_not_read(tmp_path: Path) -> None:
+    path = tmp_path / "t.parquet"
+    pq.write_table(pa.table({"jpg": pa.array(JPGS, pa.binary())}), path)
+    source = source_of("table", path, columns={"image": "jpg"})
+    entries, _ = indexed(source)
+    pq.write_table(pa.table({"jpg": pa.array(JPGS[::-1], pa.binary())}), path)
+    with pytest.raises(SampleError, match=r"t\.parquet, row 1: its table was replaced since it was planned"):
+        loaded(entries[0], source)
+    path.unlink()
+    with pytest.raises(SampleError, match=r"t\.parquet, row 2: No such file"):
+        loaded(entries[1], source)
+
+
+# --- dialects ---
+
+
+def told(path: Path, **options: Any) -> tuple[list[tuple[str, str | None]], list[str]]:
+    """(name of the picture, caption) of each row, and the notices without the table's name."""
+    columns = {"caption": "caption", **options}
+    entries, notices = indexed(source_of("table", path, columns=columns))
+    rows = [(entry.url.rpartition("/")[2], entry.caption) for entry in entries]
+    return rows, [notice.removeprefix(f"{path}: ") for notice in notices]
+
+
+FOX_OWL_HEN = [("a.jpg", '"the fox'), ("b.jpg", "an owl"), ("c.jpg", 'a hen"')]
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "options", "rows", "notices"),
+    [
+        ("t.tsv", b'url\tcaption\na.jpg\t"the fox\nb.jpg\tan owl\nc.jpg\ta hen"\n', {}, FOX_OWL_HEN, []),
+        (
+            "t.csv",
+            b'url,caption\na.jpg,"the fox\nb.jpg,an owl\nc.jpg,a hen"\n',
+            {},
+            [("a.jpg", "the fox\nb.jpg,an owl\nc.jpg,a hen")],
+            [
+                "1 row from 3 lines: cells in quotes go over several lines; if quotes are part of the text, set "
+                "source.columns.quote to ''"
+            ],
+        ),
+        (
+            "t.csv",
+            b'url,caption\na.jpg,"the fox\nb.jpg,an owl\nc.jpg,a hen"\n',
+            {"quote": ""},
+            FOX_OWL_HEN,
+            [],
+        ),
+        (
+            "t.tsv",
+            b'url\tcaption\na.jpg\t"a fox"\nb.jpg\t6" pipe\n',
+            {},
+            [("a.jpg", '"a fox"'), ("b.jpg", '6" pipe')],
+            ["1 row with a cell in quotes, which are kept; source.columns.quote: '\"' removes them"],
+        ),
+        ("t.tsv", b'url\tcaption\na.jpg\t"a fox"\n', {"quote": '"'}, [("a.jpg", "a fox")], []),
+        ("t.csv", b"url,caption\n\na.jpg,a fox\n\n", {}, [("a.jpg", "a fox")], []),
+        ("t.csv", b"url;caption\na.jpg;a, b\n", {"delimiter": ";"}, [("a.jpg", "a, b")], []),
+        ("t.csv", b"sep=;\nurl;caption\na.jpg;a, b\n", {}, [("a.jpg", "a, b")], []),
+        ("t.csv", b"url,caption,\na.jpg,a fox,\n", {}, [("a.jpg", "a fox")], []),
+        ("t.tsv", b"url|caption\na.jpg|a\tb\n", {"delimiter": "|"}, [("a.jpg", "a\tb")], []),
+        ("t.csv", b"a.jpg,a fox\n", {"header": False, "image": "0", "caption": "1"}, [("a.jpg", "a fox")], []),
+        ("t.csv", b"a fox,a.jpg\n", {"header": ["caption", "url"]}, [("a.jpg", "a fox")], []),
+        ("t.csv.gz", packed(b"url,caption\na.jpg,a fox\n"), {}, [("a.jpg", "a fox")], []),
+        ("t.TSV.GZ", packed(b"url\tcaption\na.jpg\ta fox\n"), {}, [("a.jpg", "a fox")], []),
+        ("t.jsonl.gz", packed(b'{"url": "a.jpg", "caption": "a fox"}\n'), {}, [("a.jpg", "a fox")], []),
+        (
+            "t.json",
+            b'[{"url": "a.jpg", "caption": "a fox"},\n {"url": "b.jpg"}]',
+            {},
+            [("a.jpg", "a fox"), ("b.jpg", "")],
+            [],
+        ),
+        ("t.json", b' \n[{"url": "a.jpg", "caption": "a fox"}]', {}, [("a.jpg", "a fox")], []),
+        ("t.json", b'{"url": "a.jpg", "caption": "a fox"}\n', {}, [("a.jpg", "a fox")], []),
+        ("t.json.gz", packed(b'[{"url": "a.jpg", "caption": "x"}]'), {}, [("a.jpg", "x")], []),
+        (
+            "t.jsonl",
+            b'{"url": "a.jpg", "says": {"en": ["a fox", "x"]}}\n{"url": "b.jpg", "says": null}\n',
+            {"caption": "says.en"},
+            [("a.jpg", "a fox"), ("b.jpg", "")],
+            [],
+        ),
+        (
+            "t.jsonl",
+            b'{"url": "a.jpg", "all": [{"text": ""}, {"text": "a fox"}]}',
+            {"caption": "all.text"},
+            [("a.jpg", "a fox")],
+            [],
+        ),
+        ("t.jsonl", b'{"picture": {"url": "a.jpg"}, "caption": "x"}', {"image": "picture.url"}, [("a.jpg", "x")], []),
+        ("t.jsonl", b'{"a.b": "a.jpg", "caption": "x"}', {"image": "a.b"}, [("a.jpg", "x")], []),
+    ],
+)
+def test_dialects(
+    tmp_path: Path, name: str, data: bytes, options: dict[str, Any], rows: list[tuple[str, str]], notices: list[str]
+) -> None:
+    make_files(tmp_path, {name: data})
+    assert told(tmp_path / name, **options) == (rows, notices)
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "complaint"),
+    [
+        ("t.csv", b"url;caption\na.jpg;x\n", "one column with ';' in it: set source.columns.delimiter to ';'"),
+        ("t.csv", b"url\tcaption\na.jpg\tx\n", "one column with '\\t' in it: set source.columns.delimiter to '\\t'"),
+        ("t.tsv", b"url,caption\na.jpg,x\n", "one column with ',' in it: set source.columns.delimiter to ','"),
+        ("t.csv", b"url, caption\na.jpg, x\n", "set source.columns.caption to ' caption', as the file writes it"),
+        ("t.csv", b"caption,url,url\nx,a.jpg,b.jpg\n", "column 'url' is there 2 times; name each one differently"),
+        ("t.tsv", b'"url"\t"caption"\n"a.jpg"\t"x"\n', "names are in quotes: set source.columns.quote to '\"'"),
+        ("t.tsv", b'url\tcaption\na.jpg\t"a\nb"\n', "line 3: 1 cells, the header has 2; if quotes enclose cells"),
+        ("t.csv", b'url,caption\na.jpg,x,6" y\n', "line 2: 3 cells, the header has 2; if quotes are part of the text"),
+        ("t.csv", b'url,caption\na.jpg,"6" pipe\n', "line 2: ',' expected after '\"'; if quotes are part of the text"),
+        ("t.csv", b"url,caption\ra.jpg,x\r", "line 1: its lines end in CR alone, as on old Macs; save it with LF"),
+        ("t.csv", "url,caption\na.jpg,x\n".encode("utf-16"), "line 1: not UTF-8"),
+        (
+            "t.csv",
+            b"URL,caption\na.jpg,x\n",
+            "no column 'url'; set source.columns.image to 'URL', as the file writes it",
+        ),
+        ("t.tsv", b"a fox\ta.jpg\n", "its first line looks like a row: set source.columns.header to false"),
+        ("t.csv", b"https://h/a.jpg,a fox\n", "its first line looks like a row: set source.columns.header to false"),
+    ],
+)
+def test_a_dialect_that_does_not_fit_is_refused_with_the_cure(
+    tmp_path: Path, name: str, data: bytes, complaint: str
+) -> None:
+    make_files(tmp_path, {name: data})
+    with pytest.raises(SourceError) as caught:
+        indexed(source_of("table", tmp_path / name, columns={"caption": "caption"}))
+    assert str(caught.value).startswith(f"{tmp_path / name}: ")
+    assert complaint in str(caught.value)
+
+
+# --- keys that are derived, and prefixes ---
+
+
+@pytest.mark.parametrize(
+    ("names", "labels"),
+    [
+        (["d/metadata.jsonl"], ["metadata"]),
+        (["d/a.csv", "d/b.csv"], ["a", "b"]),
+        (["d/a.csv.gz"], ["a"]),
+        (["train/0000.jsonl", "test/0000.jsonl"], ["train__0000", "test__0000"]),
+        (["c/train/0000.csv", "c/train/0001.csv", "c/test/0000.csv"], ["train__0000", "0001", "test__0000"]),
+        (["a/x/t.csv", "b/x/t.csv", "c/y/t.csv"], ["a__x__t", "b__x__t", "y__t"]),
+        (
+            ["year=2023/month=01/p.csv", "year=2024/month=01/p.csv"],
+            ["year=2023__month=01__p", "year=2024__month=01__p"],
+        ),
+        (["d/t.csv", "d/t.jsonl"], ["t_csv", "t_jsonl"]),
+        (["d/a.b.csv", "d/a_b.csv"], ["d__a_b", "d__a_b"]),
+    ],
+)
+def test_derived_keys_tell_the_tables_apart(tmp_path: Path, names: list[str], labels: list[str]) -> None:
+    for name in names:
+        text = b'{"url": "x.jpg"}' if name.endswith("jsonl") else b"url\nx.jpg\n"
+        text = packed(text) if name.endswith("gz") else text
+        make_files(tmp_path, {name: text})
+    keys = [entry.key for entry in listed(*(tmp_path / name for name in names))]
+    assert len(set(keys)) == len(names)
+    if len(set(labels)) == len(labels):
+        assert keys == [f"{label}-000000000" for label in labels]
+
+
+def test_long_names_that_begin_alike_have_keys_of_their_own(tmp_path: Path) -> None:
+    names = [f"{'k' * 80}{end}.csv" for end in "ab"]
+    make_files(tmp_path, dict.fromkeys(names, b"url\nx.jpg\n"))
+    keys = [entry.key for entry in listed(*(tmp_path / name for name in names))]
+    assert len(set(keys)) == 2
+    assert all(key.startswith("k" * 53 + "~") and len(key) == 64 + 10 for key in keys)
+
+
+@pytest.mark.parametrize(("prefix", "before"), [("url", ["cc3m", "sbu"]), ("shard", ["cc3m__00000", "sbu__00000"])])
+def test_a_prefix_tells_repeated_keys_apart(tmp_path: Path, prefix: str, before: list[str]) -> None:
+    members = [("000.jpg", b"x"), ("001.jpg", b"y")]
+    tars = [make_tar(tmp_path / name / "00000.tar", members) for name in ("cc3m", "sbu")]
+    globs = [f"{tar.parent}/{{00000..00000}}.tar" for tar in tars]
+    entries, _ = indexed(source_of("webdataset", *globs, key_prefix=prefix))
+    assert [entry.key for entry in entries] == [f"{name}/{key}" for name in before for key in ("000", "001")]
+    assert [entry.original_key for entry in entries] == ["000", "001"] * 2
+    with pytest.raises(SourceError, match=r"key '000' is also in .*, or set source\.key_prefix; 2 keys are duplicated"):
+        indexed(source_of("webdataset", *globs))
+
+
+@pytest.mark.parametrize("format", ["folder", "table"])
+def test_a_prefix_is_for_every_format(tmp_path: Path, format: str) -> None:
+    names = ("one", "two")
+    for name in names:
+        make_files(tmp_path / name, {"a.jpg": b"x", "t.csv": b"url,id\na.jpg,a\n"})
+    urls = [tmp_path / name / ("" if format == "folder" else "t.csv") for name in names]
+    columns = {"columns": {"key": "id"}} if format == "table" else {}
+    entries, _ = indexed(source_of(format, *urls, key_prefix="shard", **columns))
+    wanted = ["one", "two"] if format == "folder" else ["one__t", "two__t"]
+    assert [entry.key for entry in entries] == [f"{name}/a" for name in wanted]

@@ -11,7 +11,7 @@ import numpy as np
 from support.ledgers import commit_unit
 
 from smsbatch.data import pixels
-from smsbatch.data.index import build_index
+from smsbatch.data.indexing import build_index
 from smsbatch.data.sample import Outcome
 from smsbatch.data.sources import parts, scan
 from smsbatch.manifest import Manifest

@@ -12,10 +12,12 @@ from typing import Any
 import numpy as np
 
 from smsbatch.data import pixels, reader as objects
-from smsbatch.data.index import build_index, read_index
+from smsbatch.data.captions import Contents
+from smsbatch.data.index import read_index
+from smsbatch.data.indexing import build_index
 from smsbatch.data.reader import Reader, Stat
 from smsbatch.data.sample import Entry, Outcome, Sample, Unit
-from smsbatch.data.sources import load_sample, nothing_found, parts, scan
+from smsbatch.data.sources import Scan, gathered, load_sample, nothing_found, parts, scan
 from smsbatch.manifest import Source, Storage
 from smsbatch.storage.resolve import resolve
 from smsbatch.storage.store import Store
@@ -27,19 +29,28 @@ def source_of(format: str, *urls: object, **options: Any) -> Source:
     return Source.model_validate({"format": format, "urls": [str(url) for url in urls], **options})
 
 
-def indexed(source: Source, storage: Storage = STORAGE) -> tuple[list[Entry], list[str]]:
-    """The entries that a run would plan for a source, read back from an index file, and the notices."""
-    scans = [scan(part, source, storage) for part in parts(source, storage)]
-    notices = [notice for scanned in scans for notice in scanned.notices]
+def looked_at(source: Source, storage: Storage = STORAGE, seed: int = 0) -> tuple[list[Entry], list[str], Contents]:
+    """The entries that a run would plan for a source, read back from an index file, the notices, and what it holds."""
+    listed, told = parts(source, storage), Scan()
+    scanned = (scan(part, source, storage, seed) for part in listed)
+    names = [part.url for part in listed] if source.format == "table" else []
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "samples.parquet")
-        if not build_index(path, (scanned.table for scanned in scans), source.limit, source.skip).samples:
-            raise nothing_found(source, notices)
-        return read_index(path), notices
+        built = build_index(path, gathered(scanned, told), source.limit, source.skip, names)
+        contents = Contents(built.samples, built.captions, dict(told.left), dict(told.passed))
+        if not built.samples:
+            raise nothing_found(source, told.notices, contents)
+        return read_index(path), told.notices, contents
+
+
+def indexed(source: Source, storage: Storage = STORAGE) -> tuple[list[Entry], list[str]]:
+    """The entries that a run would plan for a source, and the notices."""
+    entries, notices, _ = looked_at(source, storage)
+    return entries, notices
 
 
 def loaded(entry: Entry, source: Source, storage: Storage = STORAGE) -> Sample:
-    return load_sample(entry, source, Reader(storage, source.max_bytes))
+    return load_sample(entry, source, Reader.of(source, storage))
 
 
 def expand(pattern: str, storage: Storage) -> list[str]:

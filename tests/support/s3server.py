@@ -7,6 +7,7 @@ other credentials outside loopback.
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import http.client
 import http.server
@@ -18,8 +19,8 @@ import threading
 import time
 import uuid
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -138,6 +139,7 @@ class Request:
     path: str
     fault: str | None
     conditional: bool
+    headers: Mapping[str, str] = field(default_factory=dict)  # by names in lower case
 
 
 class Faults:
@@ -151,7 +153,8 @@ class Faults:
 
     A share `rate` of all requests gets one of `kinds`. The choice depends on `seed`, the method, the path and how often
     that was requested, and not on the order of threads. `inject` adds faults for certain requests, which take
-    precedence. `requests` are the requests so far.
+    precedence. `requests` are the requests so far. With `strict` it answers as servers do that speak S3 of before 2025:
+    that status and code for newer checksum headers and chunked bodies, BadDigest for a body with another MD5.
     """
 
     def __init__(
@@ -162,9 +165,10 @@ class Faults:
         kinds: Sequence[str] = SEEDED,
         seed: int = 0,
         stall_s: float = 60.0,
+        strict: tuple[int, str] | None = None,
     ) -> None:
         self.requests: list[Request] = []
-        self.rate = rate
+        self.rate, self.strict = rate, strict
         self._target = urlsplit(target)
         self._kinds, self._seed, self._stall_s = tuple(kinds), seed, stall_s
         self._plans: list[_Plan] = []
@@ -254,11 +258,12 @@ class Faults:
         sent = client.rfile.read(int(client.headers.get("Content-Length", 0)))
         conditional = "If-None-Match" in client.headers
         fault = self._choose(client.command, client.path, conditional)
-        self.requests.append(Request(client.command, client.path, fault, conditional))
-        if fault in ANSWERS:
-            status, code = ANSWERS[fault]
-            content = f'<?xml version="1.0"?><Error><Code>{code}</Code><Message>injected</Message></Error>'.encode()
-            _answer(client, status, [("Content-Type", "application/xml")], len(content), content)
+        headers = {name.lower(): value for name, value in client.headers.items()}
+        self.requests.append(Request(client.command, client.path, fault, conditional, headers))
+        if refused := self._refused(client.command, headers, sent) if self.strict else None:
+            _answer_error(client, *refused)
+        elif fault in ANSWERS:
+            _answer_error(client, *ANSWERS[fault], "injected")
         elif fault == "reset_before":
             _reset(client)
         elif fault == "stall":
@@ -273,6 +278,17 @@ class Faults:
                 client.close_connection = True
             else:
                 _answer(client, status, headers, length, content)
+
+    def _refused(self, method: str, headers: Mapping[str, str], sent: bytes) -> tuple[int, str, str] | None:
+        """Status, code and message of what a strict server refuses, None for what it takes."""
+        newer = ("x-amz-checksum-", "x-amz-sdk-checksum", "x-amz-trailer")
+        for name, value in headers.items() if self.strict else ():
+            if method in ("PUT", "POST") and (name.startswith(newer) or "aws-chunked" in value):
+                return (*self.strict, f"Header '{name}' with value '{value}' not implemented")
+        digest = base64.b64encode(hashlib.md5(sent).digest()).decode()
+        if "content-md5" in headers and headers["content-md5"] != digest:
+            return 400, "BadDigest", "The Content-MD5 you specified did not match what we received."
+        return None
 
     def _ask(
         self, client: http.server.BaseHTTPRequestHandler, sent: bytes
@@ -314,6 +330,11 @@ class _Plan:
             and self.part in path
             and (conditional or not self.conditional)
         )
+
+
+def _answer_error(client: http.server.BaseHTTPRequestHandler, status: int, code: str, message: str) -> None:
+    content = f'<?xml version="1.0"?><Error><Code>{code}</Code><Message>{message}</Message></Error>'.encode()
+    _answer(client, status, [("Content-Type", "application/xml")], len(content), content)
 
 
 def _answer(

@@ -20,7 +20,8 @@ from PIL import Image
 from support.jobs import make_photos
 from support.s3server import Server
 
-from smsbatch.data.index import SAMPLES, StoredFile, build_index
+from smsbatch.data.index import SAMPLES, StoredFile
+from smsbatch.data.indexing import build_index
 from smsbatch.data.sample import Entry, Sample
 from smsbatch.data.sources import load_sample, parts, scan
 from smsbatch.errors import RunError, SampleError, StorageError
