@@ -129,6 +129,8 @@ def verification(found: Verification, where: str) -> Iterator[str]:
     )
     for line in found.pending:
         yield f"  not done yet: {line}"
+    for name in found.edited:
+        yield f"  {name} is not as it was written: edited, or damaged; to have it written again, delete it and repair"
     if found.without_attempts:
         yield f"  {count(found.without_attempts, 'unit')} without attempts: repair would have to compute them again"
     yield from _problems(found)

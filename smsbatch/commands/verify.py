@@ -21,7 +21,7 @@ from smsbatch.errors import StorageError
 from smsbatch.manifest import Manifest
 from smsbatch.parallel import map_ahead
 from smsbatch.runs.drift import parse_note
-from smsbatch.runs.layout import DRIFT, INDEX, REPORT, RUN, SUCCESS
+from smsbatch.runs.layout import CARD, DRIFT, INDEX, REPORT, RUN, SUCCESS
 from smsbatch.runs.plan_files import check_digests, last_number
 from smsbatch.runs.records import DIGEST, KINDS, PARSE_ERRORS, FileDigest, dump_record, load_record, result_file
 from smsbatch.runs.run import Run
@@ -42,6 +42,8 @@ class Verification:
         files, bytes: number and total size of the files of published shards.
         without_attempts: units whose attempts `gc --attempts` removed; `repair` would have to compute them again.
         pending: lines about work that is not done yet, which is no problem.
+        edited: files for people that are not as they were written, which is no problem: the card asks for edits. Only
+            with `full`.
     """
 
     name: str
@@ -57,6 +59,7 @@ class Verification:
     without_attempts: int = 0
     problems: tuple[Problem, ...] = ()
     pending: tuple[str, ...] = ()
+    edited: tuple[str, ...] = ()
 
     @property
     def ok(self) -> bool:
@@ -110,7 +113,8 @@ class Verifier(ShardChecker):
             progress(len(all_found), len(numbers))
         for found in all_found.values():
             problems += found.problems
-        problems += [*self._report(full), *self._drift()]
+        edited: list[str] = []
+        problems += [*self._report(full, edited), *self._drift()]
         return Verification(
             name=self.run.name,
             full=full,
@@ -125,6 +129,7 @@ class Verifier(ShardChecker):
             without_attempts=sum(found.without_attempts for found in all_found.values()),
             problems=tuple(problems),
             pending=tuple(self._pending(all_found)),
+            edited=tuple(edited),
         )
 
     def _foreign(self) -> list[Problem]:
@@ -138,8 +143,11 @@ class Verifier(ShardChecker):
             if not path.startswith("_smsbatch/") and path not in ours
         ]
 
-    def _report(self, full: bool) -> Iterator[Problem]:
-        """Check that the report is complete, and that index.json has the digests of the records and of the report."""
+    def _report(self, full: bool, edited: list[str]) -> Iterator[Problem]:
+        """Check that the report is complete, and that index.json has the digests of the records and of the report.
+
+        `edited` gets the card if it is not as it was written.
+        """
         sizes = {name: self.store.size(name) for name in (SUCCESS, *REPORT)}
         if sizes[SUCCESS]:
             yield Problem(SUCCESS, "is not empty", "report")
@@ -164,8 +172,13 @@ class Verifier(ShardChecker):
         if different:
             yield Problem(INDEX, f"has another digest of {different[0]}", "report")
         for name, expected in files.items():
+            if name == CARD and not full:
+                continue
             if sizes.get(name) != expected.bytes or (full and FileDigest.stored(self.store, name) != expected):
-                yield Problem(name, "is not what was written", "report")
+                if name == CARD:
+                    edited.append(name)
+                else:
+                    yield Problem(name, "is not what was written", "report")
         there = self.store.list(DRIFT)
         for name in notes:
             if name not in there:

@@ -8,7 +8,8 @@ RUN = "run.json"  # resolved manifest (key "manifest"), its hash, digests of the
 COPY = "_smsbatch/run.json"  # a copy of it
 SUCCESS = "_SUCCESS"  # empty; written last
 INDEX = "index.json"  # every published file with size and SHA-256, and the report's numbers
-REPORT = (INDEX, "README.md", "report.html")
+CARD = "README.md"  # of the dataset; asks to be edited
+REPORT = (INDEX, CARD, "report.html")
 
 WRITTEN = ("shards/000000.tar", "metrics/000000.parquet", "plan/samples.parquet", INDEX, RUN)  # some of a run's files
 
