@@ -22,7 +22,7 @@ from typing import Any, Literal
 
 from smsbatch.cluster.connect import check_answers, cluster_address
 from smsbatch.commands.plan import PLANNERS
-from smsbatch.data.captions import Contents
+from smsbatch.data.captions import Contents, unused_rules
 from smsbatch.data.reader import Reader, public
 from smsbatch.data.sources import Scan, parts, scan_entries
 from smsbatch.errors import RequestError, SmsbatchError
@@ -198,7 +198,10 @@ def _source(manifest: Manifest) -> Iterator[Check]:
     found = f"{Contents(len(entries), captions, told.left, told.passed)}, in {part.url}"
     if len(entries) == _LOOKED_AT:
         found += f", of which the first {_LOOKED_AT:,} were looked at"
-    yield Check("captions", "warn" if told.notices else "ok", found, "; ".join(told.notices))
+    notices = [*told.notices, *unused_rules(source, captions)]
+    if not captions and (told.left or told.passed):
+        notices.append("if one of these has the captions, source.caption names it")
+    yield Check("captions", "warn" if notices else "ok", found, "; ".join(notices))
 
 
 def _weights(manifest: Manifest) -> Check:

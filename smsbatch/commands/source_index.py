@@ -7,7 +7,7 @@ from contextlib import closing, contextmanager
 from functools import partial
 from pathlib import Path
 
-from smsbatch.data.captions import Contents
+from smsbatch.data.captions import Contents, unused_rules
 from smsbatch.data.index import Part
 from smsbatch.data.indexing import Built, build_index
 from smsbatch.data.sources import Scan, gathered, nothing_found, parts, scan
@@ -40,7 +40,5 @@ def indexed(
         contents = Contents(built.samples, built.captions, dict(told.left), dict(told.passed))
         if built.samples == 0:
             raise nothing_found(source, notices, contents)
-        if "caption" in source.model_fields_set and source.format != "table":
-            unused = (rule for rule in source.caption if rule not in built.captions)
-            notices += [f"source.caption: {rule} gives no sample its caption" for rule in unused]
+        notices += unused_rules(source, built.captions)
         yield listed, index, built, contents

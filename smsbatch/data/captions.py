@@ -2,7 +2,7 @@
 
     txt               the text of a sidecar: `fox.txt`, else `fox.jpg.txt`
     json:caption      a key of a JSON sidecar: of `fox.json`, else of `fox.jpg.json`
-    json:a.b.0        a path of keys and places of lists
+    json:a.b.0        a path of keys and places of lists; without a place, one of a list that has a text
     metadata:text     a column of the row for the picture in its folder's `metadata.jsonl` or `metadata.csv`
 
 The first rule that finds a text which is not blank gives the caption. A key that is missing, null or blank is passed
@@ -13,7 +13,8 @@ by, as is an empty sidecar; anything else that is no text fails the sample. Of a
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+import re
+from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -23,6 +24,7 @@ from smsbatch.errors import SampleError
 from smsbatch.manifest import Source
 
 LONGEST_CAPTION = 65536  # bytes
+PLACE = re.compile("[0-9]{1,9}")  # of an item in a list, in a path
 LONGEST_READ = 1 << 20  # bytes of a sidecar that planning reads, to see whether it has a caption
 METADATA = "metadata"
 
@@ -75,7 +77,12 @@ def fields_of(rule: str, images: Iterable[str]) -> list[str]:
 
 
 def find_caption(
-    fields: Mapping[str, bytes], source: Source, image: str, key: str = "", seed: int = 0, metadata: str | None = None
+    fields: Mapping[str, bytes],
+    source: Source,
+    image: str,
+    key: str = "",
+    seed: int = 0,
+    metadata: Caption | None = None,
 ) -> Caption:
     """The caption of a sample.
 
@@ -83,16 +90,16 @@ def find_caption(
         fields: its fields without the picture.
         image: the picture's extension.
         key, seed: the sample's key and the run's seed, which draw one of a list of captions.
-        metadata: the caption that its folder's metadata has, if any.
+        metadata: the caption that its folder's metadata has, and the rule that found it there.
 
     Raises:
         SampleError: bad_caption.
     """
     for rule in source.caption:
-        name, _, path = rule.partition(":")
-        if name == METADATA and metadata:
-            return Caption(metadata, METADATA)
-        for there in fields_of(rule, [image]):
+        path = rule.partition(":")[2]
+        if metadata and rule == metadata.rule:
+            return metadata
+        for there in fields_of(rule, [image, *source.images]):
             if there in fields:
                 text = read_caption(fields[there], path, f"its .{there}", source, f"{seed}:{key}")
                 if text:
@@ -100,13 +107,14 @@ def find_caption(
     return Caption()
 
 
-def has_caption(data: bytes, rule: str, what: str, source: Source, broken: list[str]) -> bool:
-    """True if this rule finds a caption in the sidecar `what`; `broken` gets the error if it cannot be read."""
+def has_caption(data: bytes, rule: str, what: str, source: Source, broken: list[str]) -> bool | None:
+    """True if this rule finds a caption in the sidecar `what`; None if the sample will fail with it, and `broken` gets
+    the reason."""
     try:
         return bool(read_caption(data, rule.partition(":")[2], what, source, ""))
     except SampleError as error:
         broken.append(str(error))
-        return False
+        return None
 
 
 def read_caption(data: bytes, path: str, what: str, source: Source, draw: str) -> str:
@@ -133,38 +141,51 @@ def read_caption(data: bytes, path: str, what: str, source: Source, draw: str) -
 def text_at(value: Any, path: str, what: str, source: Source, draw: str) -> str:
     """The text at a path of keys and places, '' if there is none; `draw` is the seed of the choice from a list.
 
+    A list on the way without a place for it stands for all its items, of which one that has a text is chosen.
+
     Raises:
         SampleError: bad_caption: there is something else than a text or a list of texts.
     """
     if not isinstance(value, Mapping | list):
         raise SampleError("bad_caption", f"{what} is neither a JSON object nor a list")
-    left = path
-    while left or isinstance(value, list):
-        if isinstance(value, Mapping):
-            # A key may contain dots, so the whole of what is left comes first.
-            head, left = (left, "") if left in value else (left.partition(".")[0], left.partition(".")[2])
-            value = value.get(head)
-        elif isinstance(value, list):
-            head, _, rest = left.partition(".")
-            if head.isdigit():
-                value, left = (value[int(head)] if int(head) < len(value) else None), rest
-            else:
-                value = _chosen(value, source, draw)
-        else:
-            break
-    if value is None or left:  # the path leads nowhere
+    found = [text.strip() for text in _texts_at(value, path, f"{path!r} in {what}") if text.strip()]
+    if not found:
         return ""
-    if not is_text(value):
-        raise SampleError("bad_caption", f"{path!r} in {what} is not a text")
-    return short_enough(value.strip(), f"{path!r} in {what}")
+    chosen = hashed_seed(f"{draw}:caption") % len(found) if source.caption_choice == "random" else 0
+    return short_enough(found[chosen], f"{path!r} in {what}")
 
 
-def _chosen(items: Sequence[Any], source: Source, draw: str) -> Any:
-    """One item of a list of captions, of those that are not blank; None if there is none."""
-    full = [item for item in items if item is not None and not (isinstance(item, str) and not item.strip())]
-    if not full:
-        return None
-    return full[hashed_seed(f"{draw}:caption") % len(full) if source.caption_choice == "random" else 0]
+def _texts_at(value: Any, path: str, what: str) -> Iterator[str]:
+    if isinstance(value, list):
+        head, _, rest = path.partition(".")
+        if not PLACE.fullmatch(head):
+            for item in value:
+                yield from _texts_at(item, path, what)
+        elif int(head) < len(value):
+            yield from _texts_at(value[int(head)], rest, what)
+    elif path:
+        key = key_of(path, value) if isinstance(value, Mapping) else ""
+        if key:
+            yield from _texts_at(value[key], path[len(key) + 1 :], what)
+    elif is_text(value):
+        yield value
+    elif value is not None:
+        raise SampleError("bad_caption", f"{what} is not a text")
+
+
+def key_of(path: str, keys: Container[str]) -> str:
+    """The longest beginning of a dotted path that is one of the keys, which may contain dots; '' if none is."""
+    key = path
+    while key and key not in keys:
+        key = key.rpartition(".")[0]
+    return key
+
+
+def unused_rules(source: Source, captions: Container[str]) -> list[str]:
+    """A notice for each rule that the manifest names and that gives no sample its caption."""
+    if source.format == "table" or "caption" not in source.model_fields_set:
+        return []
+    return [f"source.caption: {rule} gives no sample its caption" for rule in source.caption if rule not in captions]
 
 
 def short_enough(text: str, what: str) -> str:

@@ -1,30 +1,39 @@
 """Columns of Parquet tables, and pictures in their cells, as Hugging Face datasets store them.
 
 A picture is a `struct<bytes, path>`, or `binary`. Reading one reads the row group that holds it,
-never the whole table; the last group stays in memory, because the rows of a unit follow each other. `sample.py` has the
-spans of such pictures.
+never the whole table; the last two groups stay in memory, because the rows of units follow each other. `sample.py` has
+the spans of such pictures.
 """
 
 from __future__ import annotations
 
 import re
+from collections import deque
+from collections.abc import Container
+from functools import lru_cache
 from threading import Lock
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from smsbatch.data.captions import PLACE, key_of
 from smsbatch.manifest import Storage
 from smsbatch.storage.resolve import resolve
 
 
+@lru_cache(maxsize=8)
+def row_groups(storage: Storage, pid: int) -> RowGroups:
+    """The one reader of cells in a process, for all its units; `pid` because a fork has a lock of its own."""
+    return RowGroups(storage)
+
+
 class RowGroups:
-    """Reads cells, for any number of threads; holds the column of one row group."""
+    """Reads cells, for any number of threads; holds the column of the last two row groups that were read."""
 
     def __init__(self, storage: Storage) -> None:
         self._storage = storage
         self._lock = Lock()
-        self._held: tuple[Any, int, pa.ChunkedArray] = (None, 0, pa.chunked_array([], pa.binary()))
+        self._held: deque[tuple[tuple[str, str, str], int, pa.ChunkedArray]] = deque(maxlen=2)
 
     def read(self, column: str, table: str, row: int, etag: str) -> bytes | None:
         """The bytes in a row; None if the cell is null.
@@ -34,10 +43,12 @@ class RowGroups:
             ValueError: it has no such row or column, or is damaged.
         """
         with self._lock:
-            of, first, cells = self._held
-            if of != (table, column, etag) or not first <= row < first + len(cells):
+            for of, first, cells in self._held:
+                if of == (table, column, etag) and first <= row < first + len(cells):
+                    break
+            else:
                 first, cells = self._group(column, table, row, etag)
-                self._held = (table, column, etag), first, cells
+                self._held.append(((table, column, etag), first, cells))
         data: bytes | None = cells[row - first].as_py()
         return data
 
@@ -53,16 +64,16 @@ class RowGroups:
                 rows = parquet.metadata.row_group(group).num_rows
                 if row < first + rows:
                     cells = parquet.read_row_group(group, columns=[column], use_threads=False).column(0)
-                    for name in column.split(".")[1:] if pa.types.is_struct(cells.type) else ():
-                        cells = pa.chunked_array([chunk.field(name) for chunk in cells.chunks])
+                    while pa.types.is_struct(cells.type):  # with the one field that was asked for
+                        cells = pa.chunked_array([chunk.field(0) for chunk in cells.chunks])
                     return first, cells
                 first += rows
         raise ValueError(f"its table has only {first} rows")
 
 
-def top_column(name: str, columns: Any) -> str:
-    """The column of a name: itself, else what stands before its first dot."""
-    return name if name in columns or name.partition(".")[0] not in columns else name.partition(".")[0]
+def top_column(name: str, columns: Container[str]) -> str:
+    """The column of a name that may be a path into it; the name itself if there is none."""
+    return key_of(name, columns) or name
 
 
 def bytes_column(schema: pa.Schema, name: str) -> tuple[str, str | None]:
@@ -85,7 +96,7 @@ def column_type(schema: pa.Schema, name: str) -> pa.DataType | None:
     for step in name[len(top) + 1 :].split(".") if len(top) < len(name) else ():
         if kind is not None and (pa.types.is_list(kind) or pa.types.is_large_list(kind)):
             kind = kind.value_type
-            if step.isdigit():
+            if PLACE.fullmatch(step):
                 continue
         if kind is None or not pa.types.is_struct(kind) or kind.get_field_index(step) < 0:
             return None
@@ -94,7 +105,19 @@ def column_type(schema: pa.Schema, name: str) -> pa.DataType | None:
 
 
 def _is_binary(kind: pa.DataType | None) -> bool:
+    kind = kind.value_type if kind is not None and pa.types.is_dictionary(kind) else kind
     return kind is not None and re.match(r"(large_|fixed_size_)?binary(_view)?\b", str(kind)) is not None
+
+
+def leaf_column(schema: pa.Schema, name: str) -> str:
+    """What to ask Parquet for to get the value at a path: the path, or from the first list on the whole column."""
+    top = top_column(name, schema.names)
+    kind, path = schema.field(top).type, top
+    for step in name[len(top) + 1 :].split(".") if len(top) < len(name) else ():
+        if not pa.types.is_struct(kind):
+            break
+        kind, path = kind.field(step).type, f"{path}.{step}"
+    return path
 
 
 def is_text_type(kind: pa.DataType, also: str, lists: bool) -> bool:

@@ -3,11 +3,11 @@
     ICC profile     LittleCMS, relative colorimetric with black point compensation; grey at 16 bits if it has them
     cICP, nclx      primaries of sRGB, Display P3 and BT.2020 with a curve of standard range; others, which are HDR, are
                     a decode_error. In a PNG it comes before the profile, as its specification demands.
-    gAMA            of a PNG without the chunk sRGB: the curve; cHRM is not read
+    gAMA            of a PNG without the chunk sRGB or a profile: the curve; cHRM is not read
 
 A profile that is broken, empty, of another kind of pixels or within 2 levels of sRGB leaves the pixels as they are.
 CMYK without a profile is converted by the plain formula. Transparency (alpha, tRNS of palettes, grey and RGB) is taken
-before any conversion, and the result lies over white.
+before any conversion, and the result lies over white. EXIF and tags of TIFF are not asked for colours.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from functools import lru_cache
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageCms
+from PIL import Image, ImageChops, ImageCms
 
 COLOURS = "to sRGB by ICC profile, cICP or gAMA; relative colorimetric, black point compensation"
 """What `decode` does with colours, for `run.json`: runs that differ in this are not mixed."""
@@ -38,15 +38,15 @@ def opaque(image: Image.Image, data: bytes) -> Image.Image:
     """The picture in sRGB, over white where it is transparent; `data` is its file."""
     if image.mode == "F":
         raise ValueError("floating-point pixels have no known range")
-    coded = _coded(image, data)
+    coded, info = _coded(image, data), image.info
     profile = None if coded and image.format == "PNG" else _profile(image, data)
-    image, alpha = _apart(image)
+    image, alpha = _apart(image, data)
     rgb = _converted(image, profile) if profile else None
     if rgb is None:
         rgb = _eight_bits(image).convert("RGB")
         if coded and not profile:
             rgb = _from_primaries(rgb, *coded)
-        elif "srgb" not in image.info and isinstance(gamma := image.info.get("gamma"), float):
+        elif not {"srgb", "icc_profile"} & info.keys() and isinstance(gamma := info.get("gamma"), float):
             rgb = _from_gamma(rgb, gamma)
     if alpha is None:
         return rgb
@@ -54,13 +54,24 @@ def opaque(image: Image.Image, data: bytes) -> Image.Image:
     return Image.alpha_composite(Image.new("RGBA", rgb.size, "white"), rgb).convert("RGB")
 
 
-def _apart(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:
+def is_grey_in_colour(image: Image.Image, data: bytes) -> bool:
+    """True if a profile for grey belongs to a picture that Pillow has opened in colour, such as grey of 16 bits with
+    alpha: only the whole picture shows whether it is grey."""
+    return image.mode in ("RGB", "RGBA") and _space(_profile(image, data)) == "GRAY"
+
+
+def _apart(image: Image.Image, data: bytes) -> tuple[Image.Image, Image.Image | None]:
     """The colours without alpha, and the alpha channel; None for an opaque picture."""
     if not image.has_transparency_data:
         return image.convert("RGB") if image.mode == "P" else image, None
+    level = image.info.get("transparency")
     if image.mode.startswith("I"):  # grey of 16 bits with one transparent level
-        levels = np.asarray(image)
-        return image, Image.fromarray(np.where(levels == image.info["transparency"], 0, 255).astype(np.uint8))
+        return image, Image.fromarray(np.where(np.asarray(image) == level, 0, 255).astype(np.uint8))
+    bits = data[24] if image.format == "PNG" and len(data) > 24 else 8
+    if image.mode == "L" and isinstance(level, int) and bits in (2, 4):  # Pillow scales the pixels, but not this
+        image.info["transparency"] = level * 255 // (2**bits - 1)
+    elif image.mode == "RGB" and isinstance(level, tuple) and bits == 16:
+        image.info["transparency"] = tuple(part >> 8 for part in level)
     grey = image.mode in ("1", "L", "LA", "La")
     image = image.convert("LA" if grey else "RGBA")
     return image.convert("L" if grey else "RGB"), image.getchannel("A")
@@ -79,14 +90,21 @@ def _converted(image: Image.Image, profile: bytes) -> Image.Image | None:
     if space == "GRAY" and image.mode.startswith("I"):
         levels = np.asarray(image).astype(np.int64).clip(0, 65535)
         image = Image.fromarray(levels.astype(np.uint16))
-    elif space == "GRAY" and image.mode in ("1", "L"):
-        image = image.convert("L")
+    elif space == "GRAY" and (image.mode in ("1", "L") or _is_grey(image)):
+        image = image.convert("L") if image.mode == "1" else image.getchannel(0)
     elif space == "RGB " and image.mode != "CMYK":
         image = _eight_bits(image).convert("RGB")
     elif space != {"CMYK": "CMYK", "LAB": "Lab "}.get(image.mode):
         return None
     transform = _transform(profile, image.mode)
     return None if transform is None else ImageCms.applyTransform(image, transform)
+
+
+def _is_grey(image: Image.Image) -> bool:
+    if image.mode != "RGB":
+        return False
+    red, green, blue = image.split()
+    return ImageChops.difference(red, green).getbbox() is None and ImageChops.difference(red, blue).getbbox() is None
 
 
 def _space(profile: bytes) -> str:

@@ -11,22 +11,23 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import io
 import json
 import posixpath
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
-from smsbatch.data.captions import LONGEST_READ, METADATA, fields_of, has_caption, sidecars, text_at
+from smsbatch.data.captions import LONGEST_READ, METADATA, Caption, fields_of, has_caption, sidecars, text_at
 from smsbatch.data.index import Part
 from smsbatch.data.keys import is_text, map_key
-from smsbatch.data.reader import Listed, absolute, is_local, linked_folders, list_files, open_url
+from smsbatch.data.reader import Listed, absolute, is_local, list_files, not_followed, open_url
 from smsbatch.data.sample import Entry, Span
 from smsbatch.errors import SampleError, SourceError
 from smsbatch.manifest import Source, Storage
 
 # Of Synology, QNAP, Windows, macOS and Linux.
-_SYSTEM = {"@eaDir", ".@__thumb", "@Recycle", "#recycle", "$RECYCLE.BIN", "__MACOSX", "lost+found"}
+_SYSTEM = {"@eaDir", "#snapshot", ".@__thumb", "@Recycle", "#recycle", "$RECYCLE.BIN", "__MACOSX", "lost+found"}
 _METADATA_FILES = ("metadata.jsonl", "metadata.csv")
 
 
@@ -73,16 +74,19 @@ def folder_entries(
     for path, image, files in found.pictures:
         fields = {name: Span(file.url, 0, file.size, file.etag) for name, file in files.items()}
         stem = path.rpartition(".")[0]
-        wish = stem.replace("/", "__").replace(".", "_")
+        wish = _wish(path)
         key, original = map_key(f"{part.prefix}/{wish}" if part.prefix else wish, fields, stem)
-        rule = _rule(files, image, source, storage, local, path in captions, broken)
-        yield Entry(key, image, fields, captions.pop(path, None), original, rule)
+        caption = captions.pop(path, Caption())
+        rule = _rule(files, image, source, storage, local, caption, broken)
+        yield Entry(key, image, fields, caption.text or None, original, rule)
     left.update(found.left)
+    links, closed = not_followed(part.url, storage)
     for what, number, first in (
         ("files whose names are not UTF-8 left out", found.unreadable, "rename them"),
         ("hidden files passed over", found.hidden, ""),
         ("files in folders of thumbnails or of the system passed over", found.system, ""),
-        ("linked folders passed over", len(links := linked_folders(part.url, storage)), ", ".join(links[:1])),
+        ("links to folders or to nothing passed over", len(links), ", ".join(links[:1])),
+        ("folders that cannot be read passed over", len(closed), ", ".join(closed[:1])),
         ("sidecars from which no caption can be read", len(broken), ", ".join(broken[:1])),
         ("rows of metadata that name no picture here", len(captions), ", ".join(list(captions)[:1])),
     ):
@@ -132,66 +136,82 @@ def _look(url: str, source: Source, storage: Storage) -> _Folder:
     return _Folder(pictures, metadata, left, hidden, system, unreadable)
 
 
+def _wish(path: str) -> str:
+    """The preferred key of a picture."""
+    return path.rpartition(".")[0].replace("/", "__").replace(".", "_")
+
+
+def metadata_of(entry: Entry, source: Source) -> Caption | None:
+    """The caption of an entry that metadata gave, with its rule."""
+    rules = [rule for rule in source.caption if rule.startswith(f"{METADATA}:")]
+    if not entry.caption or not rules:
+        return None
+    # Where planning found another rule before, the one of metadata comes later.
+    return Caption(entry.caption, entry.caption_from if entry.caption_from in rules else rules[-1])
+
+
 def _rule(
     files: Mapping[str, Listed],
     image: str,
     source: Source,
     storage: Storage,
     local: bool,
-    has_row: bool,
+    metadata: Caption,
     broken: list[str],
 ) -> str | None:
     """The first rule that finds a caption; a sidecar that is not on this machine has one if it is not empty."""
     for rule in source.caption:
-        if rule.startswith(f"{METADATA}:"):
-            if has_row:
-                return METADATA
-            continue
-        for file in (files[name] for name in fields_of(rule, [image]) if name in files):
+        if rule == metadata.rule:
+            return rule
+        for file in (files[name] for name in fields_of(rule, [image, *source.images]) if name in files):
             if not file.size:
                 continue
             if not local or file.size > LONGEST_READ:
                 return rule
             with open_url(file.url, storage) as opened:
-                if has_caption(opened.read(), rule, file.path, source, broken):
-                    return rule
+                found = has_caption(opened.read(), rule, file.path, source, broken)
+            if found is not False:
+                return rule if found else None
     return None
 
 
-def _metadata(found: _Folder, source: Source, storage: Storage, seed: int, notices: list[str]) -> dict[str, str]:
-    """Captions by the path of their picture."""
-    columns = [rule.partition(":")[2] for rule in source.caption if rule.startswith(f"{METADATA}:")]
-    captions: dict[str, str] = {}
-    for file in found.metadata:
-        folder, empty = file.path.rpartition("/")[0], 0
-        for where, row in _rows(file, storage):
+def _metadata(found: _Folder, source: Source, storage: Storage, seed: int, notices: list[str]) -> dict[str, Caption]:
+    """Captions by the path of their picture; of two rows for one the deeper file's counts, else the later."""
+    rules = [rule for rule in source.caption if rule.startswith(f"{METADATA}:")]
+    captions: dict[str, Caption] = {}
+    for file in sorted(found.metadata, key=lambda file: (file.path.count("/"), file.path)):
+        folder = file.path.rpartition("/")[0]
+        counts: Counter[str] = Counter()
+        for where, row in _rows(file, storage, notices):
             name = row.get("file_name")
-            if not is_text(name):
-                raise SourceError(f"{file.url}: {where}: no file_name, which names the picture")
-            text = ""
-            for column in columns:
+            if not is_text(name) or not name:
+                counts["rows without file_name, which names the picture"] += 1
+                continue
+            path, caption = posixpath.normpath(posixpath.join(folder, name)), Caption()
+            for rule in rules:
                 try:
-                    text = text or text_at(row, column, where, source, f"{seed}:{name}")
+                    text = text_at(row, rule.partition(":")[2], where, source, f"{seed}:{_wish(path)}")
                 except SampleError:
+                    counts["captions that are no texts, or too long"] += 1
                     continue
-            if text:
-                captions[posixpath.normpath(posixpath.join(folder, name))] = text
-            else:
-                empty += 1
-        if empty:
-            notices.append(f"{file.url}: rows without a caption in {' or '.join(columns)}: {empty:,}")
+                caption = caption if caption.text else Caption(text, rule)
+            if not caption.text:
+                counts[f"rows without a caption in {' or '.join(rule.partition(':')[2] for rule in rules)}"] += 1
+                continue
+            counts["rows for a picture that has one already"] += path in captions
+            captions[path] = caption
+        notices += [f"{file.url}: {what}: {number:,}" for what, number in counts.items() if number]
     return captions
 
 
-def _rows(file: Listed, storage: Storage) -> Iterator[tuple[str, dict[str, Any]]]:
+def _rows(file: Listed, storage: Storage, notices: list[str]) -> Iterator[tuple[str, Mapping[str, Any]]]:
     with open_url(file.url, storage) as opened:
         try:
             text = opened.read().decode("utf-8-sig")
         except UnicodeDecodeError as error:
             raise SourceError(f"{file.url}: not UTF-8 ({error.reason} at byte {error.start}); save it so") from error
     if file.path.endswith(".csv"):
-        for number, cells in enumerate(csv.DictReader(text.splitlines(keepends=True)), 1):
-            yield f"row {number}", cells
+        yield from _csv_rows(file.url, text, notices)
         return
     for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
@@ -202,6 +222,26 @@ def _rows(file: Listed, storage: Storage) -> Iterator[tuple[str, dict[str, Any]]
             if not isinstance(row, dict):
                 raise SourceError(f"{file.url}: line {number}: not a JSON object")
             yield f"line {number}", row
+
+
+def _csv_rows(url: str, text: str, notices: list[str]) -> Iterator[tuple[str, dict[str, str]]]:
+    rows, told, blank = csv.reader(io.StringIO(text, newline=""), strict=True), 0, 0
+    try:
+        header = next(rows, [])
+        if "file_name" not in header:
+            notices.append(f"{url}: no column file_name, so it is no metadata of pictures: {', '.join(header)[:99]}")
+            return
+        for row in rows:
+            if row and len(row) != len(header):
+                raise SourceError(f"{url}: line {rows.line_num}: {len(row)} cells, the header has {len(header)}")
+            told, blank = told + bool(row), blank + (not row)
+            if row:
+                yield f"line {rows.line_num}", dict(zip(header, row, strict=True))
+    except csv.Error as error:
+        raise SourceError(f"{url}: line {rows.line_num}: {error}") from error
+    physical = rows.line_num - 1 - blank
+    if physical != told:
+        notices.append(f"{url}: {told:,} rows from {physical:,} lines: cells in quotes go over several lines")
 
 
 def _list(url: str, storage: Storage) -> Iterator[Listed]:

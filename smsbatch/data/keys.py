@@ -50,31 +50,37 @@ def map_key(wish: str, extensions: Iterable[str], original: str | None = None) -
 
 
 def distinct_names(paths: Sequence[str]) -> list[str]:
-    """A name of at most 64 bytes for each path, no two alike: of the file without its suffix, `0000`.
+    """A name of at most 64 bytes for each path, no two alike: of the file without its suffixes, `0000`.
 
     Files of one name are told apart by as many of their folders as that takes, `train__0000` and `test__0000`, and in
-    one folder by their suffixes. Names that are too long and begin alike end in `~` and a digest of the path.
+    one folder by their suffixes. Where that is too long or has characters that keys cannot have, names that would be
+    alike end in `~` and a digest of these folders and the file's name.
     """
-    split = [[part for part in _path(path).removesuffix(".gz").split("/") if part] or [path] for path in paths]
-    stems = Counter((*parts[:-1], parts[-1].rpartition(".")[0]) for parts in split)
-    for parts in split:
-        stem = parts[-1].rpartition(".")[0] or parts[-1]
-        parts[-1] = stem if stems[(*parts[:-1], stem)] == 1 else parts[-1]
-    depths = [1] * len(split)
+    split = [[part for part in _path(path).split("/") if part] or [path] for path in paths]
+    stems = Counter((*parts[:-1], _stem(parts[-1])) for parts in split)
+    named = [
+        [*parts[:-1], _stem(parts[-1]) if stems[(*parts[:-1], _stem(parts[-1]))] == 1 else parts[-1]] for parts in split
+    ]
+    depths = [1] * len(named)
     while True:
-        names = [sanitize("__".join(parts[-depth:])) for parts, depth in zip(split, depths, strict=True)]
-        often = Counter(names)
-        deeper = [at for at, name in enumerate(names) if often[name] > 1 and depths[at] < len(split[at])]
+        tails = [tuple(parts[-depth:]) for parts, depth in zip(named, depths, strict=True)]
+        often = Counter(tails)
+        deeper = [at for at, tail in enumerate(tails) if often[tail] > 1 and depths[at] < len(named[at])]
         if not deeper:
             break
         for at in deeper:
             depths[at] += 1
-    short = [_cut(name, LONGEST_LABEL) for name in names]
-    often = Counter(short)
+    short = [_cut(sanitize("__".join(tail)), LONGEST_LABEL) for tail in tails]
+    alike = Counter(short)
     return [
-        name if often[name] == 1 else f"{_cut(name, LONGEST_LABEL - 11)}~{_digest(path)}"
-        for name, path in zip(short, paths, strict=True)
+        name if alike[name] == 1 else f"{_cut(name, LONGEST_LABEL - 11)}~{_digest('/'.join(parts[-depth:]))}"
+        for name, parts, depth in zip(short, split, depths, strict=True)
     ]
+
+
+def _stem(name: str) -> str:
+    """A file's name without its extension, and without `.gz` after that."""
+    return name.removesuffix(".gz").rpartition(".")[0] or name
 
 
 def _path(url: str) -> str:

@@ -7,6 +7,7 @@ a picture, or damaged anywhere), too_small, too_large (from the header, before m
 from __future__ import annotations
 
 import io
+import re
 import struct
 import warnings
 import zlib
@@ -20,7 +21,7 @@ import numpy.typing as npt
 from PIL import Image, UnidentifiedImageError
 
 from smsbatch import manifest
-from smsbatch.data.colours import opaque
+from smsbatch.data.colours import is_grey_in_colour, opaque
 from smsbatch.errors import SampleError
 from smsbatch.parallel import MemoryLimit
 
@@ -55,7 +56,10 @@ _DAMAGE = (
 DECODING = MemoryLimit(1 << 30)
 """Memory of all pictures that are being decoded in this process at a time."""
 _STRIP = 1 << 20  # pixels that are converted at once
+# At the most; measured with pictures of 25 megapixels. All others: 8.
+_BYTES_A_PIXEL = {"JPEG": 12, "MPO": 12, "WEBP": 16, "AVIF": 16, "JPEG2000": 25}
 
+_MARKER = re.compile(rb"\xff[^\x00\x01\xd0-\xd8\xff]")  # of those in a JPEG that are followed by a length, or EOI
 MOST_SCANS = 100  # of a progressive JPEG; encoders write about ten
 
 _ORIENTATION_TAG = 0x0112
@@ -83,11 +87,11 @@ def decoded(data: bytes, *, min_side: int = MIN_SIDE, max_pixels: int = MAX_PIXE
     """`decode`, and the memory for it until the context ends: all pictures that this process decodes at a time share
     `DECODING`, so that a few files of a hundred megapixels do not exhaust the machine.
 
-    Pillow has four bytes a pixel, the result three, and what is converted is a strip.
+    Pillow has four bytes a pixel, the result three, and what is converted is a strip; some decoders need more.
     """
-    width, height = size(data, min_side=min_side, max_pixels=max_pixels)
-    modern = data[:4] == b"RIFF" or data[4:8] == b"ftyp"  # WebP and AVIF, whose decoders hold a picture once more
-    with DECODING.take((16 if modern else 8) * width * height):
+    with _opened(data, min_side, max_pixels) as image:  # of which only the header is read
+        need = _BYTES_A_PIXEL.get(image.format or "", 8) * image.size[0] * image.size[1]
+    with DECODING.take(need):
         with _opened(data, min_side, max_pixels) as image:
             image.load()  # completely: an intact header proves nothing
             turn = _TURNS.get(_orientation(image), _TURNS[1])
@@ -99,7 +103,7 @@ def decoded(data: bytes, *, min_side: int = MIN_SIDE, max_pixels: int = MAX_PIXE
 def _sheet(image: Image.Image, data: bytes) -> Pixels:
     """The pixels of a loaded picture, converted in strips, because Pillow copies a picture for every conversion."""
     width, height = image.size
-    rows = max(1, _STRIP // width)
+    rows = height if is_grey_in_colour(image, data) else max(1, _STRIP // width)
     if rows >= height:
         return np.array(opaque(image, data))
     pixels = np.empty((height, width, 3), np.uint8)
@@ -135,7 +139,7 @@ def _opened(data: bytes, min_side: int, max_pixels: int) -> Iterator[Image.Image
                 width, height = image.size
                 if width * height > max_pixels:
                     raise SampleError("too_large", f"{width} x {height} is over the limit of {max_pixels} pixels")
-                scans = data.count(b"\xff\xda") if image.format == "JPEG" else 0  # each costs a pass over all pixels
+                scans = _scans(data) if image.format in ("JPEG", "MPO") else 0  # each costs a pass over all pixels
                 if scans > MOST_SCANS:
                     raise SampleError("decode_error", f"a JPEG of {scans:,} scans; the limit is {MOST_SCANS}")
                 if min(width, height) < min_side:
@@ -147,6 +151,18 @@ def _opened(data: bytes, min_side: int, max_pixels: int) -> Iterator[Image.Image
             raise SampleError("decode_error", "not a picture in a known format") from error
         except _DAMAGE as error:
             raise SampleError("decode_error", f"damaged: {error}") from error
+
+
+def _scans(data: bytes) -> int:
+    """The scans of the first picture in a JPEG file; those of thumbnails and of what follows it do not count."""
+    at, scans = 2, 0
+    while found := _MARKER.search(data, at):
+        marker, at = found[0][1], found.end()
+        if marker == 0xD9:  # the end of the picture
+            break
+        scans += marker == 0xDA
+        at += int.from_bytes(data[at : at + 2])  # the length of the marker's own data
+    return scans
 
 
 def source_picture(data: bytes, image: manifest.Image) -> tuple[Pixels, tuple[int, int]]:

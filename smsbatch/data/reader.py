@@ -14,10 +14,9 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from pathlib import Path
 from typing import IO, NamedTuple
 
-from smsbatch.data.cells import RowGroups
+from smsbatch.data.cells import row_groups
 from smsbatch.data.sample import Span, table_of
 from smsbatch.errors import RequestError, SampleError, StorageError
 from smsbatch.manifest import Source, Storage
@@ -98,13 +97,17 @@ def is_local(url: str, storage: Storage) -> bool:
     return resolve(url, storage)[0].is_local
 
 
-def linked_folders(folder: str, storage: Storage) -> list[str]:
-    """The links to folders below a folder of this machine, which `list_files` does not follow; sorted."""
+def not_followed(folder: str, storage: Storage) -> tuple[list[str], list[str]]:
+    """What `list_files` leaves out below a folder of this machine: links to folders or to nothing, and folders that
+    cannot be read; both sorted."""
     backend, root = resolve(folder, storage)
     if not backend.is_local:
-        return []
-    below = (Path(where, name) for where, names, _ in os.walk(root) for name in names)
-    return sorted(str(path) for path in below if path.is_symlink())
+        return [], []
+    closed: list[str] = []
+    walk = os.walk(root, onerror=lambda error: closed.append(str(error.filename)))
+    below = (os.path.join(where, name) for where, folders, files in walk for name in (*folders, *files))  # noqa: PTH118
+    links = [path for path in below if os.path.islink(path) and not os.path.isfile(path)]  # noqa: PTH113, PTH114
+    return sorted(links), sorted(closed)
 
 
 def open_url(url: str, storage: Storage) -> IO[bytes]:
@@ -121,7 +124,6 @@ class Reader:
 
     def __init__(self, storage: Storage, max_bytes: int, check_etag: bool = True, rules: Rules | None = None) -> None:
         self.storage, self.max_bytes, self.check_etag, self.rules = storage, max_bytes, check_etag, rules
-        self._row_groups = RowGroups(storage)
 
     @classmethod
     def of(cls, source: Source, storage: Storage, output: str = "") -> Reader:
@@ -213,16 +215,20 @@ class Reader:
     def _cell(self, column: str, table: str, span: Span) -> bytes:
         name = f"{redact(table)}, row {span.offset + 1:,}"
         try:
-            data = self._row_groups.read(column, table, span.offset, span.etag if self.check_etag else "")
+            data = row_groups(self.storage, os.getpid()).read(
+                column, table, span.offset, span.etag if self.check_etag else ""
+            )
         except OSError as error:
             reason = redact(str(error.strerror or error))
             if isinstance(error, RemoteError) and (error.fatal or error.again):
                 raise StorageError(f"cannot read {name}: {reason}; {error.advice}") from error
             raise SampleError("read_error", f"{name}: {reason}") from error
-        except (ValueError, KeyError) as error:
+        except (ValueError, LookupError, TypeError) as error:
             raise SampleError("read_error", f"{name}: {one_line(error)}") from error
         if data is None:
-            raise SampleError("read_error", f"{name}: no picture in column {column!r}, it is null")
+            raise SampleError(
+                "read_error", f"{name}: no picture in column {column!r}, it is null; the table has only its name"
+            )
         if len(data) > self.max_bytes:
             raise self._too_large(name, len(data))
         return data

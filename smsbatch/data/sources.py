@@ -35,7 +35,7 @@ from smsbatch.data.captions import (
     short_enough,
     too_long,
 )
-from smsbatch.data.folders import folder_entries, folder_part, is_passed_over
+from smsbatch.data.folders import folder_entries, folder_part, is_passed_over, metadata_of
 from smsbatch.data.index import INDEX_SCHEMA, Part, to_table
 from smsbatch.data.keys import distinct_names, is_extension, is_text, map_key
 from smsbatch.data.reader import Reader, expand, holds, list_files, open_url, public
@@ -44,6 +44,7 @@ from smsbatch.data.tables import read_table
 from smsbatch.data.tars import Members, split_name
 from smsbatch.errors import SampleError, SourceError
 from smsbatch.manifest import Source, Storage
+from smsbatch.storage.addresses import is_web
 from smsbatch.storage.retries import RemoteError
 
 ROWS_AT_ONCE = 8192
@@ -91,7 +92,11 @@ def parts(source: Source, storage: Storage) -> list[Part]:
     labels = distinct_names([part.url for part in listed])
     prefixes = labels if source.key_prefix == "shard" else [""] * len(listed)
     if source.key_prefix == "url":
-        of_urls = distinct_names([_without_patterns(url) for url in source.urls])
+        folders = [_without_patterns(url) for url in source.urls]
+        places = [
+            url if folders.count(folder) > 1 else folder for url, folder in zip(source.urls, folders, strict=True)
+        ]
+        of_urls = distinct_names([re.sub(r"[*?\[\]{},]+", "_", place) for place in places])
         prefixes = [prefix for prefix, of_url in zip(of_urls, found, strict=True) for _ in of_url]
     return [
         part._replace(label=label, prefix=prefix) for part, label, prefix in zip(listed, labels, prefixes, strict=True)
@@ -167,7 +172,7 @@ def _webdataset(part: Part, source: Source, storage: Storage, seed: int, told: S
         for name in fields_of(rule, source.images):
             rules[name].append(number)
     samples: dict[str, dict[str, Span]] = {}
-    captions: dict[str, int] = {}  # the first of the rules that finds one
+    captions: dict[str, tuple[int, bool | None]] = {}  # the first rule that finds one, or None: that fails
     odd: list[str] = []
     nameless: list[str] = []
     broken: list[str] = []
@@ -194,14 +199,15 @@ def _webdataset(part: Part, source: Source, storage: Storage, seed: int, told: S
                         f"{part.url}: two members are {f'{key}.{extension}'!r}; keys must be unique, rename one of them"
                     )
                 fields[extension] = Span(part.url, offset, length, part.etag)
-                if extension in rules and 0 < length <= LONGEST_READ:
+                if extension in rules and length:
                     file.seek(offset)
-                    data = file.read(length)
+                    data = file.read(length) if length <= LONGEST_READ else None
                     for number in rules[extension]:
-                        if captions.get(key, number + 1) > number and has_caption(
-                            data, source.caption[number], name, source, broken
-                        ):
-                            captions[key] = number
+                        rule = source.caption[number]
+                        # What is too long to be read now is taken for a caption.
+                        found = data is None or has_caption(data, rule, name, source, broken)
+                        if found is not False and captions.get(key, (number + 1,))[0] > number:
+                            captions[key] = number, found
         except tarfile.ReadError as error:
             raise SourceError(
                 f"{part.url}: not an uncompressed tar ({error}); unpack or decompress it first"
@@ -212,14 +218,14 @@ def _webdataset(part: Part, source: Source, storage: Storage, seed: int, told: S
         for lost in set.intersection(*others) - set(samples[key]) if others else ():
             # Cut between picture and caption: without this the last sample would pass as one without caption.
             samples[key][lost] = Span(part.url, part.size, 1, part.etag)
-    joined = [name for name, fields in samples.items() if len(_dotted_pictures(fields, source)) > 1]
+    joined = [name for name, fields in samples.items() if _joins_pictures(fields, source)]
     for what, number, first in (
         ("links, devices or sparse files passed over", members.special, ""),
         ("members with unusable extensions passed over", len(odd), odd[:1]),
         ("hidden members, or without extension", len(nameless), nameless[:1]),
         ("members of thumbnail and system folders passed over", system, ""),
         ("sidecars from which no caption can be read", len(broken), broken[:1]),
-        ("samples without a picture, but with several dotted ones: keys end at the first dot", len(joined), joined[:1]),
+        ("samples with several pictures of dotted names: keys end at the first dot", len(joined), joined[:1]),
     ):
         if number:
             told.notices.append(f"{part.url}: {what}: {number}" + (f", first {first[0][:99]!r}" if first else ""))
@@ -230,15 +236,16 @@ def _webdataset(part: Part, source: Source, storage: Storage, seed: int, told: S
         key, original = map_key(wish, fields, name)
         image = next((extension for extension in source.images if extension in fields), "")
         told.passed.update(extension for extension in fields if extension != image and extension not in rules)
-        found = source.caption[captions[name]] if name in captions else None
-        yield Entry(key, image, fields, None, original, found)
+        number, found = captions.get(name, (0, False))
+        yield Entry(key, image, fields, None, original, source.caption[number] if found else None)
 
 
-def _dotted_pictures(fields: dict[str, Span], source: Source) -> list[str]:
-    """The fields like `v2.jpg` of a sample that has no `jpg`."""
-    if any(image in fields for image in source.images):
-        return []
-    return [name for name in fields if "." in name and name.rpartition(".")[2] in source.images]
+def _joins_pictures(fields: dict[str, Span], source: Source) -> bool:
+    """True if the sample seems to be several, whose names are alike up to the first dot: `jpg` and `0001.jpg`, or
+    `v1.jpg` and `v2.jpg`; but `jpg` and `seg.png` is one with a mask."""
+    dotted = [name.rpartition(".")[2] for name in fields if "." in name and name.rpartition(".")[2] in source.images]
+    own = [image for image in source.images if image in fields]
+    return any(image in dotted for image in own) or (len(dotted) > 1 and not own)
 
 
 def _table(part: Part, source: Source, storage: Storage, seed: int, told: Scan) -> Iterator[Entry]:
@@ -274,7 +281,8 @@ def load_sample(entry: Entry, source: Source, reader: Reader, seed: int = 0) -> 
     if not entry.image:
         wanted, got = ", ".join(source.images), ", ".join(entry.fields)
         raise SampleError("read_error", f"no image ({wanted}) among its fields: {got}")
-    names = [name for rule in source.caption if ":" not in rule for name in fields_of(rule, [entry.image])]
+    images = [entry.image, *source.images]
+    names = [name for rule in source.caption if ":" not in rule for name in fields_of(rule, images)]
     first = next((name for name in names if name in entry.fields and entry.fields[name].length != 0), "")
     length = entry.fields[first].length if first else None
     if length is not None and length > LONGEST_CAPTION:  # without reading it
@@ -283,7 +291,7 @@ def load_sample(entry: Entry, source: Source, reader: Reader, seed: int = 0) -> 
     fields = dict(zip(names, reader.read_all([entry.fields[name] for name in names]), strict=True))
     image, others = fields.pop(entry.image), fields
     if source.format != "table":
-        caption = find_caption(others, source, entry.image, entry.key, seed, entry.caption)
+        caption = find_caption(others, source, entry.image, entry.key, seed, metadata_of(entry, source))
     elif entry.caption is None:
         raise SampleError("bad_caption", f"column {source.columns.caption!r} of its row is not a text")
     else:
@@ -339,6 +347,6 @@ def _choices(inside: str) -> list[str]:
 
 def _without_patterns(url: str) -> str:
     """The folder of a name with globs or braces, without them; any other name unchanged."""
-    parts = url.split("/")
+    parts = (url.partition("?")[0] if is_web(url) else url).split("/")
     literal = next((number for number, part in enumerate(parts) if set("*?[{") & set(part)), len(parts))
     return "/".join(parts[:literal]) or url

@@ -28,8 +28,8 @@ from typing import IO, Any, NamedTuple, cast
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from smsbatch.data.captions import text_at
-from smsbatch.data.cells import bytes_column, column_type, is_text_type, top_column
+from smsbatch.data.captions import PLACE, text_at
+from smsbatch.data.cells import bytes_column, column_type, is_text_type, leaf_column, top_column
 from smsbatch.data.index import Part
 from smsbatch.data.keys import distinct_names, is_text, map_key
 from smsbatch.data.sample import Entry, Span, cell
@@ -168,7 +168,9 @@ def _is_quoted(row: Sequence[str], quote: str) -> str:
 def _places(url: str, source: Source, header: list[str], delimiter: str) -> list[int | None]:
     columns = source.columns
     names = (columns.image, columns.caption, columns.key)
-    hints = []
+    hints: list[str] = []
+    if not header:
+        raise SourceError(f"{url}: it is empty, without a header")
     for role, name in zip(_ROLES, names, strict=True):
         if name is not None and header.count(name) > 1:
             raise SourceError(f"{url}: column {name!r} is there {header.count(name)} times; name each one differently")
@@ -177,13 +179,13 @@ def _places(url: str, source: Source, header: list[str], delimiter: str) -> list
             hints.append(f"set source.columns.{role} to {similar[0]!r}, as the file writes it")
         if f'"{name}"' in header:
             hints.append("its names are in quotes: set source.columns.quote to '\"'")
-    if len(header) == 1:
+    if not set(header) & set(names):
         for other in (";", "\t", "|", ","):
             if other != delimiter and other in header[0]:
-                hints.append(f"it is one column with {other!r} in it: set source.columns.delimiter to {other!r}")
+                hints.append(f"{header[0]!r} has {other!r} in it: set source.columns.delimiter to {other!r}")
     if columns.header is True and any(is_web(cell) or _suffix(cell) in source.images for cell in header):
         hints.append("its first line looks like a row: set source.columns.header to false or to a list of names")
-    _check_columns(url, names, header, "; ".join(hints))
+    _check_columns(url, names, header, "; ".join(dict.fromkeys(hints)))
     return [None if name is None else header.index(name) for name in names]
 
 
@@ -242,7 +244,8 @@ def _objects(rows: Iterator[tuple[str, Any]], url: str, source: Source) -> Itera
     for where, row in rows:
         if not isinstance(row, dict):
             raise SourceError(f"{url}: {where}: not a JSON object")
-        _check_columns(f"{url}: {where}", (None, None, columns.key), list(row))  # a row may lack the others
+        key = columns.key and top_column(columns.key, row)
+        _check_columns(f"{url}: {where}", (None, None, key), list(row))  # a row may lack the others
         met.update(row.keys())
         yield _Row(where, [None if name is None else _at(row, name) for name in names])
     _check_columns(url, [name and top_column(name, met) for name in names], sorted(met))
@@ -257,7 +260,7 @@ def _at(row: dict[str, Any], name: str) -> Any:
 def _walk(value: Any, steps: list[str]) -> Any:
     if not steps:
         return value
-    if isinstance(value, list) and not steps[0].isdigit():
+    if isinstance(value, list) and not PLACE.fullmatch(steps[0]):
         return [_walk(item, steps) for item in value]
     if isinstance(value, list):
         return _walk(value[int(steps[0])], steps[1:]) if int(steps[0]) < len(value) else None
@@ -274,16 +277,26 @@ def _parquet(file: IO[bytes], part: Part, source: Source, notices: list[str]) ->
         table = pq.ParquetFile(file, pre_buffer=False)
         schema = table.schema_arrow
         _check_columns(url, [name and top_column(name, schema.names) for name in names], schema.names)
+        for top in (top_column(name, schema.names) for name in names if name is not None):
+            if schema.names.count(top) > 1:
+                raise SourceError(f"{url}: column {top!r} is there several times; name each one differently")
         column, names[0] = bytes_column(schema, columns.image)
+        if column and leaf_column(schema, column) != column:
+            raise SourceError(f"{url}: column {columns.image!r} has lists of pictures, expected one in a row")
         if column:
             _tell_large_groups(table, column, url, notices)
         for name, also in zip(names, ("", "", "int"), strict=True):
             kind = None if name is None else column_type(schema, name)
-            if name is not None and (kind is None or not is_text_type(kind, also, name == columns.caption)):
-                found = "nothing there" if kind is None else short(str(kind))
+            of_list = name is not None and kind is not None and leaf_column(schema, name) != name
+            listed = of_list and name != columns.caption
+            if name is not None and (kind is None or listed or not is_text_type(kind, also, name == columns.caption)):
+                found = (
+                    "nothing there"
+                    if kind is None
+                    else f"{'a list of ' if listed else ''}{kind if len(str(kind)) < 50 else short(str(kind))}"
+                )
                 raise SourceError(f"{url}: column {name!r} has {found}, expected text")
-        given = [name for name in names if name is not None]
-        wanted = sorted({name if name == names[0] else top_column(name, schema.names) for name in given})
+        wanted = sorted({leaf_column(schema, name) for name in names if name is not None})
         # index.py explains why Arrow's threads are off.
         for batch in table.iter_batches(ROWS_AT_ONCE, columns=wanted, use_threads=False):
             rows = batch.to_pylist() if wanted else [{}] * batch.num_rows

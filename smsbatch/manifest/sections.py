@@ -25,9 +25,9 @@ class Columns(Section):
     the style alone."""
     key: str | None = None
     """Column of the key, unique in the run; default: keys are made of the table's name and the row's number."""
-    delimiter: str | None = Field(None, min_length=1, max_length=1)
+    delimiter: str | None = Field(None, pattern=r"^[^\"\r\n]$")
     """Character between the cells of a row; default: a comma in csv, a tab in tsv."""
-    quote: str | None = Field(None, max_length=1)
+    quote: str | None = Field(None, pattern=r"^[^\r\n]?$")
     """Character around cells that contain delimiters or line breaks; '' for none, so that quotes are text. Default: `"`
     in csv, none in tsv."""
     header: bool | tuple[str, ...] = True

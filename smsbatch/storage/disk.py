@@ -53,8 +53,13 @@ class Disk(Backend):
         return ObjectInfo(path, stat.st_size, _version(stat)) if S_ISREG(stat.st_mode) else None
 
     def _found(self, path: str, info: dict[str, Any]) -> ObjectInfo | None:
-        # fsspec calls links and pipes "other"; reading a pipe would never end, and a link's target may be missing.
-        return self.find(path)
+        # fsspec calls links and pipes "other"; reading a pipe would never end, and a link may lead nowhere.
+        try:
+            return self.find(path)
+        except OSError as error:
+            if error.errno == errno.ELOOP:
+                return None
+            raise
 
 
 def _version(stat: os.stat_result) -> str:

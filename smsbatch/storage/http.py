@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import re
 import socket
 from collections.abc import Iterable, Iterator
 from importlib.metadata import version
@@ -34,6 +35,7 @@ _PRIVATE = (
     "a private, loopback or link-local address, which a table on the web may not name; "
     "storage.private_addresses: true allows it"
 )
+_BOT = re.compile(r"\*|[a-z][\w-]*")
 _WITH_VALUE = {"max-snippet", "max-image-preview", "max-video-preview", "unavailable_after"}  # in X-Robots-Tag
 
 
@@ -173,8 +175,8 @@ def directives(headers: Iterable[str], token: str | None) -> set[str]:
         addressed = True
         for part in header.lower().split(","):
             name, colon, value = (text.strip() for text in part.partition(":"))
-            if colon and name not in _WITH_VALUE:
-                addressed = token is not None and name == token.lower()
+            if colon and name not in _WITH_VALUE and _BOT.fullmatch(name):
+                addressed = name == "*" or (token is not None and name == token.lower())
                 name = value
             if addressed:
                 found |= {"noindex", "nofollow"} if name == "none" else {name}

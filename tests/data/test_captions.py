@@ -41,6 +41,15 @@ CASES: dict[str, tuple[list[str] | None, dict[str, bytes], tuple[str, str]]] = {
     "a list whose first are blank": (["json:a"], {"json": dumped({"a": [None, "", "y"]})}, ("y", "json:a")),
     "an empty list": (["json:a", "txt"], {"json": dumped({"a": []}), "txt": b"x"}, ("x", "txt")),
     "a list of objects": (["json:a.c"], {"json": dumped({"a": [{"c": "x"}, {"c": "y"}]})}, ("x", "json:a.c")),
+    "the first object that has one": (
+        ["json:a.c"],
+        {"json": dumped({"a": [{"id": 1}, {"c": "x"}]})},
+        ("x", "json:a.c"),
+    ),
+    "lists of lists": (["json:a"], {"json": dumped({"a": [[], ["x"]]})}, ("x", "json:a")),
+    "a key with a dot on the way": (["json:a.b.c"], {"json": dumped({"a.b": {"c": "x"}})}, ("x", "json:a.b.c")),
+    "a place that is no number": (["json:a.\u00b2", "txt"], {"json": dumped({"a": ["x"]}), "txt": b"y"}, ("y", "txt")),
+    "a place of many digits": ([f"json:{9:05000}"], {"json": dumped(["x"])}, ("", "")),
     "a list on top, of objects": (["json:c"], {"json": dumped([{"c": "x"}])}, ("x", "json:c")),
     "a key with a dot": (["json:a.b"], {"json": dumped({"a.b": "x"})}, ("x", "json:a.b")),
     "a dotted extension": (["meta.json:c"], {"meta.json": dumped({"c": "x"})}, ("x", "meta.json:c")),
@@ -130,3 +139,23 @@ def test_a_caption_in_another_encoding_fails_and_counts_as_none(tmp_path: Path) 
         assert f"{name} is {complaint}" in notice
         with pytest.raises(SampleError, match=rf"its \.{name[-4:].strip('.')} is {complaint}"):
             loaded(entry, one)
+
+
+@pytest.mark.parametrize(
+    ("files", "found"),
+    [
+        ({"fox.jpg": b"1", "fox.png": b"2", "fox.png.txt": b"words"}, "txt"),
+        ({"fox.jpg": b"1", "fox.txt": b"\xff", "fox.json": b'{"caption": "x"}'}, None),
+        ({"fox.jpg": b"1", "fox.txt": b"x" * 70_000, "fox.json": b'{"caption": "x"}'}, None),
+        ({"fox.jpg": b"1", "fox.json": b'{"caption": "x", "more": "' + b"x" * 1_100_000 + b'"}'}, "json:caption"),
+    ],
+)
+def test_planning_counts_what_a_run_will_find(tmp_path: Path, files: dict[str, bytes], found: str | None) -> None:
+    source = source_of("webdataset", make_tar(tmp_path / "p.tar", files.items()))
+    (entry,), _, contents = looked_at(source)
+    assert contents.captions == ({found: 1} if found else {})
+    if found:
+        assert loaded(entry, source).caption_from == found
+    else:
+        with pytest.raises(SampleError):
+            loaded(entry, source)

@@ -317,3 +317,57 @@ def test_a_profile_comes_before_gamma_and_coded_colours_before_a_profile() -> No
     data = saved(Image.fromarray(stored("wide-gamut")), "PNG", rgb_profile("wide-gamut"))
     assert error(with_chunk(data, b"gAMA", struct.pack(">I", 100_000)), SCENE)[1] <= 2
     assert error(with_chunk(data, b"cICP", bytes([1, 13, 0, 1])), stored("wide-gamut"))[1] == 0
+
+
+def png(mode: int, bits: int, rows: npt.NDArray[Any], *chunks: tuple[bytes, bytes]) -> bytes:
+    """A PNG of any kind, with chunks before its pixels; `rows` are the bytes of each row."""
+    height, width = rows.shape[0], rows.shape[1] * 8 // (bits * {0: 1, 2: 3, 4: 2}[mode])
+
+    def chunk(name: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+
+    body = zlib.compress(b"".join(b"\0" + row.tobytes() for row in rows))
+    head = struct.pack(">IIBBBBB", width, height, bits, mode, 0, 0, 0)
+    extra = b"".join(chunk(*one) for one in chunks)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + extra + chunk(b"IDAT", body) + chunk(b"IEND", b"")
+
+
+def iccp(profile: bytes) -> tuple[bytes, bytes]:
+    return b"iCCP", b"p\0\0" + zlib.compress(profile)
+
+
+def test_grey_of_16_bits_with_alpha_is_converted() -> None:
+    """Pillow opens it as RGBA."""
+    level = round(65535 * float(light(np.array(133))))
+    pixels = np.tile(np.array([level, 65535], ">u2").view(np.uint8), (32, 32))
+    assert decode(png(4, 16, pixels, iccp(grey_profile(1.0))))[0, 0].tolist() == pytest.approx([133] * 3, abs=2)
+    grey = Image.fromarray(np.full((32, 32), round(255 * float(light(np.array(133)))), np.uint8))
+    webp = saved(grey.convert("RGB"), "WEBP", grey_profile(1.0))
+    assert decode(webp)[0, 0].tolist() == pytest.approx([133] * 3, abs=4)
+
+
+def test_gamma_does_not_replace_a_profile() -> None:
+    gamma = b"gAMA", struct.pack(">I", 100_000)
+    srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    pixels = np.tile(np.array([200, 60, 40], np.uint8), (32, 32))
+    for profile in (srgb, rgb_profile("linear")[:200]):
+        assert decode(png(2, 8, pixels, iccp(profile), gamma))[0, 0].tolist() == [200, 60, 40]
+    assert decode(png(2, 8, pixels, gamma))[0, 0].tolist() != [200, 60, 40]
+
+
+@pytest.mark.parametrize(
+    ("mode", "bits", "row", "key"),
+    [
+        (0, 1, [0b10101010] * 4, 1),
+        (0, 2, [0b01_00_01_00] * 8, 1),
+        (0, 4, [0x10] * 16, 1),
+        (0, 8, [7, 0] * 16, 7),
+        (0, 16, [1, 200, 0, 0] * 16, 456),
+        (2, 16, [1, 9, 2, 9, 3, 9, 0, 0, 0, 0, 0, 0] * 16, (265, 521, 777)),
+    ],
+)
+def test_one_transparent_level_at_every_depth(mode: int, bits: int, row: list[int], key: Any) -> None:
+    keys = key if isinstance(key, tuple) else (key,)
+    pixels = np.tile(np.array(row, np.uint8), (32, 1))
+    found = decode(png(mode, bits, pixels, (b"tRNS", struct.pack(f">{len(keys)}H", *keys))))
+    assert found[0, :2].tolist() == [[255] * 3, [0] * 3]

@@ -498,3 +498,18 @@ def test_a_jpeg_of_thousands_of_scans_is_refused_and_one_of_many_is_not() -> Non
     code, message = failure(many_scans(5000))
     assert code == "decode_error"
     assert re.fullmatch(r"a JPEG of 5,0\d\d scans; the limit is 100", message)
+
+
+def test_scans_are_counted_in_the_picture_alone() -> None:
+    """Cameras write several pictures into one file (MPO), and put other data into segments and behind the picture."""
+    frames = [Image.fromarray(pattern(64, 64))] * 2
+    data = saved(frames[0], "MPO", save_all=True, append_images=frames[1:])
+    first = data.index(b"\xff\xe2")
+    many = many_scans(5000)
+    segment = data[first : first + 2 + int.from_bytes(data[first + 2 : first + 4])]
+    assert failure(many[:2] + segment + many[2:])[1].startswith("a JPEG of 5,0")
+    good = saved(frames[0], "JPEG")
+    marks = b"\xff\xda" * 9000
+    segment = b"\xff\xeb" + (len(marks) + 2).to_bytes(2) + marks
+    for data in (good + marks * 100, good[:2] + segment * 3 + good[2:]):
+        assert decode(data).shape == (64, 64, 3)

@@ -6,6 +6,8 @@ import gzip
 import json
 import tracemalloc
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -273,7 +275,7 @@ def test_keys_that_stand_twice_are_refused(make: Callable[..., Path]) -> None:
         ("t.csv", "url\na.jpg\n".encode("utf-16"), "line 1: not UTF-8"),
         ("t.csv", b'url\n"a.jpg\nb.jpg\n', "line 3: unexpected end of data"),
         ("t.csv", b'url\na.jpg\n"b.jpg' + b"x" * 200_000, "line 3: field larger than field limit"),
-        ("t.csv", b"", "no column 'url'; set source.columns.image to one it has: none"),
+        ("t.csv", b"", "it is empty, without a header"),
         ("t.jsonl", b'{"url": "a.jpg"}\n{"url": \n', "line 2: not JSON: Expecting value"),
         ("t.jsonl", b'{"url": "a.jpg"}\n\n["a.jpg"]\n', "line 3: not a JSON object"),
         ("t.jsonl", b'{"url": "caf\xe9.jpg"}\n', "line 1: not UTF-8"),
@@ -415,6 +417,85 @@ def test_large_row_groups_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert notice.startswith(f"{path}: row groups of up to 3 rows and ")
 
 
+def test_all_readers_of_a_process_share_the_last_groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "t.parquet"
+    pq.write_table(
+        pa.table({"jpg": pa.array([b"%d" % row for row in range(80)], pa.binary())}), path, row_group_size=20
+    )
+    source = source_of("table", path, columns={"image": "jpg"})
+    entries, _ = indexed(source)
+    read = []
+    original = pq.ParquetFile.read_row_group
+
+    def counted(self: pq.ParquetFile, group: int, **options: object) -> object:
+        read.append(group)
+        return original(self, group, **options)
+
+    monkeypatch.setattr(pq.ParquetFile, "read_row_group", counted)
+    for unit in range(0, 80, 8):
+        with ThreadPoolExecutor(8) as threads:
+            load = partial(load_sample, source=source, reader=Reader.of(source, STORAGE))
+            found = [sample.image for sample in threads.map(load, entries[unit : unit + 8])]
+        assert found == pictures[unit : unit + 8]
+    assert sorted(read) == [0, 1, 2, 3]
+
+
+def test_a_caption_beside_the_picture_does_not_read_the_picture(tmp_path: Path) -> None:
+    path = tmp_path / "t.parquet"
+    rows = [{"image": b"x" * 1_000_000, "text": f"{row}"} for row in range(30)]
+    pq.write_table(pa.table({"data": rows}), path, row_group_size=2)
+    tracemalloc.start()
+    before = pa.total_allocated_bytes()
+    entries = listed(path, image="data.image", caption="data.text")
+    assert [entry.caption for entry in entries] == [f"{row}" for row in range(30)]
+    assert pa.default_memory_pool().max_memory() - before < 200e6
+    tracemalloc.stop()
+
+
+@pytest.mark.parametrize(
+    ("table", "columns", "complaint"),
+    [
+        (
+            {"image": [[{"bytes": b"x", "path": "a"}]]},
+            {"image": "image.0"},
+            "has lists of pictures, expected one in a row",
+        ),
+        ({"image": [[b"x"]]}, {"image": "image.0"}, "has lists of pictures, expected one in a row"),
+        ({"url": [["a.jpg"]]}, {"image": "url.0"}, "column 'url.0' has a list of string, expected text"),
+        (
+            {"url": ["a.jpg"], "m": [[{"id": "a"}]]},
+            {"key": "m.id"},
+            "column 'm.id' has a list of string, expected text",
+        ),
+    ],
+)
+def test_lists_where_one_is_wanted_are_refused(
+    tmp_path: Path, table: dict[str, Any], columns: dict[str, str], complaint: str
+) -> None:
+    pq.write_table(pa.table(table), tmp_path / "t.parquet")
+    assert complaint in refused(tmp_path / "t.parquet", **columns)
+
+
+def test_columns_of_one_name_and_names_with_dots(tmp_path: Path) -> None:
+    two = pa.Table.from_arrays([pa.array(["a.jpg"]), pa.array(["b.jpg"])], names=["url", "url"])
+    pq.write_table(two, tmp_path / "two.parquet")
+    assert "column 'url' is there several times" in refused(tmp_path / "two.parquet")
+    pictures = pa.array([{"bytes": b"first", "path": "a.png"}])
+    pq.write_table(pa.table({"my.image": pictures}), tmp_path / "dots.parquet")
+    source = source_of("table", tmp_path / "dots.parquet", columns={"image": "my.image"})
+    (entry,), _ = indexed(source)
+    assert (loaded(entry, source).image, entry.image) == (b"first", "png")
+    repeated = pa.array([b"first", b"first"]).dictionary_encode()
+    pq.write_table(pa.table({"jpg": repeated}), tmp_path / "dictionary.parquet")
+    source = source_of("table", tmp_path / "dictionary.parquet", columns={"image": "jpg"})
+    assert [loaded(entry, source).image for entry in indexed(source)[0]] == [b"first", b"first"]
+
+
+def test_a_key_by_a_path(tmp_path: Path) -> None:
+    make_jsonl(tmp_path / "t.jsonl", [{"url": "a.jpg", "m": {"id": 7}}])
+    assert [entry.key for entry in listed(tmp_path / "t.jsonl", key="m.id")] == ["7"]
+
+
 def test_a_replaced_table_is_not_read(tmp_path: Path) -> None:
     path = tmp_path / "t.parquet"
     pq.write_table(pa.table({"jpg": pa.array(JPGS, pa.binary())}), path)
@@ -519,9 +600,9 @@ def test_dialects(
 @pytest.mark.parametrize(
     ("name", "data", "complaint"),
     [
-        ("t.csv", b"url;caption\na.jpg;x\n", "one column with ';' in it: set source.columns.delimiter to ';'"),
-        ("t.csv", b"url\tcaption\na.jpg\tx\n", "one column with '\\t' in it: set source.columns.delimiter to '\\t'"),
-        ("t.tsv", b"url,caption\na.jpg,x\n", "one column with ',' in it: set source.columns.delimiter to ','"),
+        ("t.csv", b"url;caption\na.jpg;x\n", "'url;caption' has ';' in it: set source.columns.delimiter to ';'"),
+        ("t.csv", b"url\tcaption\na.jpg\tx\n", "has '\\t' in it: set source.columns.delimiter to '\\t'"),
+        ("t.tsv", b"url,caption\na.jpg,x\n", "'url,caption' has ',' in it: set source.columns.delimiter to ','"),
         ("t.csv", b"url, caption\na.jpg, x\n", "set source.columns.caption to ' caption', as the file writes it"),
         ("t.csv", b"caption,url,url\nx,a.jpg,b.jpg\n", "column 'url' is there 2 times; name each one differently"),
         ("t.tsv", b'"url"\t"caption"\n"a.jpg"\t"x"\n', "names are in quotes: set source.columns.quote to '\"'"),
@@ -529,6 +610,8 @@ def test_dialects(
         ("t.csv", b'url,caption\na.jpg,x,6" y\n', "line 2: 3 cells, the header has 2; if quotes are part of the text"),
         ("t.csv", b'url,caption\na.jpg,"6" pipe\n', "line 2: ',' expected after '\"'; if quotes are part of the text"),
         ("t.csv", b"url,caption\ra.jpg,x\r", "line 1: its lines end in CR alone, as on old Macs; save it with LF"),
+        ("t.csv", b"", "it is empty, without a header"),
+        ("t.csv", b"url;text, long\na.jpg;x\n", "set source.columns.delimiter to ';'"),
         ("t.csv", "url,caption\na.jpg,x\n".encode("utf-16"), "line 1: not UTF-8"),
         (
             "t.csv",
@@ -566,7 +649,7 @@ def test_a_dialect_that_does_not_fit_is_refused_with_the_cure(
             ["year=2023__month=01__p", "year=2024__month=01__p"],
         ),
         (["d/t.csv", "d/t.jsonl"], ["t_csv", "t_jsonl"]),
-        (["d/a.b.csv", "d/a_b.csv"], ["d__a_b", "d__a_b"]),
+        (["d/t.csv", "d/t.csv.gz"], ["t_csv", "t_csv_gz"]),
     ],
 )
 def test_derived_keys_tell_the_tables_apart(tmp_path: Path, names: list[str], labels: list[str]) -> None:
@@ -575,9 +658,19 @@ def test_derived_keys_tell_the_tables_apart(tmp_path: Path, names: list[str], la
         text = packed(text) if name.endswith("gz") else text
         make_files(tmp_path, {name: text})
     keys = [entry.key for entry in listed(*(tmp_path / name for name in names))]
-    assert len(set(keys)) == len(names)
-    if len(set(labels)) == len(labels):
-        assert keys == [f"{label}-000000000" for label in labels]
+    assert keys == [f"{label}-000000000" for label in labels]
+
+
+@pytest.mark.parametrize(
+    "names", [["a.b.csv", "a_b.csv"], ["x/a.b.csv", "y/a_b.csv"], ["k" * 80 + "a.csv", "k" * 80 + "b.csv"]]
+)
+def test_derived_keys_do_not_depend_on_where_the_data_lies(tmp_path: Path, names: list[str]) -> None:
+    found = []
+    for place in ("one", "another/place"):
+        make_files(tmp_path / place, dict.fromkeys(names, b"url\nx.jpg\n"))
+        found.append([entry.key for entry in listed(*(tmp_path / place / name for name in names))])
+    assert found[0] == found[1]
+    assert len(set(found[0])) == 2
 
 
 def test_long_names_that_begin_alike_have_keys_of_their_own(tmp_path: Path) -> None:
@@ -598,6 +691,21 @@ def test_a_prefix_tells_repeated_keys_apart(tmp_path: Path, prefix: str, before:
     assert [entry.original_key for entry in entries] == ["000", "001"] * 2
     with pytest.raises(SourceError, match=r"key '000' is also in .*, or set source\.key_prefix; 2 keys are duplicated"):
         indexed(source_of("webdataset", *globs))
+
+
+@pytest.mark.parametrize(
+    ("urls", "prefixes"),
+    [
+        (["a/x*.tar", "a/y*.tar"], ["x_", "y_"]),
+        (["a/x0.tar", "b/y0.tar"], ["x0", "y0"]),
+        (["a/{x0,x1}.tar", "b/*.tar"], ["a", "a", "b"]),
+    ],
+)
+def test_prefixes_of_urls(tmp_path: Path, urls: list[str], prefixes: list[str]) -> None:
+    for name in ("a/x0", "a/x1", "a/y0", "b/y0"):
+        make_tar(tmp_path / f"{name}.tar", [(f"{name[-2:]}.jpg", b"x")])
+    found = parts(source_of("webdataset", *(f"{tmp_path}/{url}" for url in urls), key_prefix="url"), STORAGE)
+    assert list(dict.fromkeys(part.prefix for part in found)) == list(dict.fromkeys(prefixes))
 
 
 @pytest.mark.parametrize("format", ["folder", "table"])
