@@ -290,11 +290,8 @@ def _parquet(file: IO[bytes], part: Part, source: Source, notices: list[str]) ->
             of_list = name is not None and kind is not None and leaf_column(schema, name) != name
             listed = of_list and name != columns.caption
             if name is not None and (kind is None or listed or not is_text_type(kind, also, name == columns.caption)):
-                found = (
-                    "nothing there"
-                    if kind is None
-                    else f"{'a list of ' if listed else ''}{kind if len(str(kind)) < 50 else short(str(kind))}"
-                )
+                listing = "a list of " if listed else ""
+                found = "nothing there" if kind is None else listing + short(str(kind)).strip("'")
                 raise SourceError(f"{url}: column {name!r} has {found}, expected text")
         wanted = sorted({leaf_column(schema, name) for name in names if name is not None})
         # index.py explains why Arrow's threads are off.

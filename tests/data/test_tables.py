@@ -418,10 +418,8 @@ def test_large_row_groups_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_all_readers_of_a_process_share_the_last_groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "t.parquet"
-    pq.write_table(
-        pa.table({"jpg": pa.array([b"%d" % row for row in range(80)], pa.binary())}), path, row_group_size=20
-    )
+    path, pictures = tmp_path / "t.parquet", [b"%d" % row for row in range(80)]
+    pq.write_table(pa.table({"jpg": pa.array(pictures, pa.binary())}), path, row_group_size=20)
     source = source_of("table", path, columns={"image": "jpg"})
     entries, _ = indexed(source)
     read = []
