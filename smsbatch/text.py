@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
@@ -68,11 +69,28 @@ def flat(section: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return found
 
 
-def hide(environment: Mapping[str, str]) -> None:
-    """Have `hidden` replace the values of these environment variables, by name, in this process from now on."""
+def hide(environment: Mapping[str, str], alone: bool = False) -> None:
+    """Have `hidden` replace the values of these environment variables, by name, in this process from now on.
+
+    With `alone`, no others: the rows of a run must not depend on which manifests were read before.
+    """
+    if alone:
+        _values.clear()
     for name, value in environment.items():
-        if len(value) >= _SHORTEST:
-            _values.update(dict.fromkeys((value, quote(value), quote(value, safe="")), f"${{{name}}}"))
+        _values.update({form: f"${{{name}}}" for form in _forms(value) if len(form) >= _SHORTEST})
+
+
+def _forms(value: str) -> Iterator[str]:
+    """A value as other texts may have it: quoted, as an absolute path, and the folder of a file or pattern."""
+    yield from (value, quote(value), quote(value, safe=""))
+    if "/" not in value or any(map(str.isspace, value)):
+        return
+    folder = re.split(r"[*?\[{]", value)[0].rpartition("/")[0]
+    if "://" in value:
+        yield from [folder] if "/" in folder.partition("://")[2] else []  # not of a host alone
+    else:
+        places = [value, folder]
+        yield from (os.path.abspath(place) for place in places if place)  # noqa: PTH100 - it follows no links
 
 
 def hidden(text: str) -> str:

@@ -28,6 +28,7 @@ from smsbatch.data.sources import Scan, parts, scan_entries
 from smsbatch.errors import RequestError, SmsbatchError
 from smsbatch.manifest import Compute, Manifest, Storage
 from smsbatch.runs.run import find_or_require_empty
+from smsbatch.storage.retries import redact
 from smsbatch.storage.store import TEMPORARY, Store
 
 _SCRATCH_FAILS, _SCRATCH_WARNS = 1e9, 10e9  # free bytes; the former hold one or two shards
@@ -186,7 +187,7 @@ def _source(manifest: Manifest) -> Iterator[Check]:
         entries = list(islice(scan_entries(part, source, storage, manifest.seed, told), _LOOKED_AT))
         entry = next((entry for entry in entries if entry.image), None)
         if entry is None:
-            told_of = "; ".join([f"{part.url}: no pictures in it", *told.notices])
+            told_of = redact("; ".join([f"{part.url}: no pictures in it", *told.notices]))
             yield Check("source", "fail", told_of, f"check source.urls and source.images ({', '.join(source.images)})")
             return
         Reader.of(source, storage).read(entry.fields[entry.image])
@@ -195,10 +196,10 @@ def _source(manifest: Manifest) -> Iterator[Check]:
         return
     yield Check("source", "ok", f"{public(entry.url)} can be read")
     captions = Counter(entry.caption_from for entry in entries if entry.caption_from)
-    found = f"{Contents(len(entries), captions, told.left, told.passed)}, in {part.url}"
+    found = f"{Contents(len(entries), captions, told.left, told.passed)}, in {public(part.url)}"
     if len(entries) == _LOOKED_AT:
         found += f", of which the first {_LOOKED_AT:,} were looked at"
-    notices = [*told.notices, *unused_rules(source, captions)]
+    notices = [*map(redact, told.notices), *unused_rules(source, captions)]
     if not captions and (told.left or told.passed):
         notices.append("if one of these has the captions, source.caption names it")
     yield Check("captions", "warn" if notices else "ok", found, "; ".join(notices))

@@ -80,6 +80,7 @@ def plan(
         SampleError: none of the probe's samples could be stylized.
         RequestError: a probe is requested for a training.
     """
+    manifest.hide()
     check_allowed(manifest, allow_drift)
     planner, store = PLANNERS[manifest.makes], store_of(manifest)
     planner.check_probe(probe, price_per_gpu_hour)
@@ -369,7 +370,7 @@ def _run_json(draft: _Draft, weights: Mapping[str, str], commits: str) -> dict[s
         "planned": planner.planned_section(plan),
         "contents": asdict(plan.contents),
         "commits": commits,  # by workers, or only by the driver if the store has no create-only put
-        "notices": list(map(hidden, plan.notices)),
+        "notices": list(plan.notices),
         "versions": {"python": platform.python_version()} | _versions(),
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
     }

@@ -55,6 +55,7 @@ def run(
         StorageError: the output cannot be read or written; all commits are kept.
         RunError: more samples failed than `errors` allows; a training diverged, or its workers kept dying.
     """
+    manifest.hide()
     check_allowed(manifest, allow_drift)
     return RUNNERS[manifest.makes](manifest, progress, retry_failed=retry_failed, codes=codes, allow_drift=allow_drift)
 

@@ -12,6 +12,7 @@ from smsbatch.data.index import Part
 from smsbatch.data.indexing import Built, build_index
 from smsbatch.data.sources import Scan, gathered, nothing_found, parts, scan
 from smsbatch.manifest import Manifest
+from smsbatch.storage.retries import redact
 from smsbatch.storage.scratch import scratch_folder
 from smsbatch.workers.pool import Pool
 
@@ -36,7 +37,7 @@ def indexed(
         task = partial(scan, source=source, storage=storage, seed=manifest.seed)
         with closing(pool.map(task, listed)) as scanned:
             built = build_index(index, gathered(scanned, told), limit, skip, names)
-        notices += told.notices
+        notices += map(redact, told.notices)
         contents = Contents(built.samples, built.captions, dict(told.left), dict(told.passed))
         if built.samples == 0:
             raise nothing_found(source, notices, contents)

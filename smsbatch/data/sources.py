@@ -19,6 +19,7 @@ import tarfile
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from itertools import chain, islice, product
 from typing import NamedTuple
 
@@ -45,7 +46,7 @@ from smsbatch.data.tars import Members, split_name
 from smsbatch.errors import SampleError, SourceError
 from smsbatch.manifest import Source, Storage
 from smsbatch.storage.addresses import is_web
-from smsbatch.storage.retries import RemoteError
+from smsbatch.storage.retries import RemoteError, redact
 
 ROWS_AT_ONCE = 8192
 # Storage has a high latency and a high throughput.
@@ -70,6 +71,16 @@ class Scan:
         self.passed: Counter[str] = Counter()
 
 
+@contextmanager
+def _without_secrets() -> Iterator[None]:
+    """Errors inside do not show tokens and signatures in the addresses that they name."""
+    try:
+        yield
+    except SourceError as error:
+        raise SourceError(redact(str(error))) from error
+
+
+@_without_secrets()
 def parts(source: Source, storage: Storage) -> list[Part]:
     """The objects of a source, in its order, with their present size and etag; none is opened.
 
@@ -119,10 +130,11 @@ def scan(part: Part, source: Source, storage: Storage, seed: int = 0) -> Scanned
 
 def scan_entries(part: Part, source: Source, storage: Storage, seed: int, told: Scan) -> Iterator[Entry]:
     """The entries of one part; `told` gets what else is found. Raises as `scan`."""
-    try:
-        yield from SOURCES[part.format](part, source, storage, seed, told)
-    except OSError as error:
-        raise _refused(part.url, error) from error
+    with _without_secrets():
+        try:
+            yield from SOURCES[part.format](part, source, storage, seed, told)
+        except OSError as error:
+            raise _refused(part.url, error) from error
 
 
 def require_apart(source: Source, storage: Storage, output: str, files: Iterable[str]) -> None:

@@ -23,10 +23,12 @@ SECRET = re.compile(
         # A parameter of a URL, or a part of a connection string.
         [?&#;] (?=[^?#=&;\s]*=) (?:
             key | code | tok
+          | (?: [^?#=&;\s]* [-_.] )? (?: cred | session )
           | (?: [^?#=&;\s]* [-_.] )? (?: sig | sign | auth | pwd | pw | pass | tkn | sas | hmac | authorization )
           | [^?#=&;\s]* (?:
                 signature | token | secret | credential | passw | passphrase | jwt | bearer | oauth | session_?id
               | (?: api | access | account | private | shared ) [-_]? key | shared_?access
+              | (?: auth | app | license | subscription | functions ) [-_]? key
             ) [^?#=&;\s]*
           ) =
         # A setting whose name has no other meaning; one whose name has others, if its value looks like a secret.
@@ -48,7 +50,8 @@ SECRET = re.compile(
           [A-Z0-9]{20,512}
       | (?: github_pat_ | gl(?:pat|dt|ft|oas|rt|soat|ptt|imt|agent|cbt)- | nvapi- | dop_v1_ | pypi- | GOCSPX- | ya29\. )
           [-\w.]{20,512}
-      | sk- (?:[A-Z0-9]{1,12}-){0,3} [A-Z0-9_]{20,512}
+      | sk- (?: (?: ant | proj | svcacct | admin | or )- [-\w]{20,512} | (?:[A-Z0-9]{1,12}-){0,3} [A-Z0-9_]{20,512} )
+      | (?: gsk_ | hvs\. | dapi | ATATT3 | figd_ | whsec_ | xai- | pplx- | KGAT_ ) [-\w=]{20,512}
       | (?: xox[A-Z]- | xapp- ) [-0-9A-Z]{10,512}
       | AIza[-\w]{30,64}
       | SG\. [-\w]{16,64} \. [-\w]{16,128}
@@ -93,10 +96,11 @@ class Section(BaseModel):
         if info.context == FILLED:
             return value
         for item in value if isinstance(value, list | tuple) else (value,):
+            item = item.decode("latin-1") if isinstance(item, bytes) else item
             if isinstance(item, str) and not all(map(is_named, SECRET.finditer(item))):
                 raise PydanticCustomError(
                     "secret",
                     "holds a secret, which a manifest must not: credentials come from the environment "
-                    "(AWS_PROFILE, ~/.aws, the machine's role, or ${{NAME}}); signed URLs belong in a table",
+                    "(AWS_PROFILE, ~/.aws, the machine's role, or ${NAME}); signed URLs belong in a table",
                 )
         return value

@@ -83,6 +83,11 @@ class Manifest(Section):
         super().__setstate__(state)
         hide(self._environment)  # in a worker, too
 
+    def hide(self) -> None:
+        """Have rows and messages of this process show the values of this manifest's environment, and no other's, as
+        `${NAME}`; called when a verb begins to work with it."""
+        hide(self._environment, alone=True)
+
     def dump(self) -> dict[str, Any]:
         """The resolved manifest as plain data, every default written out, to be recorded.
 

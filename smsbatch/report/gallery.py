@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from smsbatch.data import pixels
-from smsbatch.data.index import StoredFile, read_index
+from smsbatch.data.index import StoredFile, read_index, read_objects
 from smsbatch.data.reader import Reader
 from smsbatch.data.tars import find_members
 from smsbatch.errors import SampleError
@@ -61,7 +61,9 @@ def gallery(run: Run, report: Report, tally: RowTally, index: StoredFile | Path)
             chosen |= {f"Lowest {name.upper()}": tally.lowest, f"Highest {name.upper()}": tally.highest}
     results = _results(run.store, chain.from_iterable(chosen.values()), report.settings["output"]["format"])
 
-    reader = Reader.of(Source.model_validate(report.settings["source"]), run.storage)
+    source = Source.model_validate(report.settings["source"])
+    places = tuple(part.url for part in read_objects(run.objects))  # the recorded ones may be `${NAME}`
+    reader = Reader.of(source.model_copy(update={"urls": places}), run.storage)
 
     def picture(row: Mapping[str, Any]) -> Picture:
         return _picture(index, reader, report, row, results[row["key"]])

@@ -28,6 +28,7 @@ from smsbatch.manifest import HOUSEKEEPING, Manifest, Storage
 from smsbatch.runs.layout import CHECKPOINTS, COMMITS, DRIFT
 from smsbatch.runs.records import PARSE_ERRORS, dump_record, load_record
 from smsbatch.runs.run import Run
+from smsbatch.storage.retries import redact
 from smsbatch.storage.store import Store
 from smsbatch.text import flat, hidden
 
@@ -140,7 +141,7 @@ def inputs_changed(run: Run, manifest: Manifest, allow: Collection[str] = (), no
     if told:
         some = "; ".join(sorted(told)[:_NAMED]) + ("; and more" if len(told) > _NAMED else "")
         _resolve_drift(
-            run, [Change(INPUTS, _digest(planned), _digest(present), hidden(f"{INPUTS}: {some}"))], allow, note
+            run, [Change(INPUTS, _digest(planned), _digest(present), redact(f"{INPUTS}: {some}"))], allow, note
         )
     return bool(told)
 

@@ -34,7 +34,7 @@ _WEB_URL = re.compile(r"https?://", re.IGNORECASE)
 _DATA_URL = re.compile(r"data:", re.IGNORECASE)
 _AMPERSAND = re.compile(r"&(?:amp;)+", re.IGNORECASE)
 # IPv6 addresses that stand for the IPv4 address in their last 32 bits, beside ::ffff:0:0/96 and 2002::/16
-_EMBEDDING = [ipaddress.IPv6Network(net) for net in ("64:ff9b::/96", "::/96")]
+_EMBEDDING = [ipaddress.IPv6Network(net) for net in ("64:ff9b::/96", "64:ff9b:1::/48", "::ffff:0:0:0/96", "::/96")]
 
 
 def is_web(address: str) -> bool:
@@ -118,7 +118,8 @@ def is_public(host: str) -> bool:
             inner = ipaddress.IPv4Address(int(address) & 0xFFFFFFFF)
         if inner is not None:
             address = inner
-    return address.is_global and not address.is_multicast
+    local = isinstance(address, ipaddress.IPv6Address) and address.is_site_local
+    return address.is_global and not address.is_multicast and not local
 
 
 def decode_data_url(url: str) -> bytes:

@@ -36,7 +36,11 @@ _PRIVATE = (
     "storage.private_addresses: true allows it"
 )
 _BOT = re.compile(r"\*|[a-z][\w-]*")
-_WITH_VALUE = {"max-snippet", "max-image-preview", "max-video-preview", "unavailable_after"}  # in X-Robots-Tag
+# Of X-Robots-Tag, which are no names of clients although a colon may follow.
+_DIRECTIVES = {
+    *("all", "none", "noai", "noimageai", "noindex", "noimageindex", "nofollow", "noarchive", "nosnippet"),
+    *("notranslate", "max-snippet", "max-image-preview", "max-video-preview", "unavailable_after"),
+}
 
 
 class Web(Backend):
@@ -175,7 +179,7 @@ def directives(headers: Iterable[str], token: str | None) -> set[str]:
         addressed = True
         for part in header.lower().split(","):
             name, colon, value = (text.strip() for text in part.partition(":"))
-            if colon and name not in _WITH_VALUE and _BOT.fullmatch(name):
+            if colon and name not in _DIRECTIVES and _BOT.fullmatch(name):
                 addressed = name == "*" or (token is not None and name == token.lower())
                 name = value
             if addressed:

@@ -269,6 +269,8 @@ def _refusal(error: boto.ClientError) -> OSError:
         advice = _OF_HEADER.get(name, f"the store does not take {name}; update it or choose another")
         # `supports_create` looks for this number.
         return RemoteError(text, advice, fatal=True, number=errno.ENOSYS if name == "if-none-match" else errno.EIO)
+    if status == 401:  # as R2 refuses wrong keys
+        return RemoteError(text, _CREDENTIALS, fatal=True)
     if code in _FATAL or status in {301, 307}:
         return RemoteError(text, _FATAL.get(code, _REGION), fatal=True)
     if code in _BUSY or status in {409, 429} or (status >= 500 and status != 501):

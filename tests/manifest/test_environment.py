@@ -7,16 +7,20 @@ import pickle
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from support.jobs import make_photos, rows, write_manifest
+from support.making import make_tar
 from typer.testing import CliRunner
 
 import smsbatch as sb
 from smsbatch import text
 from smsbatch.cli.app import app
+from smsbatch.data.reader import Reader
 from smsbatch.manifest import identity_of
+from smsbatch.report import gallery
 from smsbatch.storage.retries import redact
 
 SECRET = "hunter2-hunter2"
@@ -261,3 +265,38 @@ class TestARun:
         assert not any(SECRET in text for text in everything(tmp_path / "ray"))
         assert rows(tmp_path / "ray")["a"]["url"] == "${PLACE}/photos/a.png"
         assert "${PLACE}/photos/broken.png" in rows(tmp_path / "ray")["broken"]["url"]
+
+
+def test_addresses_with_tokens_are_not_shown_although_only_a_part_is_the_value(
+    job: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Braces and globs make other addresses of a value; what is known as a token is hidden in all of them."""
+    token = "token=BRACESECRET12345"
+    for name in "bc":
+        make_tar(tmp_path / "photos" / f"{name}.tar?{token}", [(f"{name}.jpg", b"x"), (f"{name}.txt", b"y")])
+    (tmp_path / "photos" / f"c.tar?{token}").write_bytes(b"")
+    monkeypatch.setenv("X", f"{tmp_path}/photos/{{b,c}}.tar?{token}")
+    found = sb.plan(sb.load(job, ["source.format=webdataset", "source.urls=${X}"]))
+    assert len(found.notices) == 1
+    assert "BRACESECRET" not in str(found.notices)
+    monkeypatch.setenv("X", f"{tmp_path}/photos/{{b,gone}}.tar?{token}")
+    with pytest.raises(sb.SourceError, match=r"gone\.tar\?token=\*\*\* no such file"):
+        sb.plan(sb.load(job, ["source.format=webdataset", "source.urls=${X}"]))
+
+
+def test_the_report_reads_a_table_by_the_rules_of_where_it_lies(
+    job: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_photos(tmp_path / "photos", ["a"])
+    (tmp_path / "photos" / "t.csv").write_text("url\na.png\n")
+    monkeypatch.setenv("X", f"{tmp_path}/photos/t.csv")
+    asked: list[Any] = []
+    original = Reader.of
+
+    def noted(source: Any, *rest: Any) -> Reader:
+        asked.append(source.urls)
+        return original(source, *rest)
+
+    monkeypatch.setattr(gallery, "Reader", SimpleNamespace(of=noted))
+    sb.run(sb.load(job, ["source.format=table", "source.urls=${X}", "objective.prompt='{style}'"]))
+    assert asked == [(f"{tmp_path}/photos/t.csv",)]

@@ -33,6 +33,15 @@ SECRETS = [
     f"sk-{X}",
     f"sk-proj-{X}",
     f"sk-ant-api03-{X}",
+    f"sk-ant-api03-{X[:20]}-_{X}_-{X}AA",
+    f"sk-proj-{X[:8]}_{X}-{X}",
+    f"gsk_{X}",
+    f"hvs.{X}",
+    f"whsec_{X}",
+    f"https://h/a.tar?x-functions-key={X}",
+    f"https://h/a.tar?subscription-key={X}",
+    f"https://h/a.tar?authkey={X}",
+    f"https://h/a.tar?session={X}",
     f"sk_live_{X}",
     f"r8_{X}",
     f"npm_{X}",
@@ -180,3 +189,8 @@ def test_the_time_is_linear(piece: str) -> None:
         started = time.process_time()
         SECRET.sub("***", start + piece * (20_000 // len(piece)))
         assert time.process_time() - started < 0.5
+
+
+def test_binary_of_yaml_is_no_way_around() -> None:
+    with pytest.raises(ValueError, match="holds a secret"):
+        Style.model_validate({"prompt": f"hf_{X}".encode(), "lora": "x.safetensors"})

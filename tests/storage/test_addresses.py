@@ -138,6 +138,7 @@ def test_tiny_names_stay_in_their_folder_whoever_asks(name: str) -> None:
         *((host, False) for host in ("::1", "::", "fe80::1", "fe80::1%eth0", "fc00::1", "ff02::1")),
         *((host, False) for host in ("::ffff:127.0.0.1", "::ffff:7f00:1", "::127.0.0.1", "2002:7f00:1::")),
         *((host, False) for host in ("64:ff9b::7f00:1", "64:ff9b::a9fe:a9fe", "2002:a00:1::", "::ffff:169.254.1.1")),
+        *((host, False) for host in ("fec0::1", "64:ff9b:1::7f00:1", "::ffff:0:7f00:1")),
         *((host, False) for host in ("2130706433", "0177.0.0.1", "0x7f.1", "127.1", "localhost", "")),
     ],
 )
