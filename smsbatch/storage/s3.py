@@ -71,6 +71,7 @@ _ADVICE = {  # the same for one that concerns an object or a request
     "InvalidArgument": _REQUEST,
     "InvalidRequest": _REQUEST,
     "MethodNotAllowed": "check storage.endpoint, which may be the store's web page",
+    "InvalidObjectState": "the object is archived; restore it first",
     "NotImplemented": "the store does not know this request; update it or choose another",
 }
 # What a refusal may name of a request, but for the headers of every signed one
@@ -263,7 +264,8 @@ def _refusal(error: boto.ClientError) -> OSError:
     code = str(told.get("Code", status))
     text = f"{told.get('Message') or 'no reason given'} ({code})"
     number = _NUMBERS.get(status, errno.EIO)
-    header = _HEADER.search(text) if status in {400, 403, 411, 501} and code not in _BUSY else None
+    may_name = status in {400, 403, 411, 501} and code not in _BUSY and code != "AccessDenied"
+    header = _HEADER.search(text) if may_name else None
     if header:
         name = header[0].lower()
         advice = _OF_HEADER.get(name, f"the store does not take {name}; update it or choose another")
