@@ -148,7 +148,7 @@ def test_a_refusal_says_what_to_do_about_what_it_names(status: int, code: str, m
     error = refusal(status, code, message)
     assert isinstance(error, retries.RemoteError)
     assert error.advice.startswith(advice)
-    assert ("AWS_PROFILE" in error.advice) == (code == "InvalidAccessKeyId")
+    assert ("AWS_PROFILE" in error.advice) == (code in ("InvalidAccessKeyId", "Unauthorized"))
     assert message in str(error) or code == "NoSuchBucket"
 
 
