@@ -62,8 +62,9 @@ def gallery(run: Run, report: Report, tally: RowTally, index: StoredFile | Path)
     results = _results(run.store, chain.from_iterable(chosen.values()), report.settings["output"]["format"])
 
     source = Source.model_validate(report.settings["source"])
-    places = tuple(part.url for part in read_objects(run.objects))  # the recorded ones may be `${NAME}`
-    reader = Reader.of(source.model_copy(update={"urls": places}), run.storage)
+    if source.format == "table":  # what its rows may name depends on where it lies, which may be recorded as `${NAME}`
+        source = source.model_copy(update={"urls": tuple(part.url for part in read_objects(run.objects))})
+    reader = Reader.of(source, run.storage)
 
     def picture(row: Mapping[str, Any]) -> Picture:
         return _picture(index, reader, report, row, results[row["key"]])

@@ -307,9 +307,8 @@ def _delete(out: Path) -> None:
         shutil.rmtree(out, ignore_errors=True)
 
 
-@pytest.mark.parametrize(
-    "whole", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["folder", "all but the ledger"]
-)
+@pytest.mark.slow  # tests/runs/test_deleted.py has what this needs no process for
+@pytest.mark.parametrize("whole", [True, False], ids=["folder", "all but the ledger"])
 def test_an_output_that_is_deleted_under_a_run(whole: bool, job: Callable[..., Path], tmp_path: Path) -> None:
     """The run ends with an error that says so, and the next one begins anew in whatever is left."""
     manifest, out = job(), tmp_path / "out"

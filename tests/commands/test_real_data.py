@@ -61,7 +61,6 @@ def test_captions_are_counted_by_plan_doctor_run_and_report(job: Path) -> None:
 
 
 def test_pictures_in_a_table_are_stylized_like_files(job: Path) -> None:
-    sb.run(sb.load(job))
     photos = sorted((job.parent / "photos").glob("*.png"))
     cells = [{"bytes": photo.read_bytes(), "path": photo.name} for photo in photos]
     kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])

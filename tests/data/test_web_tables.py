@@ -12,7 +12,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import pytest
-from support.making import STORAGE, indexed, loaded, source_of
+from support.making import STORAGE as IMPATIENT, indexed, loaded, source_of
 from support.webserver import BODY, Web
 from tenacity import wait_none
 
@@ -22,6 +22,8 @@ from smsbatch.manifest import Storage
 from smsbatch.storage import http, retries
 from smsbatch.storage.retries import seconds_to_wait
 from smsbatch.workers.worker import failed
+
+STORAGE = IMPATIENT.model_copy(update={"timeout_s": 20})  # of a server on a machine at work
 
 
 @pytest.fixture(scope="module")
