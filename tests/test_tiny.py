@@ -121,7 +121,9 @@ def test_it_predicts_noise(prior: Prior) -> None:
     assert own < other
 
 
-@pytest.mark.parametrize("name", STYLES)
+@pytest.mark.parametrize(
+    "name", [name if name == "oil" else pytest.param(name, marks=pytest.mark.slow) for name in STYLES]
+)
 def test_a_style_pulls_photographs_toward_itself(prior: Prior, name: str) -> None:
     """Thirty steps of SMS lower the style's loss relative to the prior's, and the picture stays recognizable."""
     assert len(STYLES) >= 3

@@ -58,6 +58,31 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory, model: Path, lora: Pat
     return Path(manifest.output.path)
 
 
+@pytest.mark.parametrize("pool", ["local", pytest.param("ray", marks=pytest.mark.slow)])
+def test_a_broken_picture_is_a_row(pool: str, job: Job, tmp_path: Path, undisturbed: Path) -> None:
+    folder = make_photos(tmp_path / "some-broken")
+    for key, content in (
+        ("empty", b""),
+        ("no-picture", b"hello"),
+        ("cut", (folder / "photo-0.png").read_bytes()[:300]),
+    ):
+        (folder / f"{key}.jpg").write_bytes(content)
+    (folder / "photo-1.txt").write_bytes(b"\xff\xfe\xfa")
+    manifest = job(f"compute.pool={pool}", ONE, f"source.urls={folder}", "errors.max_failed_fraction=0.5")
+    report = sb.run(manifest)
+    found = rows(Path(manifest.output.path))
+    assert report.planned == report.succeeded + report.failed == len(found) == 9
+    failed = {key: row["error_code"] for key, row in found.items() if row["status"] == "failed"}
+    assert failed == {
+        "empty": "decode_error",
+        "no-picture": "decode_error",
+        "cut": "decode_error",
+        "photo-1": "bad_caption",
+    }
+    assert all(found[key]["error_message"] for key in failed)
+    assert set(pictures(Path(manifest.output.path))) == set(found) - set(failed)
+
+
 @pytest.mark.parametrize("pool", ["local", "ray"])
 @pytest.mark.usefixtures("cluster")
 class TestEveryPool:
@@ -74,29 +99,6 @@ class TestEveryPool:
         assert seen[-1].finished
         assert seen[-1].samples_done == 6
         assert max(len(status.workers) for status in seen) == (2 if pool == "ray" else 1)
-
-    def test_a_broken_picture_is_a_row(self, pool: str, job: Job, tmp_path: Path, undisturbed: Path) -> None:
-        folder = make_photos(tmp_path / "some-broken")
-        for key, content in (
-            ("empty", b""),
-            ("no-picture", b"hello"),
-            ("cut", (folder / "photo-0.png").read_bytes()[:300]),
-        ):
-            (folder / f"{key}.jpg").write_bytes(content)
-        (folder / "photo-1.txt").write_bytes(b"\xff\xfe\xfa")
-        manifest = job(f"compute.pool={pool}", ONE, f"source.urls={folder}", "errors.max_failed_fraction=0.5")
-        report = sb.run(manifest)
-        found = rows(Path(manifest.output.path))
-        assert report.planned == report.succeeded + report.failed == len(found) == 9
-        failed = {key: row["error_code"] for key, row in found.items() if row["status"] == "failed"}
-        assert failed == {
-            "empty": "decode_error",
-            "no-picture": "decode_error",
-            "cut": "decode_error",
-            "photo-1": "bad_caption",
-        }
-        assert all(found[key]["error_message"] for key in failed)
-        assert set(pictures(Path(manifest.output.path))) == set(found) - set(failed)
 
     def test_too_many_failures_end_the_run_with_an_error_but_keep_it(self, pool: str, job: Job, tmp_path: Path) -> None:
         folder = make_photos(tmp_path / "bad")
