@@ -77,20 +77,32 @@ def hide(environment: Mapping[str, str], alone: bool = False) -> None:
     if alone:
         _values.clear()
     for name, value in environment.items():
-        _values.update({form: f"${{{name}}}" for form in _forms(value) if len(form) >= _SHORTEST})
+        shown = f"${{{name}}}"
+        forms = dict.fromkeys(_parents(value), f"{shown}/..") | dict.fromkeys(_forms(value), shown)
+        _values.update({form: as_shown for form, as_shown in forms.items() if len(form) >= _SHORTEST})
 
 
 def _forms(value: str) -> Iterator[str]:
-    """A value as other texts may have it: quoted, as an absolute path, and the folder of a file or pattern."""
+    """A value as other texts may have it: quoted, and as an absolute path."""
     yield from (value, quote(value), quote(value, safe=""))
-    if "/" not in value or any(map(str.isspace, value)):
+    if _is_place(value) and "://" not in value:
+        yield os.path.abspath(value)  # noqa: PTH100 - it follows no links
+
+
+def _parents(value: str) -> Iterator[str]:
+    """The folder of a file or pattern, in which are the files that it stands for or names."""
+    literal = re.split(r"[*?\[{]", value)[0]
+    folder, _, name = literal.rpartition("/")
+    if not _is_place(value) or (literal == value and "." not in name):
         return
-    folder = re.split(r"[*?\[{]", value)[0].rpartition("/")[0]
-    if "://" in value:
-        yield from [folder] if "/" in folder.partition("://")[2] else []  # not of a host alone
-    else:
-        places = [value, folder]
-        yield from (os.path.abspath(place) for place in places if place)  # noqa: PTH100 - it follows no links
+    if "://" not in value:
+        yield os.path.abspath(folder or "/")  # noqa: PTH100 - it follows no links
+    elif "/" in folder.partition("://")[2]:  # not a host alone
+        yield folder
+
+
+def _is_place(value: str) -> bool:
+    return "/" in value and not any(map(str.isspace, value))
 
 
 def hidden(text: str) -> str:

@@ -191,7 +191,7 @@ def _check_unique(path: Path, hashes: npt.NDArray[np.int64], place: Callable[[in
                         number = f"; {len(again):,} keys are duplicated" if len(again) > 1 else ""
                         raise SourceError(
                             f"{where}: key {entry.key!r}{origin} is also in {seen[entry.key]}; keys must be unique: "
-                            f"rename one of them, or set source.key_prefix{number}"
+                            f"rename one of them, or set source.key_prefix to shard{number}"
                         )
                     seen[entry.key] = where
 

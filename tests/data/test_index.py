@@ -145,7 +145,7 @@ def test_keys_that_stand_twice_are_named_with_both_places(tmp_path: Path, monkey
     ]
     with pytest.raises(SourceError) as caught:
         build_index(tmp_path / "x", tables, None)
-    advice = "keys must be unique: rename one of them, or set source.key_prefix"
+    advice = "keys must be unique: rename one of them, or set source.key_prefix to shard"
     assert str(caught.value) == f"2.tar: key 'k5' is also in 1.tar; {advice}"
     assert build_index(tmp_path / "x", tables, 8).samples == 8  # the duplicate is beyond the limit
 

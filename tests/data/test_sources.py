@@ -312,7 +312,7 @@ def test_links_and_devices_are_passed_over_and_said(tmp_path: Path) -> None:
 
 def test_duplicate_keys_name_both_places(tmp_path: Path) -> None:
     one, two = (make_tar(tmp_path / f"{number}.tar", [("a.jpg", b"x"), ("b.jpg", b"x")]) for number in (1, 2))
-    advice = "keys must be unique: rename one of them, or set source.key_prefix; 2 keys are duplicated"
+    advice = "keys must be unique: rename one of them, or set source.key_prefix to shard; 2 keys are duplicated"
     assert refused("webdataset", one, two) == f"{two}: key 'a' is also in {one}; {advice}"
     assert refused("webdataset", one, one) == f"{one}: listed twice in source.urls; name it once"
     twice = make_tar(tmp_path / "3.tar", [("a.jpg", b"x"), ("b.jpg", b"x"), ("a.JPG", b"y")])

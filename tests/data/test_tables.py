@@ -687,7 +687,9 @@ def test_a_prefix_tells_repeated_keys_apart(tmp_path: Path, prefix: str, before:
     entries, _ = indexed(source_of("webdataset", *globs, key_prefix=prefix))
     assert [entry.key for entry in entries] == [f"{name}/{key}" for name in before for key in ("000", "001")]
     assert [entry.original_key for entry in entries] == ["000", "001"] * 2
-    with pytest.raises(SourceError, match=r"key '000' is also in .*, or set source\.key_prefix; 2 keys are duplicated"):
+    with pytest.raises(
+        SourceError, match=r"key '000' is also in .*, or set source\.key_prefix to shard; 2 keys are duplicated"
+    ):
         indexed(source_of("webdataset", *globs))
 
 
