@@ -17,10 +17,10 @@ demo-distill: $(VENV)/.run ## distill the style into a generator and stylize oth
 	@$(BIN)/smsbatch run manifests/demo-distill.yaml
 	@$(BIN)/smsbatch run manifests/demo-stylize.yaml
 
-test: $(VENV)/.dev ## the tests, on the CPU, without network (7 minutes on two cores)
+test: $(VENV)/.dev ## the tests, on the CPU, without network (8 minutes on two cores)
 	$(BIN)/python -m pytest -m "not slow" --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
-test-slow: $(VENV)/.dev ## the long ones: repeated crashes, whole demos, more seeds (about 30 minutes)
+test-slow: $(VENV)/.dev ## the long ones: repeated crashes, whole demos, more seeds (half an hour or more)
 	$(BIN)/python -m pytest -m slow --numprocesses 2 --dist worksteal
 
 lint: $(VENV)/.dev ## ruff and mypy

@@ -64,6 +64,7 @@ def test_style_sheet(program: Callable[..., None], tmp_path: Path, model: Path, 
         assert sheet.size == (2 * WIDTH + 6, 3 * HEIGHT + 2 * 6)
 
 
+@pytest.mark.slow
 def test_ablation(
     program: Callable[..., None], tmp_path: Path, model: Path, lora: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -83,7 +83,7 @@ def test_a_broken_picture_is_a_row(pool: str, job: Job, tmp_path: Path, undistur
     assert set(pictures(Path(manifest.output.path))) == set(found) - set(failed)
 
 
-@pytest.mark.parametrize("pool", ["local", "ray"])
+@pytest.mark.parametrize("pool", ["local", pytest.param("ray", marks=pytest.mark.slow)])
 @pytest.mark.usefixtures("cluster")
 class TestEveryPool:
     def test_gives_the_same_bytes(self, pool: str, job: Job, undisturbed: Path) -> None:
@@ -137,6 +137,7 @@ class TestEveryPool:
             sb.run(manifest)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("cluster")
 def test_an_actor_that_finds_no_place_holds_nothing_up(job: Job) -> None:
     """Of two actors with two cores each on a cluster of two cores, only one starts; it does the whole run."""
@@ -165,6 +166,7 @@ class TestMapOnACluster:
             sb.plan(manifest)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("cluster")
 def test_relative_paths_are_those_of_the_driver(
     job: Job, lora: Path, photos: Path, monkeypatch: pytest.MonkeyPatch, undisturbed: Path

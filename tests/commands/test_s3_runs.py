@@ -273,6 +273,7 @@ def test_credentials_that_are_missing(
     assert not Bucket(s3, f"{bucket}/runs/never").names()
 
 
+@pytest.mark.slow
 def test_no_secret_is_ever_written_or_said(
     job: Callable[..., sb.Manifest], bucket: str, s3: Server, tmp_path: Path
 ) -> None:
