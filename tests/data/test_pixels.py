@@ -1,6 +1,6 @@
 """Any image file becomes an upright opaque RGB array or one of four errors.
 
-The file exceeds 400 lines because it has the tests of decoding, its limits of memory and time, fitting, buckets and encoding.
+The file exceeds 400 lines because it has the tests of decoding and its limits, fitting, buckets and encoding.
 """
 
 from __future__ import annotations
